@@ -1,0 +1,258 @@
+package opampgateway
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"go.opentelemetry.io/collector/component"
+	"go.opentelemetry.io/collector/config/confighttp"
+	"go.opentelemetry.io/collector/config/confignet"
+	"go.opentelemetry.io/collector/config/configopaque"
+	"go.opentelemetry.io/collector/config/configretry"
+	"go.opentelemetry.io/collector/config/configtls"
+	"golang.org/x/net/http/httpguts"
+)
+
+// Config is what a user writes below extensions::opampgateway.
+type Config struct {
+	// Server is the OpAMP server that all agents are relayed to.
+	Server ServerConfig `mapstructure:"server"`
+
+	// Listener is where agents connect, on any path.
+	Listener confighttp.ServerConfig `mapstructure:"listener"`
+
+	// Agents says how the gateway treats the agents' connections.
+	Agents AgentsConfig `mapstructure:"agents"`
+
+	// MaxMessageSize is the largest OpAMP message relayed in either direction, in bytes.
+	MaxMessageSize int `mapstructure:"max_message_size"`
+
+	// prevent unkeyed literal initialization
+	_ struct{}
+}
+
+// ServerConfig says how to reach the server and how to ask it about agents.
+type ServerConfig struct {
+	// Endpoint is the server's URL, ws:// or wss://.
+	Endpoint string `mapstructure:"endpoint"`
+
+	// Headers are sent with the upgrade request of every link.
+	Headers configopaque.MapList `mapstructure:"headers,omitempty"`
+
+	// TLS applies to a wss:// endpoint.
+	TLS configtls.ClientConfig `mapstructure:"tls,omitempty"`
+
+	// Connections is the number of links kept to the server.
+	Connections int `mapstructure:"connections"`
+
+	// AgentID, when set, comes first in the name by which each link announces itself to the server.
+	AgentID string `mapstructure:"agent_id,omitempty"`
+
+	// Retry is the back-off between attempts to dial a link; the gateway never gives up.
+	Retry configretry.BackOffConfig `mapstructure:"retry"`
+
+	// KeepAlive finds links that died without a word.
+	KeepAlive KeepAliveConfig `mapstructure:"keep_alive"`
+
+	// AgentAdmission says who decides which agents may connect.
+	AgentAdmission AgentAdmission `mapstructure:"agent_admission"`
+
+	// AdmissionTimeout bounds the time from an agent's request to its answer.
+	AdmissionTimeout time.Duration `mapstructure:"admission_timeout"`
+
+	// GracePeriod is how long agents are kept while the server cannot be reached.
+	GracePeriod time.Duration `mapstructure:"grace_period"`
+
+	// prevent unkeyed literal initialization
+	_ struct{}
+}
+
+// AgentsConfig says how the gateway treats the agents' connections.
+type AgentsConfig struct {
+	// KeepAlive finds agents that vanished without a word.
+	KeepAlive KeepAliveConfig `mapstructure:"keep_alive"`
+
+	// SendDisconnect has the gateway say agent_disconnect for an agent whose connection ended without it.
+	SendDisconnect bool `mapstructure:"send_disconnect"`
+
+	// MaxRequestHeaderSize is the largest header of an upgrade request, in bytes; larger ones are answered 431.
+	MaxRequestHeaderSize int `mapstructure:"max_request_header_size"`
+
+	// prevent unkeyed literal initialization
+	_ struct{}
+}
+
+// KeepAliveConfig says when a quiet connection is pinged, and when it is given up.
+type KeepAliveConfig struct {
+	// Interval is the time without a byte from the peer after which it is pinged.
+	Interval time.Duration `mapstructure:"interval"`
+
+	// Timeout is the time without a byte from the peer after which the connection is closed.
+	Timeout time.Duration `mapstructure:"timeout"`
+
+	// prevent unkeyed literal initialization
+	_ struct{}
+}
+
+// AgentAdmission says who decides which agents may connect.
+type AgentAdmission string
+
+const (
+	// AdmissionAsk asks the server about each agent before its upgrade request is answered.
+	AdmissionAsk AgentAdmission = "ask"
+	// AdmissionAccept lets every agent in that the listener lets in.
+	AdmissionAccept AgentAdmission = "accept"
+)
+
+const (
+	// maxConnections is far above what one server needs and far below what would hurt it.
+	maxConnections = 64
+
+	// connectionIDHeader is how a link names itself to the server, and how the gateway
+	// knows another gateway among its agents.
+	connectionIDHeader = "X-Opamp-Gateway-Connection-Id"
+
+	// admissionCeiling is the longest admission that makes sense: opamp-go agents give
+	// their upgrade 45 s.
+	admissionCeiling = 45 * time.Second
+)
+
+func createDefaultConfig() component.Config {
+	listener := confighttp.NewDefaultServerConfig()
+	listener.NetAddr = confignet.NewDefaultAddrConfig()
+	listener.NetAddr.Transport = confignet.TransportTypeTCP
+	listener.NetAddr.Endpoint = "localhost:4320"
+
+	retry := configretry.NewDefaultBackOffConfig()
+	retry.InitialInterval = 500 * time.Millisecond
+	retry.MaxInterval = 5 * time.Second
+	retry.MaxElapsedTime = 0
+
+	return &Config{
+		Server: ServerConfig{
+			TLS:              configtls.NewDefaultClientConfig(),
+			Connections:      3,
+			Retry:            retry,
+			KeepAlive:        KeepAliveConfig{Interval: 10 * time.Second, Timeout: 20 * time.Second},
+			AgentAdmission:   AdmissionAsk,
+			AdmissionTimeout: 40 * time.Second,
+			GracePeriod:      time.Minute,
+		},
+		Listener: listener,
+		Agents: AgentsConfig{
+			KeepAlive:            KeepAliveConfig{Interval: 30 * time.Second, Timeout: time.Minute},
+			SendDisconnect:       true,
+			MaxRequestHeaderSize: 32 << 10,
+		},
+		MaxMessageSize: 64 << 20,
+	}
+}
+
+// Validate reports every mistake at once, each under the key the user typed.
+func (c *Config) Validate() error {
+	var errs []error
+	if c.MaxMessageSize < 1<<10 {
+		errs = append(errs, fmt.Errorf("max_message_size: must be at least 1024 bytes, is %d", c.MaxMessageSize))
+	}
+	if c.Listener.NetAddr.Endpoint == "" {
+		errs = append(errs, errors.New("listener::endpoint: must not be empty"))
+	}
+	return errors.Join(errs...)
+}
+
+// Validate reports every mistake below server.
+func (c *ServerConfig) Validate() error {
+	errs := []error{c.validateEndpoint(), c.validateHeaders()}
+	if c.Connections < 1 || c.Connections > maxConnections {
+		errs = append(errs, fmt.Errorf("connections: must be from 1 to %d, is %d", maxConnections, c.Connections))
+	}
+	if !httpguts.ValidHeaderFieldValue(c.AgentID) {
+		errs = append(errs, errors.New("agent_id: must be usable in an HTTP header"))
+	}
+	if !c.Retry.Enabled {
+		errs = append(errs, errors.New("retry::enabled: must not be false, a gateway never gives up on its server"))
+	}
+	if c.Retry.MaxElapsedTime != 0 {
+		errs = append(errs, fmt.Errorf("retry::max_elapsed_time: must be 0, a gateway never gives up on its server; is %s", c.Retry.MaxElapsedTime))
+	}
+	if c.Retry.InitialInterval <= 0 || c.Retry.MaxInterval < c.Retry.InitialInterval {
+		errs = append(errs, fmt.Errorf("retry::initial_interval: must be above 0 and no more than max_interval, is %s with max_interval %s", c.Retry.InitialInterval, c.Retry.MaxInterval))
+	}
+	if c.Retry.Multiplier < 1 {
+		errs = append(errs, fmt.Errorf("retry::multiplier: must be at least 1, is %v", c.Retry.Multiplier))
+	}
+	switch c.AgentAdmission {
+	case AdmissionAsk, AdmissionAccept:
+	default:
+		errs = append(errs, fmt.Errorf("agent_admission: must be %q or %q, is %q", AdmissionAsk, AdmissionAccept, c.AgentAdmission))
+	}
+	if c.AdmissionTimeout <= 0 || c.AdmissionTimeout > admissionCeiling {
+		errs = append(errs, fmt.Errorf("admission_timeout: must be above 0 and at most %s, the time agents wait; is %s", admissionCeiling, c.AdmissionTimeout))
+	}
+	if c.GracePeriod <= 0 {
+		errs = append(errs, fmt.Errorf("grace_period: must be above 0, is %s", c.GracePeriod))
+	}
+	return errors.Join(errs...)
+}
+
+func (c *ServerConfig) validateEndpoint() error {
+	if c.Endpoint == "" {
+		return errors.New("endpoint: is required, for example wss://app.bindplane.com/v1/opamp")
+	}
+	u, err := url.Parse(c.Endpoint)
+	if err != nil {
+		// The error of url.Parse repeats the whole URL, which may hold a password.
+		var urlErr *url.Error
+		if errors.As(err, &urlErr) {
+			err = urlErr.Err
+		}
+		return fmt.Errorf("endpoint: is not a URL: %w", err)
+	}
+	switch {
+	case u.Scheme != "ws" && u.Scheme != "wss":
+		return fmt.Errorf("endpoint: must start with ws:// or wss://, is %q", u.Redacted())
+	case u.Hostname() == "":
+		return fmt.Errorf("endpoint: has no host: %q", u.Redacted())
+	case u.User != nil:
+		return errors.New("endpoint: must not hold a user or password; use headers instead")
+	}
+	return nil
+}
+
+func (c *ServerConfig) validateHeaders() error {
+	var errs []error
+	for name, value := range c.Headers.Iter {
+		canonical := http.CanonicalHeaderKey(name)
+		switch {
+		case !httpguts.ValidHeaderFieldName(name):
+			errs = append(errs, fmt.Errorf("headers: %q is not a header name", name))
+		case !httpguts.ValidHeaderFieldValue(string(value)):
+			errs = append(errs, fmt.Errorf("headers: the value of %q cannot be sent in a header", name))
+		case canonical == "Connection", canonical == "Upgrade", strings.HasPrefix(canonical, "Sec-Websocket-"):
+			errs = append(errs, fmt.Errorf("headers: %q is reserved, the WebSocket handshake sets it", name))
+		case canonical == connectionIDHeader:
+			errs = append(errs, fmt.Errorf("headers: %q is reserved, the gateway sets it; see agent_id", name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Validate reports every mistake below agents.
+func (c *AgentsConfig) Validate() error {
+	if c.MaxRequestHeaderSize < 1<<10 {
+		return fmt.Errorf("max_request_header_size: must be at least 1024 bytes, is %d", c.MaxRequestHeaderSize)
+	}
+	return nil
+}
+
+// Validate reports a keep-alive that could not work.
+func (c *KeepAliveConfig) Validate() error {
+	if c.Interval <= 0 || c.Timeout <= c.Interval {
+		return fmt.Errorf("interval: must be above 0 and below timeout, is %s with timeout %s", c.Interval, c.Timeout)
+	}
+	return nil
+}
