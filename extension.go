@@ -1,22 +1,237 @@
+// Package opampgateway is an extension of the OpenTelemetry Collector that lets many OpAMP
+// agents share a few connections to their server.
+//
+// Agents connect to it as if it were the server. It keeps a fixed pool of WebSockets
+// ("links") to the server, attaches each agent to the link with the fewest, and carries
+// OpAMP messages ("frames") between the two without changing them. It never decodes a
+// message to relay it, stores none, and answers none: it reads the instance UID, to know
+// whose a frame is, and whether the frame concerns the hop itself.
+//
+// A frame from an agent passes three files, top to bottom:
+//
+//	downstream_server.go   agentConn.read takes it off the agent's socket and scans it
+//	router.go              router.claim makes this connection the way back to its UID
+//	upstream_pool.go       it waits in the outbox of the agent's link, and is written
+//
+// and one from the server the same files backwards: link.read, router.find, and the outbox
+// of the agent's connection.
 package opampgateway
 
 //go:generate mdatagen metadata.yaml
 
 import (
 	"context"
+	"fmt"
+	"net"
+	"sync"
+	"time"
 
 	"go.opentelemetry.io/collector/component"
+	"go.opentelemetry.io/collector/component/componentstatus"
 	"go.opentelemetry.io/collector/extension"
+	"go.opentelemetry.io/collector/extension/extensioncapabilities"
+
+	"github.com/opampgateway/opampgateway/internal/telemetry"
 )
 
+const (
+	// sweepInterval is how often the connections are looked after.
+	sweepInterval = 5 * time.Second
+
+	// shutdownTimeout bounds Shutdown, whatever its context allows.
+	shutdownTimeout = 4 * time.Second
+	// lettingGo is how much of it agents have to say their last words.
+	lettingGo = 2 * time.Second
+)
+
+var _ extensioncapabilities.Dependent = (*gatewayExtension)(nil)
+
+// gatewayExtension is the component: its configuration, and the gateway while it runs.
 type gatewayExtension struct {
-	set extension.Settings
 	cfg *Config
+	set extension.Settings
+	tel *telemetry.Telemetry
+
+	// mu guards the gateway.
+	mu      sync.Mutex
+	gateway *gateway // nil before Start and after Shutdown
 }
 
 func newGatewayExtension(set extension.Settings, cfg *Config) (*gatewayExtension, error) {
-	return &gatewayExtension{set: set, cfg: cfg}, nil
+	tel, err := telemetry.New(set.TelemetrySettings)
+	if err != nil {
+		return nil, err
+	}
+	return &gatewayExtension{cfg: cfg, set: set, tel: tel}, nil
 }
 
-func (e *gatewayExtension) Start(context.Context, component.Host) error { return nil }
-func (e *gatewayExtension) Shutdown(context.Context) error              { return nil }
+// Dependencies names the extensions that the listener uses, so that they are started first.
+func (e *gatewayExtension) Dependencies() []component.ID {
+	var ids []component.ID
+	if auth := e.cfg.Listener.Auth.Get(); auth != nil {
+		ids = append(ids, auth.AuthenticatorID)
+	}
+	for _, middleware := range e.cfg.Listener.Middlewares {
+		ids = append(ids, middleware.ID)
+	}
+	return ids
+}
+
+// Start takes the listener and returns; it does not wait for the server.
+func (e *gatewayExtension) Start(ctx context.Context, host component.Host) error {
+	listener, err := e.cfg.Listener.NetAddr.Listen(ctx)
+	if err != nil {
+		return fmt.Errorf("listener::endpoint: %w", err)
+	}
+	g, err := startGateway(ctx, e.cfg, e.set, e.tel, host, listener, nil)
+	if err != nil {
+		_ = listener.Close()
+		return err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.gateway = g
+	return nil
+}
+
+// Shutdown ends the gateway. It does nothing without a Start before it, or a second time.
+func (e *gatewayExtension) Shutdown(ctx context.Context) error {
+	e.mu.Lock()
+	g := e.gateway
+	e.gateway = nil
+	e.mu.Unlock()
+	if g != nil {
+		g.shutdown(ctx)
+	}
+	e.tel.Shutdown()
+	return nil
+}
+
+// gateway is what runs between one Start and its Shutdown.
+type gateway struct {
+	cfg    *Config
+	router *router
+	pool   *upstreamPool
+	server *downstreamServer
+	cancel context.CancelFunc // ends all background work
+	sweeps sync.WaitGroup
+}
+
+// dialFunc connects to the server, or to a proxy on the way there.
+type dialFunc func(ctx context.Context, network, address string) (net.Conn, error)
+
+// startGateway starts a gateway that takes agents from listener:
+//
+//  1. What can fail is done first: certificates, the listener's middleware, metrics.
+//  2. The slots of the pool start to dial.
+//  3. Agents are served; those that come before the first link is up wait for it.
+//  4. The sweep starts.
+//
+// ctx is for starting only. dial is nil but in tests.
+func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel *telemetry.Telemetry, host component.Host, listener net.Listener, dial dialFunc) (*gateway, error) {
+	background, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	g := &gateway{cfg: cfg, router: newRouter(), cancel: cancel}
+	var err error
+	g.pool, err = newUpstreamPool(ctx, cfg, set.BuildInfo, set.Logger, tel, g.router, func(err error) { reportLink(host, err) })
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	if dial != nil {
+		g.pool.netDial = dial
+	}
+	g.server = newDownstreamServer(background, cfg, set.Logger, tel, g.router, g.pool)
+	if err := tel.Start(func() int { return len(g.pool.links()) }, g.server.count); err != nil {
+		cancel()
+		return nil, err
+	}
+	g.pool.start(background)
+	failed := func(err error) { componentstatus.ReportStatus(host, componentstatus.NewFatalErrorEvent(err)) }
+	if err := g.server.start(ctx, listener, host, set.TelemetrySettings, failed); err != nil {
+		cancel()
+		g.pool.finish(background)
+		return nil, err
+	}
+	g.sweeps.Go(func() { g.sweep(background) })
+	return g, nil
+}
+
+// reportLink tells the collector whether there is a link to the server.
+func reportLink(host component.Host, err error) {
+	event := componentstatus.NewEvent(componentstatus.StatusOK)
+	if err != nil {
+		event = componentstatus.NewRecoverableErrorEvent(err)
+	}
+	componentstatus.ReportStatus(host, event)
+}
+
+// sweepLimits say after how many sweeps without a sign of life a connection is pinged, and
+// after how many it is closed.
+type sweepLimits struct{ ping, close int }
+
+func (k KeepAliveConfig) sweepLimits(interval time.Duration) sweepLimits {
+	sweeps := func(d time.Duration) int { return int((d + interval - 1) / interval) }
+	return sweepLimits{ping: sweeps(k.Interval), close: sweeps(k.Timeout)}
+}
+
+// sweep looks after all connections until ctx ends. No connection has a timer of its own.
+func (g *gateway) sweep(ctx context.Context) {
+	links, agents := g.cfg.Server.KeepAlive, g.cfg.Agents.KeepAlive
+	// A ping needs time to be answered between two sweeps.
+	interval := min(sweepInterval, links.Interval, agents.Interval, links.Timeout-links.Interval, agents.Timeout-agents.Interval)
+	for sleep(ctx, interval) == nil {
+		now := time.Now()
+		g.pool.sweep(now, links.sweepLimits(interval))
+		g.server.sweep(now, agents.sweepLimits(interval))
+	}
+}
+
+// shutdown ends the gateway within the time of ctx, and of its own:
+//
+//  1. No more agents are taken; the port is free from here on.
+//  2. Agents are let go, and say their last words.
+//  3. The links write what waits, and are closed.
+//  4. What still runs is cancelled and waited for.
+func (g *gateway) shutdown(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, shutdownTimeout)
+	defer cancel()
+	agents, cancelAgents := context.WithTimeout(ctx, lettingGo)
+	defer cancelAgents()
+	stopBackground := context.AfterFunc(ctx, g.cancel)
+	defer stopBackground()
+
+	g.server.stop(agents)
+	g.pool.finish(ctx)
+	g.cancel()
+	g.server.wait()
+	g.pool.homing.Wait()
+	g.sweeps.Wait()
+}
+
+// started is when this process's clock began.
+var started = time.Now()
+
+// clock returns the time in nanoseconds, for measuring; it never goes back.
+func clock() int64 { return int64(time.Since(started)) }
+
+// sleep waits for d; it returns the error of ctx if that ends first.
+func sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// countRelayed counts messages that were handed to their socket.
+func countRelayed(direction *telemetry.Direction, batch []entry) {
+	now := clock()
+	for i := range batch {
+		if e := &batch[i]; e.Taken != 0 {
+			direction.Relayed(len(e.Frame), time.Duration(now-e.Taken))
+		}
+	}
+}

@@ -1,0 +1,162 @@
+# Needs Go and make, and a C compiler for the race detector of `make unit`. All
+# other tools are pinned in tools/ and built into build/. Written for a plain
+# shell and the old make of macOS, too.
+
+# For `make run`: the OpAMP server to relay to, instead of the demo's own, and the
+# key for it. The key may as well come in the environment, as OPAMP_SECRET_KEY.
+SERVER :=
+SECRET_KEY :=
+
+# For `make fuzz`: how long to run each target.
+FUZZTIME := 10s
+
+# The modules with Go code of our own, and those whose go.mod `go mod tidy` keeps:
+# not e2e/supervisor, where it would ask for all that the supervisor's own tests
+# import, the whole test bed of collector-contrib.
+CODE_MODULES := . $(patsubst %/go.mod,%,$(wildcard demo/go.mod e2e/go.mod))
+TIDY_MODULES := $(CODE_MODULES) tools tools/lint
+
+PLATFORMS := linux/amd64 linux/arm64 windows/amd64 darwin/arm64
+
+# Everything but the race detector builds without cgo, so that linters, tests and
+# programs share what the compiler did for one of them.
+export CGO_ENABLED := 0
+# Where git does not trust a clone's owner, asking it for the version would fail.
+export GOFLAGS := $(strip $(shell go env GOFLAGS) -buildvcs=false)
+# A workspace around the clone must not decide which versions we build.
+export GOWORK := off
+
+BIN := $(CURDIR)/build/tools
+GOBUILD := $(CURDIR)/tools/gobuild.sh
+
+.DEFAULT_GOAL := help
+# One thing after the other, in the order written; go itself keeps all cores busy.
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: FORCE
+
+##@ Run it
+.PHONY: run collector
+
+run: collector ## watch a fleet through the gateway; SERVER=wss://… SECRET_KEY=…: relay to that server
+	@cd demo && $(GOBUILD) demo -o ../build/demo .
+	@cd demo && exec ../build/demo -collector ../build/otelcol-opampgateway $(if $(SERVER),-server '$(SERVER)')
+# The key goes to the demo in its environment: the command line of a process is
+# for all to read.
+ifneq ($(value SECRET_KEY),)
+export OPAMP_SECRET_KEY := $(value SECRET_KEY)
+endif
+
+collector: build/otelcol-opampgateway ## build the collector with the gateway in it: build/otelcol-opampgateway
+
+##@ Change it
+.PHONY: generate fmt tidy
+
+generate: build/tools/mdatagen ## regenerate what comes from metadata.yaml
+	@# mdatagen takes the package's name from that of its directory.
+	@ln -sfn .. build/opampgateway
+	@cd build/opampgateway && PATH="$(BIN):$$PATH" go generate ./...
+
+fmt: build/tools/golangci-lint ## format the code
+	@for m in $(CODE_MODULES); do (cd $$m && $(BIN)/golangci-lint fmt --config $(CURDIR)/.golangci.yml) || exit; done
+
+tidy: ## tidy every go.mod
+	@for m in $(TIDY_MODULES); do (cd $$m && go mod tidy) || exit; done
+
+##@ Check it
+.PHONY: test generate-check tidy-check lint cross unit fuzz e2e opampsupervisor
+
+test: c-compiler tidy-check generate-check lint cross unit fuzz e2e ## all of the checks below
+	@echo '==> all is well'
+
+tidy-check: ## every go.mod is tidy
+	@echo '==> tidy-check'
+	@for m in $(TIDY_MODULES); do (cd $$m && go mod tidy -diff) || exit; done
+
+# Compares in a copy, so that the check leaves the tree as it is and work in
+# progress counts. The copies bear the name that mdatagen gives to the package.
+CHECK := build/generate-check
+generate-check: build/tools/mdatagen ## generated files are up to date with metadata.yaml
+	@echo '==> generate-check'
+	@rm -rf $(CHECK) && mkdir -p $(CHECK)/tree/opampgateway $(CHECK)/generated
+	@cp -R go.mod go.sum metadata.yaml internal $(wildcard *.go *.md) $(CHECK)/tree/opampgateway
+	@cp -R $(CHECK)/tree/opampgateway $(CHECK)/generated
+	@cd $(CHECK)/generated/opampgateway && find . -name 'generated_*' -exec rm {} + && rm -f documentation.md && \
+		PATH="$(BIN):$$PATH" go generate ./...
+	@cd $(CHECK) && diff -ru tree generated || { echo 'generated files are out of date: run "make generate"'; exit 1; }
+	@rm -rf $(CHECK)
+
+lint: build/tools/golangci-lint ## lint the code and check its format
+	@for m in $(CODE_MODULES); do echo "==> lint $$m"; \
+		(cd $$m && $(BIN)/golangci-lint run --config $(CURDIR)/.golangci.yml ./...) || exit; done
+
+cross: ## build and vet for Linux, Windows and macOS
+	@for p in $(PLATFORMS); do echo "==> cross $$p"; \
+		export GOOS=$${p%/*} GOARCH=$${p#*/}; \
+		for m in $(filter-out e2e,$(CODE_MODULES)); do (cd $$m && go build ./... && go vet ./...) || exit; done; done
+
+unit: c-compiler ## unit tests, with the race detector
+	@for m in $(filter-out e2e,$(CODE_MODULES)); do echo "==> unit $$m"; \
+		(cd $$m && CGO_ENABLED=1 go test -race -timeout 5m ./...) || exit; done
+
+fuzz: ## run each fuzz target for FUZZTIME (10s)
+	@grep -rEo --include='*_test.go' --exclude-dir=build '^func Fuzz[A-Za-z0-9_]*' . | while IFS=: read -r file func; do \
+		name=$${func#func }; echo "==> fuzz $$name"; \
+		(cd "$$(dirname "$$file")" && go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) . </dev/null) || exit; done
+
+e2e: collector opampsupervisor ## the built collector between real agents, supervisors and servers
+	@echo '==> e2e'
+	@cd e2e && go test -count=1 -timeout 15m ./...
+
+opampsupervisor: build/opampsupervisor ## build the OpAMP supervisor that e2e tests the gateway with
+
+##@ Other
+.PHONY: help clean
+
+help: ## this list
+	@awk 'BEGIN { FS = ":.*## " } \
+		/^##@ / { printf "\n%s\n", substr($$0, 5) } \
+		/^[a-z0-9-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+
+clean: ## remove build/, with everything built
+	rm -rf build
+
+# What follows is made for the targets above.
+
+# Programs are built anew with another version of Go, too: a linter refuses code
+# for a Go newer than its own.
+build/tools/.go-version: FORCE
+	@mkdir -p $(@D) && go version | cmp -s - $@ || go version >$@
+
+build/tools/mdatagen: tools/go.mod tools/go.sum build/tools/.go-version
+	@cd tools && $(GOBUILD) mdatagen -ldflags='-s -w' -o $(BIN)/mdatagen go.opentelemetry.io/collector/cmd/mdatagen
+
+build/tools/ocb: tools/go.mod tools/go.sum build/tools/.go-version
+	@cd tools && $(GOBUILD) 'ocb, the collector builder' -ldflags='-s -w' -o $(BIN)/ocb go.opentelemetry.io/collector/cmd/builder
+
+build/tools/golangci-lint: tools/lint/go.mod tools/lint/go.sum build/tools/.go-version
+	@cd tools/lint && $(GOBUILD) golangci-lint -ldflags='-s -w' -o $(BIN)/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+build/opampsupervisor: e2e/supervisor/go.mod e2e/supervisor/go.sum build/tools/.go-version
+	@cd e2e/supervisor && $(GOBUILD) opampsupervisor -ldflags='-s -w' -o $(CURDIR)/$@ github.com/open-telemetry/opentelemetry-collector-contrib/cmd/opampsupervisor
+
+# The collector's sources follow the manifest and the versions that the gateway
+# needs. Whether they have to be compiled again, go knows best.
+build/collector/go.sum: collector/manifest.yaml go.mod go.sum build/tools/ocb
+	@echo '  collector: resolving modules and writing sources; a first run fetches them, which takes a while'
+	@rm -rf build/collector
+	@build/tools/ocb --config collector/manifest.yaml --skip-compilation >build/ocb.log 2>&1 || { cat build/ocb.log; exit 1; }
+
+build/otelcol-opampgateway: build/collector/go.sum FORCE
+	@cd build/collector && $(GOBUILD) collector -ldflags='-s -w' -o $(CURDIR)/$@ .
+
+# The race detector is the one thing that needs more than Go: cgo, so a C compiler.
+# Root on a machine with apt-get and no compiler is a fresh container; anybody
+# else is told what is missing.
+.PHONY: c-compiler
+c-compiler:
+	@command -v $(firstword $(shell go env CC)) >/dev/null || { \
+		echo 'The race detector needs a C compiler: gcc and libc6-dev on Debian.'; \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo 'Installing them.' && \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends gcc libc6-dev; }

@@ -1,0 +1,678 @@
+package opampgateway
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"go.opentelemetry.io/collector/component"
+	"go.uber.org/zap"
+
+	"github.com/opampgateway/opampgateway/internal/connect"
+	"github.com/opampgateway/opampgateway/internal/outbox"
+	"github.com/opampgateway/opampgateway/internal/socket"
+	"github.com/opampgateway/opampgateway/internal/telemetry"
+	"github.com/opampgateway/opampgateway/internal/wire"
+)
+
+const (
+	// agentOutboxSize bounds what waits for one agent, in bytes; one larger message fits too.
+	agentOutboxSize = 4 << 20
+
+	// writeTimeout is how long a write may go without progress.
+	writeTimeout = 30 * time.Second
+
+	// maxHandshakes bounds the agents waiting to be let in: a full gateway's worth, since all
+	// of them come at once after a reload.
+	maxHandshakes = 20_000
+
+	// answerCeiling is when an upgrade request is answered at the latest: opamp-go agents
+	// give it 45 s. It leaves the write of the answer some time of its own.
+	answerCeiling = admissionCeiling + 5*time.Second
+
+	// maxBadInRow is how many unreadable messages in a row an agent may send.
+	maxBadInRow = 10
+
+	// fullStateAgain is how long after an agent came to a new link it is asked once more for
+	// its full state: a server may notice the end of the old link late, and then forget the
+	// agent again. Up to half as much is added, at random.
+	fullStateAgain = 60 * time.Second
+)
+
+// entry is what waits in an outbox: of a link, with the agent it came from, or of an agent.
+type entry = outbox.Entry[*agentConn]
+
+// downstreamServer is where agents connect. It lets them in, if the server agrees, and owns
+// their connections.
+type downstreamServer struct {
+	// Set once.
+	cfg      *Config
+	log      *zap.Logger
+	tel      *telemetry.Telemetry
+	router   *router
+	pool     *upstreamPool
+	ctx      context.Context // ends when the gateway has nothing more to do
+	upgrader websocket.Upgrader
+	http     *http.Server
+
+	serving   sync.WaitGroup // the HTTP server
+	requests  sync.WaitGroup // upgrade requests being answered
+	readers   sync.WaitGroup // one per agent
+	farewells sync.WaitGroup // goodbyes that wait to be said
+
+	waiting atomic.Int64 // upgrade requests being answered
+
+	// mu guards the agents connected, and closing. It is never taken for a frame.
+	mu      sync.Mutex
+	agents  map[*agentConn]struct{}
+	closing bool
+}
+
+func newDownstreamServer(ctx context.Context, cfg *Config, log *zap.Logger, tel *telemetry.Telemetry, r *router, p *upstreamPool) *downstreamServer {
+	return &downstreamServer{
+		cfg: cfg, log: log, tel: tel, router: r, pool: p, ctx: ctx,
+		agents: map[*agentConn]struct{}{},
+		upgrader: websocket.Upgrader{
+			ReadBufferSize: socket.ReadBufferSize,
+			// We write past gorilla; the pool only keeps it from holding a buffer per agent.
+			WriteBufferPool: &sync.Pool{},
+			Error: func(w http.ResponseWriter, _ *http.Request, status int, reason error) {
+				http.Error(w, reason.Error(), status)
+			},
+		},
+	}
+}
+
+// start takes agents from listener, which it owns from here on. failed is called if the
+// listener breaks down later.
+func (s *downstreamServer) start(ctx context.Context, listener net.Listener, host component.Host, set component.TelemetrySettings, failed func(error)) error {
+	if s.cfg.Listener.TLS.HasValue() {
+		config, err := s.cfg.Listener.TLS.Get().LoadTLSConfig(ctx)
+		if err != nil {
+			return fmt.Errorf("listener::tls: %w", err)
+		}
+		config.NextProtos = []string{"http/1.1"} // an upgrade fails on HTTP/2
+		listener = tls.NewListener(listener, config)
+	}
+	server, err := s.cfg.Listener.ToServer(ctx, host.GetExtensions(), set, s)
+	if err != nil {
+		return fmt.Errorf("listener: %w", err)
+	}
+	server.MaxHeaderBytes = s.cfg.Agents.MaxRequestHeaderSize
+	server.BaseContext = func(net.Listener) context.Context { return s.ctx }
+	s.http = server
+	s.serving.Go(func() {
+		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+			failed(fmt.Errorf("listener: %w", err))
+		}
+	})
+	return nil
+}
+
+// ServeHTTP answers one agent's upgrade request:
+//
+//  1. What is no upgrade request, or comes from a web page elsewhere, is refused.
+//  2. The agent is attached to a link, so that many at once are spread evenly.
+//  3. The server is asked; its refusal is passed on.
+//  4. The connection is upgraded, and its reader started. From here on the link's end is
+//     not the agent's.
+func (s *downstreamServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s.mu.Lock()
+	if s.closing {
+		s.mu.Unlock()
+		return
+	}
+	s.requests.Add(1)
+	s.mu.Unlock()
+	defer s.requests.Done()
+
+	s.tel.Admission(s.admit(w, r))
+}
+
+func (s *downstreamServer) admit(w http.ResponseWriter, r *http.Request) telemetry.Outcome {
+	if !s.checkRequest(w, r) {
+		return telemetry.BadRequest
+	}
+	defer s.waiting.Add(-1)
+	if s.waiting.Add(1) > maxHandshakes {
+		refuseForNow(w, "too many agents are waiting to connect")
+		return telemetry.TooMany
+	}
+	// The listener's write timeout counts from the request; the server may take longer.
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(answerCeiling))
+	ctx, cancel := context.WithTimeout(r.Context(), s.cfg.Server.AdmissionTimeout)
+	defer cancel()
+
+	a, err := s.newAgent(r)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return telemetry.BadRequest
+	}
+	verdict, err := s.pool.admit(ctx, a)
+	if err != nil {
+		s.pool.detach(a)
+		return s.turnAway(w, r, err)
+	}
+	if !verdict.Accept {
+		s.pool.detach(a)
+		verdict.CopyRefusalHeaders(w.Header())
+		status := verdict.RefusalStatus()
+		s.log.Debug("server refused agent", zap.String("remote_address", a.remote), zap.Int("status", status))
+		http.Error(w, "refused by the OpAMP server: "+http.StatusText(status), status)
+		return telemetry.Refused
+	}
+	ws, err := s.upgrader.Upgrade(w, r, nil)
+	if err != nil {
+		s.pool.detach(a)
+		s.log.Debug("agent left before it was let in", zap.String("remote_address", a.remote), zap.Error(err))
+		return telemetry.Abandoned
+	}
+	a.start(ws)
+	return telemetry.Accepted
+}
+
+// checkRequest refuses what can never become an agent's connection, before anybody is asked.
+func (s *downstreamServer) checkRequest(w http.ResponseWriter, r *http.Request) bool {
+	switch origin := r.Header.Get("Origin"); {
+	case !websocket.IsWebSocketUpgrade(r) || r.Method != http.MethodGet:
+		w.Header().Set("Upgrade", "websocket")
+		w.Header().Set("Connection", "Upgrade")
+		http.Error(w, "this is an OpAMP gateway: agents connect to it by WebSocket, plain HTTP is not offered", http.StatusUpgradeRequired)
+		return false
+	case r.Header.Get("Sec-Websocket-Version") != "13":
+		w.Header().Set("Sec-Websocket-Version", "13")
+		http.Error(w, "WebSocket version 13 is needed", http.StatusBadRequest)
+		return false
+	case origin != "" && !sameOrigin(origin, r.Host):
+		http.Error(w, "requests from web pages of another origin are not served", http.StatusForbidden)
+		return false
+	}
+	return true
+}
+
+// turnAway answers an agent about whom the server could not be asked. Agents wait as long as
+// Retry-After says on 503 and 429 only.
+func (s *downstreamServer) turnAway(w http.ResponseWriter, r *http.Request, err error) telemetry.Outcome {
+	switch {
+	case r.Context().Err() != nil:
+		return telemetry.Abandoned
+	case errors.Is(err, errCannotAsk):
+		refuseForNow(w, "the OpAMP server cannot be asked about agents")
+		return telemetry.CannotAsk
+	case errors.Is(err, errNoLink):
+		refuseForNow(w, "there is no connection to the OpAMP server")
+		return telemetry.NoLink
+	default:
+		refuseForNow(w, "the OpAMP server did not answer in time")
+		return telemetry.NoAnswer
+	}
+}
+
+func refuseForNow(w http.ResponseWriter, reason string) {
+	// 30 s is the least that the specification recommends; the jitter spreads a fleet.
+	w.Header().Set("Retry-After", strconv.Itoa(30+rand.IntN(31)))
+	http.Error(w, reason, http.StatusServiceUnavailable)
+}
+
+// stop lets all agents go; it returns when their last words are with the links, or when ctx
+// is done, after which the pool's end ends the rest.
+func (s *downstreamServer) stop(ctx context.Context) {
+	s.mu.Lock()
+	s.closing = true
+	agents := make([]*agentConn, 0, len(s.agents))
+	for a := range s.agents {
+		agents = append(agents, a)
+	}
+	s.mu.Unlock()
+	if s.http != nil {
+		_ = s.http.Close() // the listener's error concerns nobody any more
+	}
+	for _, a := range agents {
+		a.muted.Store(true)
+		a.close(websocket.CloseServiceRestart, "gateway is shutting down")
+	}
+	done := make(chan struct{})
+	s.farewells.Go(func() {
+		defer close(done)
+		s.readers.Wait()
+	})
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
+}
+
+// wait returns when every goroutine of the server is gone.
+func (s *downstreamServer) wait() {
+	s.serving.Wait()
+	s.requests.Wait()
+	s.readers.Wait()
+	s.farewells.Wait()
+}
+
+func (s *downstreamServer) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.agents)
+}
+
+// sweep looks after all agents: it pings the quiet, closes the silent and those that
+// offended a while ago, and asks those that changed links for their state once more.
+func (s *downstreamServer) sweep(now time.Time, keepAlive sweepLimits) {
+	s.mu.Lock()
+	agents := make([]*agentConn, 0, len(s.agents))
+	for a := range s.agents {
+		agents = append(agents, a)
+	}
+	s.mu.Unlock()
+	for _, a := range agents {
+		a.sweep(now, keepAlive)
+	}
+}
+
+// agentConn is the connection of one agent, or of another gateway with many behind it.
+type agentConn struct {
+	// Set once, before the reader starts.
+	server   *downstreamServer
+	remote   string
+	gateway  bool             // it announced itself as another gateway
+	question connect.Question // asks the server about it; nil if the server is not asked
+	sock     *socket.Socket
+	outbox   *outbox.Outbox[*agentConn]
+
+	// Owned by the reader.
+	uid   wire.UID // of its last message
+	route *route   // of uid; nil when it has to be claimed
+	bad   int      // unreadable messages in a row
+
+	// Shared.
+	link      atomic.Pointer[link]         // where its messages go; ended, or nil, while it has none
+	format    atomic.Pointer[wire.Format]  // of its messages
+	told      atomic.Pointer[capabilities] // what a gateway has heard, see route.told
+	offence   atomic.Pointer[offence]
+	paused    atomic.Bool  // the reader waits for the link, so silence proves nothing
+	muted     atomic.Bool  // no goodbye is said for it
+	fullState atomic.Int64 // when it is asked for its state once more, Unix seconds; 0 for not
+
+	// Guarded by router.mu: the routes it holds, with whether their agents said goodbye.
+	held map[*route]bool
+
+	// Guarded by upstreamPool.mu.
+	attached *link         // in whose agents it is
+	homeless chan struct{} // while its reader waits for a link: closed when there is one, or never will be
+	exiled   bool          // there never will be
+	ended    bool          // the connection has ended
+	gone     []wire.UID    // when it has: whom to say goodbye for
+}
+
+// offence is something for which a connection is read no further and closed by a later sweep:
+// an agent closed at once would come back thousands of times a second.
+type offence struct {
+	code     int
+	text     string
+	sweeps   int // until it is closed
+	released chan struct{}
+	once     sync.Once
+}
+
+func (s *downstreamServer) newAgent(r *http.Request) (*agentConn, error) {
+	a := &agentConn{server: s, remote: r.RemoteAddr, gateway: r.Header.Get(connectionIDHeader) != ""}
+	if s.cfg.Server.AgentAdmission == AdmissionAsk {
+		question, err := connect.NewQuestion(r.RemoteAddr, r.Header)
+		if err != nil {
+			return nil, err
+		}
+		a.question = question
+	}
+	return a, nil
+}
+
+// start makes a a connected agent, which can be found and written to, and reads from it.
+func (a *agentConn) start(ws *websocket.Conn) {
+	s := a.server
+	a.outbox = outbox.New(a, agentOutboxSize)
+	a.sock = socket.New(ws, false, s.cfg.MaxMessageSize, writeTimeout, a.pong)
+	s.mu.Lock()
+	s.agents[a] = struct{}{}
+	closing := s.closing
+	s.readers.Add(1)
+	s.mu.Unlock()
+	if closing {
+		a.muted.Store(true)
+		a.close(websocket.CloseServiceRestart, "gateway is shutting down")
+	}
+	s.pool.settleNew(a)
+	go a.read()
+}
+
+// read is the reader: it relays what the agent says, until the connection ends, and then
+// cleans up.
+func (a *agentConn) read() {
+	defer a.server.readers.Done()
+	err := a.relayAll()
+	if off := a.offence.Load(); off != nil {
+		select {
+		case <-off.released:
+			a.discard()
+		case <-a.server.ctx.Done():
+		}
+	} else if errors.Is(err, errLetGo) {
+		a.discard()
+	}
+	a.end(err)
+}
+
+func (a *agentConn) relayAll() error {
+	for {
+		frame, err := a.sock.Read()
+		switch {
+		case err == nil:
+			err = a.relay(frame)
+		case errors.Is(err, socket.ErrTooLarge):
+			a.offend(telemetry.TooLarge, websocket.CloseMessageTooBig, "message above max_message_size")
+			return err
+		case errors.Is(err, socket.ErrText):
+			err = a.reject(telemetry.BadFrame, nil, "text message; OpAMP messages are binary")
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// relay takes one frame from the agent to the outbox of its link. It returns an error when
+// nothing more is to be read.
+func (a *agentConn) relay(frame []byte) error {
+	taken := clock()
+	f, err := wire.ScanAgentToServer(frame)
+	if err != nil {
+		return a.reject(telemetry.BadFrame, &f, err.Error())
+	}
+	if f.CustomMessage != nil {
+		if kind, data := connect.Message(f.CustomMessage); kind != connect.Other {
+			return a.relayConnect(frame, &f, kind, data, taken)
+		}
+	}
+	// The normal case: the same UID as before, and nobody else has claimed it.
+	if a.route == nil || !a.uid.Is(f.UID) || a.route.current.Load() != a {
+		if err := a.claim(&f); err != nil {
+			if errors.Is(err, errTooManyUIDs) {
+				a.offend(telemetry.TooManyUIDs, websocket.ClosePolicyViolation, "too many instance UIDs on one connection")
+				return err
+			}
+			return a.reject(telemetry.BadUID, &f, err.Error())
+		}
+	}
+	a.bad = 0
+	if err := a.send(entry{Frame: frame, Kind: outbox.Message, Sender: a, Taken: taken}); err != nil {
+		a.server.tel.Fault(telemetry.FrameLost)
+		return err
+	}
+	if a.format.Load().Departs(&f) {
+		a.server.router.depart(a, a.route)
+		a.route = nil // should it speak again, it is back
+	}
+	return nil
+}
+
+// claim makes this connection the way to the agent that sent f.
+func (a *agentConn) claim(f *wire.Fields) error {
+	uid, err := wire.ParseUID(f.UID)
+	if err != nil {
+		return err
+	}
+	way, conflict, err := a.server.router.claim(a, uid)
+	if err != nil {
+		return err
+	}
+	if conflict {
+		a.server.tel.Fault(telemetry.UIDConflict)
+		a.server.log.Debug("instance UID is in use on two connections; the one that spoke last gets the replies",
+			zap.Stringer("agent", uid), zap.String("remote_address", a.remote))
+	}
+	if format := wire.FormatOf(f, uid); a.format.Load() == nil || *a.format.Load() != format {
+		a.format.Store(&format)
+	}
+	a.uid, a.route = uid, way
+	return nil
+}
+
+// relayConnect passes on another gateway's question about one of its own agents. From any
+// other connection it would let an agent that was let in try out credentials.
+func (a *agentConn) relayConnect(frame []byte, f *wire.Fields, kind connect.Kind, data []byte, taken int64) error {
+	if !a.gateway || kind != connect.Connect || f.UID != nil {
+		a.offend(telemetry.ForeignConnect, websocket.ClosePolicyViolation, "only a gateway may ask about agents")
+		return errForeignConnect
+	}
+	requestUID, err := connect.RequestUID(data)
+	if err != nil {
+		return a.reject(telemetry.BadFrame, f, err.Error())
+	}
+	a.bad = 0
+	if l := a.link.Load(); l != nil {
+		l.expectFor(requestUID, a)
+	}
+	if err := a.send(entry{Frame: frame, Kind: outbox.Message, Sender: a, Taken: taken}); err != nil {
+		a.server.tel.Fault(telemetry.FrameLost)
+		return err
+	}
+	return nil
+}
+
+var errForeignConnect = errors.New("connect from what is no gateway, or with an instance UID")
+
+// send puts e in the outbox of the agent's link, waiting its turn when that is full, and
+// waiting for a link when there is none.
+func (a *agentConn) send(e entry) error {
+	for {
+		l := a.link.Load()
+		if l != nil {
+			err := l.outbox.Try(e)
+			if errors.Is(err, outbox.ErrFull) {
+				a.paused.Store(true)
+				err = l.outbox.Put(a.server.ctx, e)
+				a.paused.Store(false)
+			}
+			if !errors.Is(err, outbox.ErrClosed) {
+				return err
+			}
+		}
+		a.paused.Store(true)
+		err := a.server.pool.awaitHome(a, l)
+		a.paused.Store(false)
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// reject counts a message that is not relayed and, where the agent is known, says why. After
+// too many in a row the connection offends.
+func (a *agentConn) reject(reason telemetry.Reason, f *wire.Fields, text string) error {
+	a.server.tel.Fault(reason)
+	a.bad++
+	uid := a.uid
+	if f != nil {
+		if sent, err := wire.ParseUID(f.UID); err == nil {
+			uid = sent
+		}
+	}
+	format := a.format.Load()
+	if format == nil && f != nil {
+		guess := wire.FormatOf(f, uid)
+		format = &guess
+	}
+	if uid != (wire.UID{}) && format != nil {
+		a.sendOwn(format.BadRequest(uid, "opampgateway: "+text))
+	}
+	if a.bad >= maxBadInRow {
+		a.offend("", websocket.CloseInvalidFramePayloadData, "too many unreadable messages")
+		return errTooManyBad
+	}
+	return nil
+}
+
+var errTooManyBad = errors.New("too many unreadable messages in a row")
+
+// offend has a later sweep close the connection. The reader reads no further.
+func (a *agentConn) offend(reason telemetry.Reason, code int, text string) {
+	if reason != "" {
+		a.server.tel.Fault(reason)
+	}
+	a.server.log.Info("agent's connection will be closed", zap.String("reason", text),
+		zap.Stringer("agent", a.uid), zap.String("remote_address", a.remote))
+	a.offence.Store(&offence{code: code, text: text, sweeps: 2 + rand.IntN(2), released: make(chan struct{})})
+}
+
+// discard reads on until the agent has heard that it is closed, or for a moment: to close a
+// socket with data unread would take back what was last written to it.
+func (a *agentConn) discard() {
+	for {
+		if _, err := a.sock.Read(); err != nil && !socket.Skippable(err) {
+			return
+		}
+	}
+}
+
+// deliver takes one frame from the server to the agent's outbox. It only tries, since a link's
+// reader waits for nobody: an agent too slow to take it is let go, since a lost offer would
+// leave it silently out of date, while a reconnecting agent is brought up to date.
+func (a *agentConn) deliver(frame []byte, taken int64) {
+	err := a.outbox.Try(entry{Frame: frame, Kind: outbox.Message, Taken: taken})
+	if errors.Is(err, outbox.ErrFull) {
+		a.server.tel.Fault(telemetry.AgentSlow)
+		a.server.log.Info("agent reads too slowly; closing its connection", zap.String("remote_address", a.remote))
+		a.close(websocket.CloseTryAgainLater, "agent reads too slowly")
+	}
+}
+
+// sendOwn tries to send a frame of the gateway's own; it is no loss if it does not fit.
+func (a *agentConn) sendOwn(frame []byte) {
+	_ = a.outbox.Try(entry{Frame: frame, Kind: outbox.Message})
+}
+
+// pong answers the agent's ping, unless too much waits already.
+func (a *agentConn) pong(payload []byte) {
+	_ = a.outbox.Try(entry{Frame: payload, Kind: outbox.Pong})
+}
+
+// askFullState asks every agent on this connection for its full state.
+func (a *agentConn) askFullState() {
+	format := a.format.Load()
+	if format == nil { // has not spoken yet
+		return
+	}
+	for _, uid := range a.server.router.uids(a) {
+		a.sendOwn(format.ReportFullState(uid))
+	}
+}
+
+// WriteBatch writes to the agent's socket; the outbox calls it.
+func (a *agentConn) WriteBatch(batch []entry) (int, error) {
+	n, err := socket.WriteBatch(a.sock, batch)
+	countRelayed(&a.server.tel.Down, batch[:n])
+	if err != nil && errors.Is(err, socket.ErrStalled) {
+		a.server.tel.Fault(telemetry.AgentSlow)
+	}
+	return n, err
+}
+
+// Hurry bounds what the connection may still take; the outbox calls it.
+func (a *agentConn) Hurry() { a.sock.Hurry() }
+
+// Close ends the connection; the outbox calls it.
+func (a *agentConn) Close() { a.sock.Close() }
+
+// close lets the agent go: what waits for it, and a close frame, are written if that takes
+// but a moment. It never waits.
+func (a *agentConn) close(code int, text string) {
+	a.outbox.Close(websocket.FormatCloseMessage(code, text))
+	if off := a.offence.Load(); off != nil {
+		off.once.Do(func() { close(off.released) })
+	}
+}
+
+func (a *agentConn) sweep(now time.Time, limits sweepLimits) {
+	if off := a.offence.Load(); off != nil {
+		if off.sweeps--; off.sweeps <= 0 {
+			a.close(off.code, off.text)
+		}
+		return
+	}
+	if a.paused.Load() {
+		a.sock.Excuse()
+	}
+	switch quiet := a.sock.Sweep(); {
+	case quiet >= limits.close:
+		a.server.tel.Fault(telemetry.AgentSilent)
+		a.server.log.Info("no sign of life from agent; closing its connection", zap.String("remote_address", a.remote))
+		a.muted.Store(true) // it may be elsewhere already
+		a.close(websocket.CloseGoingAway, "no sign of life")
+	case quiet >= limits.ping:
+		_ = a.outbox.Try(entry{Kind: outbox.Ping})
+	}
+	if due := a.fullState.Load(); due != 0 && now.Unix() >= due {
+		a.fullState.Store(0)
+		a.askFullState()
+	}
+}
+
+// end is the one place where an agent's connection is cleaned up, by its reader.
+func (a *agentConn) end(err error) {
+	var closed *websocket.CloseError
+	if errors.As(err, &closed) && closed.Code != websocket.CloseAbnormalClosure {
+		a.outbox.Close(closeReply(closed.Code))
+		a.outbox.Drain(a.server.ctx) // for a moment at most
+	}
+	a.outbox.Abort()
+	s := a.server
+	gone := s.router.release(a)
+	home := s.pool.detach(a, gone...)
+	if a.gateway {
+		// The agents behind a gateway most likely come back by another way.
+		s.farewells.Go(func() {
+			if sleep(s.ctx, s.cfg.Server.GracePeriod) == nil {
+				s.pool.sayGoodbye(s.pool.anyLink(), a, gone)
+			}
+		})
+	} else {
+		s.pool.sayGoodbye(home, a, gone)
+	}
+	s.mu.Lock()
+	delete(s.agents, a)
+	s.mu.Unlock()
+	s.log.Debug("agent's connection ended", zap.Stringer("agent", a.uid), zap.String("remote_address", a.remote), zap.Error(err))
+}
+
+// maxUIDs is how many UIDs the connection may hold.
+func (a *agentConn) maxUIDs() int {
+	if a.gateway {
+		return maxGatewayUIDs
+	}
+	return maxUIDs
+}
+
+// closeReply is the payload of the close frame that answers one with code (RFC 6455, section 5.5.1).
+func closeReply(code int) []byte {
+	if code == websocket.CloseNoStatusReceived {
+		return nil
+	}
+	return websocket.FormatCloseMessage(code, "")
+}
+
+// sameOrigin reports whether a page of origin was served by host itself.
+func sameOrigin(origin, host string) bool {
+	u, err := url.Parse(origin)
+	return err == nil && strings.EqualFold(u.Host, host)
+}

@@ -1,0 +1,261 @@
+// Package outbox holds what waits to be written to one socket: in order, bounded
+// in bytes, and without a goroutine while nothing waits.
+//
+// A frame handed to an outbox is not looked at again by the giver. The goroutine
+// that writes starts with the first entry and leaves when nothing is left.
+package outbox
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+)
+
+var (
+	// ErrFull means that the entry does not fit into what the outbox may hold.
+	ErrFull = errors.New("outbox is full")
+	// ErrClosed means that nothing more is taken: the socket has ended or is about to.
+	ErrClosed = errors.New("outbox is closed")
+)
+
+// Kind is what an entry is on the WebSocket; the values are its opcodes (RFC 6455, section 5.2).
+type Kind byte
+
+const (
+	// Message is one binary message.
+	Message Kind = 0x2
+	// Close is a close frame; nothing follows it.
+	Close Kind = 0x8
+	// Ping asks the peer for a sign of life.
+	Ping Kind = 0x9
+	// Pong gives the peer its sign of life.
+	Pong Kind = 0xA
+)
+
+// Entry is one frame with what has to be known about it until it is written.
+type Entry[S any] struct {
+	Frame []byte
+	Kind  Kind
+	// Sender is whom the frame came from, zero for the gateway's own.
+	Sender S
+	// Taken is when the frame was read from its sender, in nanoseconds of the process's own clock.
+	Taken int64
+	// Stale, when set, is asked right before the frame is written; a stale one is left out.
+	Stale func() bool
+}
+
+// overhead is what an entry costs beyond its frame, so that a flood of tiny frames is bounded too.
+const overhead = 128
+
+func (e *Entry[S]) size() int { return len(e.Frame) + overhead }
+
+// Socket is what an outbox writes to.
+type Socket[S any] interface {
+	// WriteBatch writes the entries in order and flushes, under a deadline. It returns how
+	// many were handed to the socket whole; fewer than all only with an error. It is
+	// called by one goroutine at a time and keeps nothing of the batch.
+	WriteBatch(batch []Entry[S]) (written int, err error)
+	// Hurry bounds all that is still to be written and read to a moment. It never waits.
+	Hurry()
+	// Close ends the socket. It never waits, and a write in progress fails.
+	Close()
+}
+
+// Outbox holds the entries for one socket.
+type Outbox[S any] struct {
+	// Set once.
+	socket Socket[S]
+	limit  int
+
+	// mu guards what follows. It is never held while the socket is written to.
+	mu      sync.Mutex
+	queue   []Entry[S]   // waits to be written
+	size    int          // of the queue and of the batch being written
+	waiting []*waiter[S] // callers of Put for whom there is no room yet, longest wait first
+	closed  bool         // nothing more is taken
+	writing bool         // the writer runs
+	left    sync.Cond    // the writer has left
+	failed  []Entry[S]   // what a failed write left unwritten
+}
+
+type waiter[S any] struct {
+	entry Entry[S]
+	done  chan error // buffered; decided once, under mu
+}
+
+// New returns an outbox for socket that holds up to limit bytes, or one entry of any size.
+func New[S any](socket Socket[S], limit int) *Outbox[S] {
+	o := &Outbox[S]{socket: socket, limit: limit}
+	o.left.L = &o.mu
+	return o
+}
+
+// Try adds e unless the outbox is full or closed. It never waits.
+func (o *Outbox[S]) Try(e Entry[S]) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	switch {
+	case o.closed:
+		return ErrClosed
+	case !o.fitsLocked(&e):
+		return ErrFull
+	}
+	o.addLocked(e)
+	return nil
+}
+
+// Put adds e, waiting its turn while the outbox is full. It returns ErrClosed, or the
+// error of ctx, if the entry was not taken.
+func (o *Outbox[S]) Put(ctx context.Context, e Entry[S]) error {
+	o.mu.Lock()
+	if o.closed {
+		o.mu.Unlock()
+		return ErrClosed
+	}
+	if len(o.waiting) == 0 && o.fitsLocked(&e) {
+		o.addLocked(e)
+		o.mu.Unlock()
+		return nil
+	}
+	w := &waiter[S]{entry: e, done: make(chan error, 1)}
+	o.waiting = append(o.waiting, w)
+	o.mu.Unlock()
+
+	select {
+	case err := <-w.done:
+		return err
+	case <-ctx.Done():
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	i := slices.Index(o.waiting, w)
+	if i < 0 { // decided in the meantime
+		return <-w.done
+	}
+	o.waiting = slices.Delete(o.waiting, i, i+1)
+	return ctx.Err()
+}
+
+// Close has what waits written, then a close frame with this payload, all in a moment, and
+// takes nothing more. It never waits. The socket is left to its reader, which sees the
+// peer's answer, or runs into the moment's end.
+func (o *Outbox[S]) Close(payload []byte) {
+	o.mu.Lock()
+	if o.closed {
+		o.mu.Unlock()
+		return
+	}
+	o.addLocked(Entry[S]{Frame: payload, Kind: Close})
+	o.closeLocked()
+	o.mu.Unlock()
+	o.socket.Hurry()
+}
+
+// Drain waits until nothing is left to write, or ctx is done.
+func (o *Outbox[S]) Drain(ctx context.Context) {
+	stop := context.AfterFunc(ctx, func() {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		o.left.Broadcast()
+	})
+	defer stop()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for o.writing && ctx.Err() == nil {
+		o.left.Wait()
+	}
+}
+
+// Abort closes the socket, takes nothing more and waits for the writer. It returns, in
+// order, the entries that were not handed to the socket whole. Every outbox ends with it.
+func (o *Outbox[S]) Abort() (unwritten []Entry[S]) {
+	o.socket.Close()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.closeLocked()
+	for o.writing {
+		o.left.Wait()
+	}
+	unwritten = append(o.failed, o.queue...)
+	o.failed, o.queue, o.size = nil, nil, 0
+	return unwritten
+}
+
+func (o *Outbox[S]) fitsLocked(e *Entry[S]) bool {
+	return o.size == 0 || o.size+e.size() <= o.limit
+}
+
+// addLocked queues e, and starts the writer unless it runs.
+func (o *Outbox[S]) addLocked(e Entry[S]) {
+	o.queue = append(o.queue, e)
+	o.size += e.size()
+	if !o.writing {
+		o.writing = true
+		go o.write()
+	}
+}
+
+func (o *Outbox[S]) closeLocked() {
+	o.closed = true
+	for _, w := range o.waiting {
+		w.done <- ErrClosed
+	}
+	o.waiting = nil
+}
+
+// write is the writer: it runs while there is something to write, and is waited for by Abort.
+func (o *Outbox[S]) write() {
+	var batch []Entry[S]
+	for {
+		batch = o.next(batch)
+		if batch == nil {
+			return
+		}
+		if n, err := o.socket.WriteBatch(batch); err != nil {
+			o.socket.Close() // wakes the reader, which cleans up
+			o.fail(batch[n:])
+			return
+		}
+	}
+}
+
+// next makes room for what was written and returns all that waits now; nil tells the writer
+// to leave. The two slices change places, so a busy outbox allocates nothing and an idle
+// one holds nothing.
+func (o *Outbox[S]) next(written []Entry[S]) []Entry[S] {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for i := range written {
+		o.size -= written[i].size()
+	}
+	for len(o.waiting) > 0 && o.fitsLocked(&o.waiting[0].entry) {
+		w := o.waiting[0]
+		o.waiting = o.waiting[1:]
+		o.queue = append(o.queue, w.entry)
+		o.size += w.entry.size()
+		w.done <- nil
+	}
+	if len(o.queue) == 0 {
+		o.queue = nil
+		o.leaveLocked()
+		return nil
+	}
+	clear(written)
+	batch := o.queue
+	o.queue = written[:0]
+	return batch
+}
+
+func (o *Outbox[S]) fail(unwritten []Entry[S]) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.closeLocked()
+	o.failed = unwritten
+	o.leaveLocked()
+}
+
+func (o *Outbox[S]) leaveLocked() {
+	o.writing = false
+	o.left.Broadcast()
+}

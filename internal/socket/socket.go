@@ -1,0 +1,335 @@
+// Package socket is one WebSocket as the relay uses it, whichever end of it this is:
+// gorilla/websocket shakes hands and reads; writing puts whole batches of frames together
+// and hands them over in as few calls as possible.
+//
+// One goroutine reads, one at a time writes (an outbox sees to that); Sweep belongs to one
+// more. Hurry and Close may be called by anyone.
+package socket
+
+import (
+	"encoding/binary"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/gorilla/websocket"
+
+	"github.com/opampgateway/opampgateway/internal/outbox"
+)
+
+var (
+	// ErrText means that the peer sent a text message, which OpAMP has not.
+	ErrText = errors.New("text message")
+	// ErrStalled means that a write made no progress for the write timeout.
+	ErrStalled = errors.New("write made no progress")
+	// ErrTooLarge means that the peer's message is above the limit. It is not read to its end.
+	ErrTooLarge = errors.New("message above the size limit")
+)
+
+// Skippable reports whether err concerns one message only, so that reading can go on.
+func Skippable(err error) bool { return errors.Is(err, ErrText) || errors.Is(err, ErrTooLarge) }
+
+const (
+	// ReadBufferSize is gorilla's buffer for an agent: enough for the header of a frame and
+	// most of a heartbeat; longer reads go past it.
+	ReadBufferSize = 1 << 10
+
+	// batchSize is how much is put together before it is handed to the socket.
+	batchSize = 16 << 10
+
+	// chunkSize is how much of a larger message is written under one deadline.
+	chunkSize = 256 << 10
+
+	// moment is how long the last words of a connection may take: this much to write them,
+	// and as much again to hear the peer's.
+	moment = time.Second
+)
+
+var (
+	batchPool   = sync.Pool{New: func() any { b := make([]byte, 0, batchSize); return &b }}
+	scratchPool = sync.Pool{New: func() any { b := make([]byte, 4<<10); return &b }}
+)
+
+// Socket is one WebSocket.
+type Socket struct {
+	// Set once.
+	ws           *websocket.Conn
+	conn         net.Conn // what is written to: plain, or TLS
+	raw          net.Conn // what is below TLS; its Close never waits
+	client       bool     // masks what it writes (RFC 6455, section 5.3)
+	limit        int      // of one message read, in bytes
+	writeTimeout time.Duration
+
+	// Owned by the writer.
+	batch   *[]byte // what is put together; nil when nothing is
+	pending int     // frames of which a part is in the batch
+
+	// Shared.
+	heard   atomic.Bool   // something came since the last sweep
+	written atomic.Uint64 // calls to write that have made progress
+	inWrite atomic.Bool   // a call to write has not returned
+	hurry   atomic.Int64  // when all writing has to be over, Unix nanoseconds; 0 for not yet
+
+	// Owned by the sweeper.
+	quiet       int    // sweeps in a row without a sign of life
+	lastWritten uint64 // written at the last sweep
+	lastInWrite bool   // inWrite at the last sweep
+}
+
+// New takes over ws. Messages above limit bytes are not read; a write that makes no progress
+// for writeTimeout fails. pong is called by the reader for each ping of the peer, to queue
+// the answer; like Read's callers it must not wait.
+func New(ws *websocket.Conn, client bool, limit int, writeTimeout time.Duration, pong func(payload []byte)) *Socket {
+	s := &Socket{ws: ws, conn: ws.NetConn(), raw: ws.NetConn(), client: client, limit: limit, writeTimeout: writeTimeout}
+	if tls, ok := s.conn.(interface{ NetConn() net.Conn }); ok {
+		s.raw = tls.NetConn()
+	}
+	ws.SetPingHandler(func(payload string) error {
+		s.heard.Store(true)
+		pong([]byte(payload))
+		return nil
+	})
+	ws.SetPongHandler(func(string) error {
+		s.heard.Store(true)
+		return nil
+	})
+	// The reader's clean-up answers a close frame, through the outbox.
+	ws.SetCloseHandler(func(int, string) error { return nil })
+	return s
+}
+
+// Read returns the next message, in memory of its own. After a Skippable error reading can
+// go on; any other error is the end of the connection.
+func (s *Socket) Read() ([]byte, error) {
+	kind, message, err := s.ws.NextReader()
+	if err != nil {
+		return nil, err
+	}
+	s.alive()
+	if kind != websocket.BinaryMessage {
+		return nil, ErrText
+	}
+	scratch := scratchPool.Get().(*[]byte)
+	defer scratchPool.Put(scratch)
+	buf, n := *scratch, 0
+	for {
+		if n == len(buf) {
+			if n > s.limit {
+				return nil, ErrTooLarge
+			}
+			larger := make([]byte, min(2*len(buf), s.limit+1))
+			copy(larger, buf)
+			buf = larger
+		}
+		m, err := message.Read(buf[n:])
+		n += m
+		switch {
+		case err == io.EOF && n > s.limit:
+			return nil, ErrTooLarge
+		case err == io.EOF && n <= len(*scratch):
+			// Most messages are small; they leave the scratch for memory of just their size.
+			return append(make([]byte, 0, n), buf[:n]...), nil
+		case err == io.EOF:
+			return buf[:n:n], nil
+		case err != nil:
+			return nil, err
+		}
+		s.alive()
+	}
+}
+
+// alive notes a sign of life. It mostly only looks, since writing costs the other core its cache line.
+func (s *Socket) alive() {
+	if !s.heard.Load() {
+		s.heard.Store(true)
+	}
+}
+
+// Write adds one WebSocket frame to the batch, and hands over what is full. The payload is
+// not changed, and not kept. The opcodes are those of RFC 6455, section 5.2.
+func (s *Socket) Write(opcode byte, payload []byte) error {
+	if s.batch == nil {
+		s.batch = batchPool.Get().(*[]byte)
+	}
+	const headerMax = 14
+	if len(*s.batch)+headerMax+min(len(payload), batchSize/4) > batchSize {
+		if err := s.handOver(); err != nil {
+			return err
+		}
+	}
+	var key [4]byte
+	if s.client {
+		binary.LittleEndian.PutUint32(key[:], rand.Uint32())
+	}
+	*s.batch = appendHeader(*s.batch, opcode, len(payload), s.client, key)
+	s.pending++
+	for offset := 0; len(payload) > 0; {
+		room := batchSize - len(*s.batch)
+		if !s.client && len(payload) > room && len(payload) >= batchSize {
+			// Large and unmasked: no need to copy it.
+			if err := s.handOver(); err != nil {
+				return err
+			}
+			if err := s.write(payload); err != nil {
+				s.pending = 1
+				return err
+			}
+			return nil
+		}
+		n := min(room, len(payload))
+		start := len(*s.batch)
+		*s.batch = append(*s.batch, payload[:n]...)
+		if s.client {
+			mask((*s.batch)[start:], key, offset)
+		}
+		offset, payload = offset+n, payload[n:]
+		if len(payload) > 0 {
+			if err := s.handOver(); err != nil {
+				return err
+			}
+			s.pending = 1
+		}
+	}
+	return nil
+}
+
+// Flush hands over what the batch holds and gives its memory back.
+func (s *Socket) Flush() error {
+	if s.batch == nil {
+		return nil
+	}
+	err := s.handOver()
+	batchPool.Put(s.batch)
+	s.batch = nil
+	return err
+}
+
+func (s *Socket) handOver() error {
+	if err := s.write(*s.batch); err != nil {
+		return err
+	}
+	*s.batch, s.pending = (*s.batch)[:0], 0
+	return nil
+}
+
+// WriteBatch is what both kinds of connection do for their outbox; see outbox.Socket.
+func WriteBatch[S any](s *Socket, batch []outbox.Entry[S]) (written int, err error) {
+	for i := range batch {
+		e := &batch[i]
+		if e.Stale != nil && e.Stale() {
+			e.Frame = nil
+			continue
+		}
+		if err := s.Write(byte(e.Kind), e.Frame); err != nil {
+			return max(0, i+1-s.pending), err
+		}
+	}
+	if err := s.Flush(); err != nil {
+		return max(0, len(batch)-s.pending), err
+	}
+	return len(batch), nil
+}
+
+// write hands b to the connection. It fails when nothing moves for the write timeout.
+func (s *Socket) write(b []byte) error {
+	s.inWrite.Store(true)
+	defer s.inWrite.Store(false)
+	for len(b) > 0 {
+		if err := s.conn.SetWriteDeadline(time.Now().Add(s.writeTimeout)); err != nil {
+			return err
+		}
+		hurry := s.hurry.Load()
+		if hurry != 0 { // Hurry was first, or came in between: its deadline stands
+			if err := s.conn.SetWriteDeadline(time.Unix(0, hurry)); err != nil {
+				return err
+			}
+		}
+		n, err := s.conn.Write(b[:min(len(b), chunkSize)])
+		b = b[n:]
+		if n > 0 {
+			s.written.Add(1)
+		}
+		// A plain connection can go on after a time-out; TLS cannot, and says so at the next write.
+		switch stalled := hurry == 0 && errors.Is(err, os.ErrDeadlineExceeded); {
+		case stalled && n == 0:
+			return ErrStalled
+		case err != nil && !stalled:
+			return err
+		}
+	}
+	return nil
+}
+
+// Hurry gives whatever is still being written a moment, and the reader twice that. It never waits.
+func (s *Socket) Hurry() {
+	now := time.Now()
+	s.hurry.CompareAndSwap(0, now.Add(moment).UnixNano())
+	// An error here means that the connection has ended, which is what Hurry is about.
+	_ = s.conn.SetWriteDeadline(time.Unix(0, s.hurry.Load()))
+	_ = s.conn.SetReadDeadline(now.Add(2 * moment))
+}
+
+// Close ends the connection. It never waits, which TLS does to say goodbye.
+func (s *Socket) Close() { _ = s.raw.Close() }
+
+// Sweep returns for how many sweeps in a row the peer gave no sign of life: nothing was
+// read, and a blocked write moved nothing. A write that did not block proves nothing; the
+// kernel takes it whether or not there still is a peer.
+func (s *Socket) Sweep() (quiet int) {
+	alive := s.heard.Swap(false)
+	written, inWrite := s.written.Load(), s.inWrite.Load()
+	if inWrite && s.lastInWrite && written != s.lastWritten {
+		alive = true
+	}
+	s.lastWritten, s.lastInWrite = written, inWrite
+	s.quiet++
+	if alive {
+		s.quiet = 0
+	}
+	return s.quiet
+}
+
+// Excuse counts as a sign of life: it is not the peer's silence when we do not read.
+func (s *Socket) Excuse() { s.alive() }
+
+// appendHeader appends the header of an unfragmented frame (RFC 6455, section 5.2).
+func appendHeader(b []byte, opcode byte, length int, masked bool, key [4]byte) []byte {
+	const fin, maskBit = 0x80, 0x80
+	var m byte
+	if masked {
+		m = maskBit
+	}
+	b = append(b, fin|opcode)
+	switch {
+	case length <= 125:
+		b = append(b, m|byte(length))
+	case length <= 0xffff:
+		b = binary.BigEndian.AppendUint16(append(b, m|126), uint16(length))
+	default:
+		b = binary.BigEndian.AppendUint64(append(b, m|127), uint64(length))
+	}
+	if masked {
+		b = append(b, key[:]...)
+	}
+	return b
+}
+
+// mask applies the key to b, which begins offset bytes into the payload.
+func mask(b []byte, key [4]byte, offset int) {
+	var k [8]byte
+	for i := range k {
+		k[i] = key[(offset+i)%4]
+	}
+	k8 := binary.LittleEndian.Uint64(k[:])
+	for ; len(b) >= 8; b = b[8:] {
+		binary.LittleEndian.PutUint64(b, binary.LittleEndian.Uint64(b)^k8)
+	}
+	for i := range b {
+		b[i] ^= k[i%4]
+	}
+}

@@ -1,0 +1,132 @@
+// Package telemetry counts what the gateway relays and what goes wrong. Counting a frame is
+// an atomic addition; the instruments read the sums when they are collected.
+package telemetry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"go.opentelemetry.io/collector/component"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
+
+	"github.com/opampgateway/opampgateway/internal/metadata"
+)
+
+// Reason says what went wrong, in the reason attribute of opampgateway.faults. The README
+// lists them with what the gateway does about each.
+type Reason string
+
+// The reasons.
+const (
+	BadFrame         Reason = "bad_frame"          // an agent's message cannot be read
+	BadUID           Reason = "bad_uid"            // an agent's message has no instance UID, or none of 16 or 26 bytes
+	ForeignConnect   Reason = "foreign_connect"    // a connect from what is no gateway, or with an instance UID
+	TooManyUIDs      Reason = "too_many_uids"      // one connection claims more instance UIDs than it may
+	TooLarge         Reason = "too_large"          // an agent's message is above max_message_size
+	UIDConflict      Reason = "uid_conflict"       // an instance UID is in use on two connections
+	AgentSlow        Reason = "agent_slow"         // an agent's outbox is full, or a write to it makes no progress
+	AgentSilent      Reason = "agent_silent"       // no sign of life from an agent
+	AgentRefused     Reason = "agent_refused"      // the server refused an agent that was introduced again
+	ServerBadFrame   Reason = "server_bad_frame"   // a server's message cannot be read
+	ServerTooLarge   Reason = "server_too_large"   // a server's message is above max_message_size
+	ServerNoUID      Reason = "server_no_uid"      // a server's message says not whom it is for
+	ServerUnknownUID Reason = "server_unknown_uid" // a server's message is for an agent that is not here
+	ServerStray      Reason = "server_stray"       // a connectResult that nobody waits for
+	LinkSilent       Reason = "link_silent"        // no sign of life from the server
+	LinkLost         Reason = "link_lost"          // a link ended
+	GraceOver        Reason = "grace_over"         // an agent let go because no link came back in time
+	FrameLost        Reason = "frame_lost"         // an agent's message that could no longer be delivered
+)
+
+// Outcome says how an agent's request to connect ended, in the outcome attribute of
+// opampgateway.admissions.
+type Outcome string
+
+// The outcomes.
+const (
+	Accepted   Outcome = "accepted"    // let in
+	Refused    Outcome = "refused"     // by the server
+	NoLink     Outcome = "no_link"     // there was no link to ask the server on
+	NoAnswer   Outcome = "no_answer"   // the server did not answer in time
+	CannotAsk  Outcome = "cannot_ask"  // the server does not know the gateway capability
+	TooMany    Outcome = "too_many"    // too many were waiting
+	BadRequest Outcome = "bad_request" // not a WebSocket upgrade, or from a foreign origin
+	Abandoned  Outcome = "abandoned"   // the agent hung up while it waited
+)
+
+// Direction is which way messages travel.
+type Direction struct {
+	messages, bytes atomic.Int64
+	attributes      metric.MeasurementOption
+	latency         metric.Float64Histogram
+}
+
+// Relayed counts one message handed to its socket, and the time since it was taken.
+func (d *Direction) Relayed(size int, latency time.Duration) {
+	d.messages.Add(1)
+	d.bytes.Add(int64(size))
+	d.latency.Record(context.Background(), float64(latency)/float64(time.Millisecond), d.attributes)
+}
+
+// Telemetry belongs to one component.
+type Telemetry struct {
+	// Up is from agents to the server, Down from the server to agents.
+	Up, Down Direction
+
+	builder *metadata.TelemetryBuilder
+}
+
+// New registers the instruments of one component.
+func New(set component.TelemetrySettings) (*Telemetry, error) {
+	builder, err := metadata.NewTelemetryBuilder(set)
+	if err != nil {
+		return nil, fmt.Errorf("create metrics: %w", err)
+	}
+	t := &Telemetry{builder: builder}
+	for d, name := range map[*Direction]string{&t.Up: "upstream", &t.Down: "downstream"} {
+		d.attributes = metric.WithAttributeSet(attribute.NewSet(attribute.String("direction", name)))
+		d.latency = builder.OpampgatewayMessagesLatency
+	}
+	return t, nil
+}
+
+// Start registers what is observed on collection; links and agents return how many there are now.
+func (t *Telemetry) Start(links, agents func() int) error {
+	err := errors.Join(
+		t.builder.RegisterOpampgatewayConnectionsCallback(t.observe(
+			func() int64 { return int64(links()) }, func() int64 { return int64(agents()) })),
+		t.builder.RegisterOpampgatewayMessagesCallback(t.observe(t.Up.messages.Load, t.Down.messages.Load)),
+		t.builder.RegisterOpampgatewayMessagesBytesCallback(t.observe(t.Up.bytes.Load, t.Down.bytes.Load)),
+	)
+	if err != nil {
+		return fmt.Errorf("register metrics: %w", err)
+	}
+	return nil
+}
+
+func (t *Telemetry) observe(up, down func() int64) metric.Int64Callback {
+	return func(_ context.Context, o metric.Int64Observer) error {
+		o.Observe(up(), t.Up.attributes)
+		o.Observe(down(), t.Down.attributes)
+		return nil
+	}
+}
+
+// Shutdown unregisters what Start registered.
+func (t *Telemetry) Shutdown() { t.builder.Shutdown() }
+
+// Fault counts one thing that went wrong.
+func (t *Telemetry) Fault(reason Reason) {
+	t.builder.OpampgatewayFaults.Add(context.Background(), 1,
+		metric.WithAttributes(attribute.String("reason", string(reason))))
+}
+
+// Admission counts how one agent's request to connect ended.
+func (t *Telemetry) Admission(outcome Outcome) {
+	t.builder.OpampgatewayAdmissions.Add(context.Background(), 1,
+		metric.WithAttributes(attribute.String("outcome", string(outcome))))
+}
