@@ -227,7 +227,11 @@ func (p *upstreamPool) dial(slot int) (ws *websocket.Conn, retryAfter time.Durat
 	ws, resp, err := dialer.DialContext(ctx, p.cfg.Server.Endpoint, headers)
 	switch {
 	case err != nil && resp != nil:
-		return nil, parseRetryAfter(resp.Header.Get("Retry-After")), fmt.Errorf("server answered %s", resp.Status)
+		err = fmt.Errorf("server answered %s", resp.Status)
+		if resp.StatusCode == http.StatusUnauthorized || resp.StatusCode == http.StatusForbidden {
+			err = fmt.Errorf("%w: it does not take the gateway's own credentials, see server::headers", err)
+		}
+		return nil, parseRetryAfter(resp.Header.Get("Retry-After")), err
 	case err != nil:
 		return nil, 0, err
 	case !stop():

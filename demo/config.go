@@ -52,6 +52,8 @@ service:
       receivers: [otlp]
       exporters: [nop]
   telemetry:
+    logs:
+      disable_stacktrace: true
     metrics:
       readers:
         - pull:
@@ -83,6 +85,8 @@ service:
   telemetry:
     resource:
       service.name: {{yaml .Name}}
+    logs:
+      disable_stacktrace: true
     metrics:
       level: none
 `)
@@ -119,13 +123,19 @@ func render(t *template.Template, data any) (string, error) {
 // freePorts finds n different loopback addresses. Somebody else could take one before
 // the collector does; then the collector says so.
 func freePorts(n int) ([]string, error) {
+	var listeners []net.Listener
+	defer func() { // only at the end, so that no port comes twice
+		for _, l := range listeners {
+			l.Close()
+		}
+	}()
 	var addrs []string
 	for range n {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			return nil, fmt.Errorf("finding a free port: %w", err)
 		}
-		defer l.Close() // only at the end, so that no port comes twice
+		listeners = append(listeners, l)
 		addrs = append(addrs, l.Addr().String())
 	}
 	return addrs, nil

@@ -324,7 +324,7 @@ func (d *demo) readMetrics(ctx context.Context) {
 
 // frame is what stays in sight on a terminal.
 func (d *demo) frame(width, height int) []string {
-	lines := []string{"", clip(fmt.Sprintf("OpAMP gateway demo, running for %s: Ctrl-C stops everything, Enter pushes another configuration",
+	lines := []string{"", clip(fmt.Sprintf("OpAMP gateway demo (%s): Ctrl-C stops it, Enter pushes a new configuration",
 		time.Since(d.started).Round(time.Second)), width-1), ""}
 	v := d.fleet.view()
 	summary := summarize(v, time.Now(), d.places(), d.latest.Load(), width-1, d.screen.color)
@@ -368,15 +368,15 @@ func summarize(v fleetView, now time.Time, p places, m *gatewayMetrics, width in
 	} else {
 		var loads []string
 		for _, l := range v.links {
-			loads = append(loads, fmt.Sprintf("%s carries %d", l.name, l.agents))
+			loads = append(loads, fmt.Sprintf("%s %d", l.name, l.agents))
 		}
 		add("agents", "%d connected, all through the gateway", v.connected())
-		add("links", "%d up: %s", len(v.links), dash(strings.Join(loads, ", ")))
+		add("links", "%d up, with agents: %s", len(v.links), dash(strings.Join(loads, ", ")))
 		add("gateway", "%s", p.gateway)
 	}
 	add("server", "%s", p.server)
 	if v.offer != nil {
-		add("remote config", "%s", v.offer)
+		add("remote config", "%s", strings.TrimPrefix(v.offer.String(), "configuration "))
 	}
 	if m != nil {
 		add("gateway counts", "%s", m)
@@ -387,10 +387,13 @@ func summarize(v fleetView, now time.Time, p places, m *gatewayMetrics, width in
 
 // hints are what one may try next.
 func (d *demo) hints() []string {
-	last := d.collectors[len(d.collectors)-1]
+	last, learns := d.collectors[len(d.collectors)-1], "the server sees its connection end"
+	if d.gateway != nil {
+		learns = "the gateway says goodbye to the server in its place"
+	}
 	lines := []string{
 		"things to try in another terminal:",
-		fmt.Sprintf("  kill -9 %-8d %s vanishes without a word; the server learns of it", last.pid(), last.name),
+		fmt.Sprintf("  kill -9 %-8d %s vanishes without a word; %s", last.pid(), last.name, learns),
 		fmt.Sprintf("  tail -f %s", filepath.Join(d.dir, "*.log")),
 	}
 	if d.gateway != nil {
@@ -461,7 +464,11 @@ func (d *demo) stop(hurry context.Context) error {
 	if d.o.keep {
 		d.screen.say("configurations and logs are kept in " + d.dir)
 	}
-	return errors.Join(errs...)
+	err := errors.Join(errs...)
+	if err == nil {
+		d.screen.say("all stopped, nothing is left running")
+	}
+	return err
 }
 
 func (d *demo) stopAgents(hurry context.Context) error {

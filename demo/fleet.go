@@ -152,11 +152,10 @@ func (f *fleet) receive(l *link, m *protobufs.AgentToServer) *protobufs.ServerTo
 
 	arrived := a.link != l
 	if arrived {
-		switch before := a.link; {
-		case before == nil:
+		if a.link == nil {
 			f.happenedLocked("agent", "%s is connected over %s", a.name, l)
-		default:
-			f.happenedLocked("agent", "%s moved from %s to %s", a.name, before, l)
+		} else {
+			f.happenedLocked("agent", "%s moved from %s to %s", a.name, a.link, l)
 		}
 		a.link = l
 	}
@@ -272,11 +271,11 @@ func newAnswer(uid []byte) *protobufs.ServerToAgent {
 	}
 }
 
-// happened adds an event that is not about a message.
-func (f *fleet) happened(who, format string, args ...any) {
+// serverEvent adds what the server has to tell that changes nothing here.
+func (f *fleet) serverEvent(format string, args ...any) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.happenedLocked(who, format, args...)
+	f.happenedLocked("server", format, args...)
 }
 
 func (f *fleet) happenedLocked(who, format string, args ...any) {

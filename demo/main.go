@@ -54,8 +54,7 @@ func main() {
 	}
 
 	// The first signal asks for an orderly stop. The second one is somebody who has no
-	// patience left: what still runs is killed, but nothing is left behind. SIGPIPE is
-	// the reader of our output going away.
+	// patience left: what still runs is killed, but nothing is left behind.
 	ctx, stop := context.WithCancel(context.Background())
 	hurry, kill := context.WithCancel(context.Background())
 	signals := make(chan os.Signal, 2)
@@ -75,12 +74,16 @@ func main() {
 	}
 }
 
-// awaitSignals ends with the process.
+// awaitSignals ends with the process. SIGPIPE means that nobody reads our output any more;
+// it comes with every further line.
 func awaitSignals(signals <-chan os.Signal, stop, kill context.CancelFunc) {
 	<-signals
 	stop()
-	<-signals
-	kill()
+	for s := range signals {
+		if s != syscall.SIGPIPE {
+			kill()
+		}
+	}
 }
 
 func parseFlags(args []string) (options, error) {

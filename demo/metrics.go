@@ -83,7 +83,7 @@ func parseMetrics(r io.Reader) (gatewayMetrics, error) {
 }
 
 func (m gatewayMetrics) String() string {
-	return fmt.Sprintf("connections %s + %s, messages relayed %.0f up (%s) + %.0f down (%s)",
+	return fmt.Sprintf("%s + %s, messages: %.0f up (%s), %.0f down (%s)",
 		count(m.agents, "agent"), count(m.links, "link"), m.messagesUp, size(m.bytesUp), m.messagesDown, size(m.bytesDown))
 }
 

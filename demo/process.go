@@ -73,7 +73,7 @@ func (p *process) stop(hurry context.Context) error {
 	}
 	// Signal fails where the system knows no SIGTERM (Windows); there is only Kill then.
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
-		_ = p.cmd.Process.Kill() // it may have ended meanwhile
+		_ = killGroup(p.cmd.Process) // it may have ended meanwhile
 	}
 	ctx, cancel := context.WithTimeout(hurry, stopTimeout)
 	defer cancel()
@@ -84,7 +84,7 @@ func (p *process) stop(hurry context.Context) error {
 		}
 		return nil
 	case <-ctx.Done():
-		_ = p.cmd.Process.Kill() // it may have ended meanwhile
+		_ = killGroup(p.cmd.Process) // it may have ended meanwhile
 		<-p.done
 		if hurry.Err() != nil {
 			return fmt.Errorf("%s was killed", p.name)

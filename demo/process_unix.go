@@ -1,7 +1,11 @@
-//go:build unix && !linux
+//go:build unix
 
 package main
 
-import "syscall"
+import (
+	"os"
+	"syscall"
+)
 
-func ownGroup() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setpgid: true} }
+// killGroup ends a process and whatever it started itself.
+func killGroup(p *os.Process) error { return syscall.Kill(-p.Pid, syscall.SIGKILL) }

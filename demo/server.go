@@ -108,7 +108,7 @@ func (s *opampServer) connect(c *protobufs.CustomMessage) *protobufs.ServerToAge
 	answer := newAnswer(nil)
 	var request connectRequest
 	if err := json.Unmarshal(c.GetData(), &request); err != nil {
-		s.fleet.happened("server", "cannot read a question of the gateway: %v", err)
+		s.fleet.serverEvent("cannot read a question of the gateway: %v", err)
 		return answer
 	}
 	headers := http.Header{}
@@ -126,9 +126,9 @@ func (s *opampServer) connect(c *protobufs.CustomMessage) *protobufs.ServerToAge
 	answer.CustomMessage = &protobufs.CustomMessage{Capability: gatewayCapability, Type: connectResultType, Data: data}
 
 	if result.Accept {
-		s.fleet.happened("server", "the gateway asks about an agent from %s: accepted", request.RemoteAddress)
+		s.fleet.serverEvent("the gateway asks about an agent from %s: accepted", request.RemoteAddress)
 	} else {
-		s.fleet.happened("server", "the gateway asks about an agent from %s: refused with %d", request.RemoteAddress, result.HTTPStatusCode)
+		s.fleet.serverEvent("the gateway asks about an agent from %s: refused with %d", request.RemoteAddress, result.HTTPStatusCode)
 	}
 	return answer
 }
@@ -156,7 +156,7 @@ func (s *opampServer) pushNext() {
 func (s *opampServer) send(pushes []push) {
 	for _, p := range pushes {
 		if err := p.conn.Send(context.Background(), p.message); err != nil {
-			s.fleet.happened("server", "cannot push to %s: %v", shortUID(formatUID(string(p.message.InstanceUid))), err)
+			s.fleet.serverEvent("cannot push to %s: %v", shortUID(formatUID(string(p.message.InstanceUid))), err)
 		}
 	}
 }
