@@ -27,7 +27,8 @@ export GOFLAGS := $(strip $(shell go env GOFLAGS) -buildvcs=false)
 export GOWORK := off
 
 BIN := $(CURDIR)/build/tools
-GOBUILD := $(CURDIR)/tools/gobuild.sh
+LINT := "$(BIN)/golangci-lint"
+GOBUILD := "$(CURDIR)/tools/gobuild.sh"
 
 .DEFAULT_GOAL := help
 # One thing after the other, in the order written; go itself keeps all cores busy.
@@ -58,7 +59,7 @@ generate: build/tools/mdatagen ## regenerate what comes from metadata.yaml
 	@cd build/opampgateway && PATH="$(BIN):$$PATH" go generate ./...
 
 fmt: build/tools/golangci-lint ## format the code
-	@for m in $(CODE_MODULES); do (cd $$m && $(BIN)/golangci-lint fmt --config $(CURDIR)/.golangci.yml) || exit; done
+	@for m in $(CODE_MODULES); do (cd $$m && $(LINT) fmt) || exit; done
 
 tidy: ## tidy every go.mod
 	@for m in $(TIDY_MODULES); do (cd $$m && go mod tidy) || exit; done
@@ -71,7 +72,7 @@ test: c-compiler tidy-check generate-check lint cross unit fuzz e2e ## all of th
 
 tidy-check: ## every go.mod is tidy
 	@echo '==> tidy-check'
-	@for m in $(TIDY_MODULES); do (cd $$m && go mod tidy -diff) || exit; done
+	@for m in $(TIDY_MODULES); do (cd $$m && go mod tidy -diff) || { echo "$$m/go.mod is not tidy: run \"make tidy\""; exit 1; }; done
 
 # Compares in a copy, so that the check leaves the tree as it is and work in
 # progress counts. The copies bear the name that mdatagen gives to the package.
@@ -88,7 +89,7 @@ generate-check: build/tools/mdatagen ## generated files are up to date with meta
 
 lint: build/tools/golangci-lint ## lint the code and check its format
 	@for m in $(CODE_MODULES); do echo "==> lint $$m"; \
-		(cd $$m && $(BIN)/golangci-lint run --config $(CURDIR)/.golangci.yml ./...) || exit; done
+		(cd $$m && $(LINT) run ./...) || exit; done
 
 cross: ## build and vet for Linux, Windows and macOS
 	@for p in $(PLATFORMS); do echo "==> cross $$p"; \
@@ -130,16 +131,16 @@ build/tools/.go-version: FORCE
 	@mkdir -p $(@D) && go version | cmp -s - $@ || go version >$@
 
 build/tools/mdatagen: tools/go.mod tools/go.sum build/tools/.go-version
-	@cd tools && $(GOBUILD) mdatagen -ldflags='-s -w' -o $(BIN)/mdatagen go.opentelemetry.io/collector/cmd/mdatagen
+	@cd tools && $(GOBUILD) mdatagen -o ../$@ go.opentelemetry.io/collector/cmd/mdatagen
 
 build/tools/ocb: tools/go.mod tools/go.sum build/tools/.go-version
-	@cd tools && $(GOBUILD) 'ocb, the collector builder' -ldflags='-s -w' -o $(BIN)/ocb go.opentelemetry.io/collector/cmd/builder
+	@cd tools && $(GOBUILD) 'ocb, the collector builder' -o ../$@ go.opentelemetry.io/collector/cmd/builder
 
 build/tools/golangci-lint: tools/lint/go.mod tools/lint/go.sum build/tools/.go-version
-	@cd tools/lint && $(GOBUILD) golangci-lint -ldflags='-s -w' -o $(BIN)/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+	@cd tools/lint && $(GOBUILD) golangci-lint -o ../../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 
 build/opampsupervisor: e2e/supervisor/go.mod e2e/supervisor/go.sum build/tools/.go-version
-	@cd e2e/supervisor && $(GOBUILD) opampsupervisor -ldflags='-s -w' -o $(CURDIR)/$@ github.com/open-telemetry/opentelemetry-collector-contrib/cmd/opampsupervisor
+	@cd e2e/supervisor && $(GOBUILD) opampsupervisor -o ../../$@ github.com/open-telemetry/opentelemetry-collector-contrib/cmd/opampsupervisor
 
 # The collector's sources follow the manifest and the versions that the gateway
 # needs. Whether they have to be compiled again, go knows best.
@@ -149,7 +150,7 @@ build/collector/go.sum: collector/manifest.yaml go.mod go.sum build/tools/ocb
 	@build/tools/ocb --config collector/manifest.yaml --skip-compilation >build/ocb.log 2>&1 || { cat build/ocb.log; exit 1; }
 
 build/otelcol-opampgateway: build/collector/go.sum FORCE
-	@cd build/collector && $(GOBUILD) collector -ldflags='-s -w' -o $(CURDIR)/$@ .
+	@cd build/collector && $(GOBUILD) collector -o ../../$@ .
 
 # The race detector is the one thing that needs more than Go: cgo, so a C compiler.
 # Root on a machine with apt-get and no compiler is a fresh container; anybody

@@ -195,6 +195,9 @@ func (s *downstreamServer) checkRequest(w http.ResponseWriter, r *http.Request) 
 		w.Header().Set("Sec-Websocket-Version", "13")
 		http.Error(w, "WebSocket version 13 is needed", http.StatusBadRequest)
 		return false
+	case r.Header.Get("Sec-Websocket-Key") == "":
+		http.Error(w, "Sec-WebSocket-Key is missing", http.StatusBadRequest)
+		return false
 	case origin != "" && !sameOrigin(origin, r.Host):
 		http.Error(w, "requests from web pages of another origin are not served", http.StatusForbidden)
 		return false
@@ -615,10 +618,9 @@ func (a *agentConn) sweep(now time.Time, limits sweepLimits) {
 		a.sock.Excuse()
 	}
 	switch quiet := a.sock.Sweep(); {
-	case quiet >= limits.close:
+	case quiet >= limits.close && !a.muted.Swap(true): // it may be elsewhere already
 		a.server.tel.Fault(telemetry.AgentSilent)
 		a.server.log.Info("no sign of life from agent; closing its connection", zap.String("remote_address", a.remote))
-		a.muted.Store(true) // it may be elsewhere already
 		a.close(websocket.CloseGoingAway, "no sign of life")
 	case quiet >= limits.ping:
 		_ = a.outbox.Try(entry{Kind: outbox.Ping})

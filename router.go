@@ -71,6 +71,7 @@ func (r *router) claim(a *agentConn, uid wire.UID) (way *route, conflict bool, e
 			return nil, false, err
 		}
 	}
+	a.held[way] = false // whoever speaks after a goodbye is back
 	if old := way.replace; old != nil {
 		way.replace = nil
 		r.dropLocked(a, old)

@@ -107,6 +107,7 @@ type upstreamPool struct {
 	count   int           // of live links
 	since   time.Time     // when count last became more than 0
 	changed chan struct{} // closed and renewed whenever a link comes up or goes down
+	back    chan struct{} // closed and renewed whenever count becomes more than 0
 	stated  []*capabilities
 }
 
@@ -127,7 +128,7 @@ func newUpstreamPool(ctx context.Context, cfg *Config, build component.BuildInfo
 	p := &upstreamPool{
 		cfg: cfg, log: log.With(zap.String("server", serverName(cfg.Server.Endpoint))), tel: tel, router: r,
 		headers: headers, tls: tlsConfig, netDial: (&net.Dialer{}).DialContext, status: status,
-		live: make([]*link, cfg.Server.Connections), changed: make(chan struct{}),
+		live: make([]*link, cfg.Server.Connections), changed: make(chan struct{}), back: make(chan struct{}),
 	}
 	return p, nil
 }
@@ -153,6 +154,7 @@ func (p *upstreamPool) keep(slot int) {
 	log := p.log.With(zap.String("link", p.linkName(slot)))
 	told := "" // the last failure that was logged
 	for fresh := true; p.dialing.Err() == nil; {
+		back := p.serverBack()
 		ws, retryAfter, err := p.dial(slot)
 		if err != nil {
 			if p.dialing.Err() != nil {
@@ -164,7 +166,14 @@ func (p *upstreamPool) keep(slot int) {
 				log.Warn("cannot connect to the server, will keep trying", zap.Error(err), zap.Duration("retry_in", delay))
 				p.reportFailure(err)
 			}
-			_ = sleep(p.dialing, delay)
+			if retryAfter > 0 {
+				back = nil // the server wants to be left alone
+			}
+			select {
+			case <-time.After(delay):
+			case <-back: // with this link the agents of all will be spread evenly
+			case <-p.dialing.Done():
+			}
 			continue
 		}
 		told = ""
@@ -260,6 +269,8 @@ func (p *upstreamPool) linkUp(l *link) bool {
 	p.live[l.slot] = l
 	if p.count++; p.count == 1 {
 		p.since = time.Now()
+		close(p.back)
+		p.back = make(chan struct{})
 		p.status(nil)
 	}
 	p.signalLocked()
@@ -303,6 +314,13 @@ func (p *upstreamPool) linkDown(l *link) {
 	}
 }
 
+// serverBack returns what is closed when, after a time without any link, the first is back.
+func (p *upstreamPool) serverBack() <-chan struct{} {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.back
+}
+
 func (p *upstreamPool) signalLocked() {
 	close(p.changed)
 	p.changed = make(chan struct{})
@@ -336,6 +354,10 @@ func (p *upstreamPool) attach(ctx context.Context, a *agentConn, from *link, los
 		if a.ended {
 			p.mu.Unlock()
 			return nil, errAgentEnded
+		}
+		if ctx.Err() != nil { // even if there is a link
+			p.mu.Unlock()
+			return nil, context.Cause(ctx)
 		}
 		var best *link
 		var wait time.Duration
@@ -723,12 +745,15 @@ func (l *link) relay(frame []byte) {
 		l.pool.tel.Fault(telemetry.ServerUnknownUID)
 		return
 	}
+	l.noteCapabilities(frame, &f)
+	untold := l.untoldCapabilities(a, way, &f) // a new UID inherits what the agent has heard
 	if f.Has(wire.FieldAgentIdentification) {
 		l.rename(frame, way)
 	}
 	a.deliver(frame, taken)
-	l.noteCapabilities(frame, &f)
-	l.tellCapabilities(a, way, &f)
+	if untold != nil {
+		a.sendOwn(untold)
+	}
 }
 
 // rename heeds an agent_identification: the agent is to be found under its new UID at once.
@@ -771,19 +796,19 @@ func (p *upstreamPool) intern(names []string) *capabilities {
 	return caps
 }
 
-// tellCapabilities tells the agent behind way of the server's custom capabilities, unless it
-// has heard them, and right after the first frame that went there, f.
-func (l *link) tellCapabilities(a *agentConn, way *route, f *wire.Fields) {
+// untoldCapabilities returns a frame that tells the agent behind way of the server's custom
+// capabilities, to follow f, the first frame that goes there; nil if the agent has heard them.
+func (l *link) untoldCapabilities(a *agentConn, way *route, f *wire.Fields) []byte {
 	caps := l.caps.Load()
 	if caps == nil || a.gateway || way.told.Load() == caps {
-		return
+		return nil
 	}
 	told := way.told.Swap(caps)
 	format := a.format.Load()
 	if f.Has(wire.FieldCustomCapabilities) || (told == nil && len(caps.names) == 0) || format == nil || format.Legacy {
-		return
+		return nil
 	}
-	a.sendOwn(format.CustomCapabilities(way.uid, caps.names))
+	return format.CustomCapabilities(way.uid, caps.names)
 }
 
 // takeUnaddressed takes a frame that says not whom it is for. On a link shared by many agents
@@ -835,6 +860,11 @@ func (l *link) giveUpAsking() {
 // ask asks the server whether an agent may connect. window bounds the questions in flight. The
 // error is errLinkLost, errCannotAsk, or that of ctx.
 func (l *link) ask(ctx context.Context, question connect.Question, window chan struct{}) (connect.Result, error) {
+	select {
+	case <-l.deaf: // even if the window is open
+		return connect.Result{}, errCannotAsk
+	default:
+	}
 	select {
 	case window <- struct{}{}:
 		defer func() { <-window }()

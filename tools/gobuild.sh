@@ -1,8 +1,8 @@
 #!/bin/sh
-# Runs `go build` with the given arguments and shows that it gets on: on a first
-# run it fetches hundreds of modules and compiles as many packages, in silence.
+# Builds a program and shows that it gets on: on a first run, go fetches hundreds
+# of modules and compiles as many packages, in silence.
 #
-#   gobuild.sh WHAT ARGUMENTS...
+#   gobuild.sh WHAT ARGUMENTS OF GO BUILD...
 set -u
 what=$1
 shift
@@ -13,7 +13,7 @@ if [ -t 1 ]; then
 else
 	start='' end='\n' every=100
 fi
-modules=0
+modules='' # none yet
 packages=0
 
 say() {
@@ -21,17 +21,18 @@ say() {
 }
 
 progress() {
-	if [ $(((modules + packages) % every)) -eq 0 ]; then
-		say "$modules modules fetched, $packages packages compiled"
+	if [ $(((${modules:-0} + packages) % every)) -eq 0 ]; then
+		say "${modules:+$modules modules fetched, }$packages packages compiled"
 	fi
 }
 
 say 'building'
 
 # With -v, go names each package that it compiles. Anything else it says is for
-# the reader. The last line brings its exit status out of the pipe.
+# the reader. The last line brings its exit status out of the pipe. The program
+# knows nothing of the machine's directories, and carries no symbols.
 {
-	go build -v "$@"
+	go build -v -trimpath -ldflags='-s -w' "$@"
 	echo "exit status of go build: $?"
 } 2>&1 | while IFS= read -r line; do
 	case $line in
@@ -44,7 +45,7 @@ say 'building'
 		exit "${line##* }"
 		;;
 	'go: downloading '*)
-		modules=$((modules + 1))
+		modules=$((${modules:-0} + 1))
 		progress
 		;;
 	*[[:space:]]*)

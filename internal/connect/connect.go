@@ -4,6 +4,7 @@ package connect
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 
@@ -122,7 +123,7 @@ func RequestUID(data []byte) (string, error) {
 		return "", fmt.Errorf("read request_uid: %w", err)
 	}
 	if message.RequestUID == "" {
-		return "", fmt.Errorf("read request_uid: missing")
+		return "", errors.New("read request_uid: missing")
 	}
 	return message.RequestUID, nil
 }

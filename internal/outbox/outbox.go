@@ -54,7 +54,7 @@ func (e *Entry[S]) size() int { return len(e.Frame) + overhead }
 type Socket[S any] interface {
 	// WriteBatch writes the entries in order and flushes, under a deadline. It returns how
 	// many were handed to the socket whole; fewer than all only with an error. It is
-	// called by one goroutine at a time and keeps nothing of the batch.
+	// called by one goroutine at a time, and neither changes the batch nor keeps any of it.
 	WriteBatch(batch []Entry[S]) (written int, err error)
 	// Hurry bounds all that is still to be written and read to a moment. It never waits.
 	Hurry()
@@ -91,14 +91,15 @@ func New[S any](socket Socket[S], limit int) *Outbox[S] {
 	return o
 }
 
-// Try adds e unless the outbox is full or closed. It never waits.
+// Try adds e unless the outbox is full or closed. It never waits. A message does not overtake
+// those for which Put waits: to them the outbox is full.
 func (o *Outbox[S]) Try(e Entry[S]) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	switch {
 	case o.closed:
 		return ErrClosed
-	case !o.fitsLocked(&e):
+	case !o.fitsLocked(&e), e.Kind == Message && len(o.waiting) > 0:
 		return ErrFull
 	}
 	o.addLocked(e)
@@ -134,6 +135,7 @@ func (o *Outbox[S]) Put(ctx context.Context, e Entry[S]) error {
 		return <-w.done
 	}
 	o.waiting = slices.Delete(o.waiting, i, i+1)
+	o.admitLocked() // it may have been what the others waited behind
 	return ctx.Err()
 }
 
@@ -177,7 +179,7 @@ func (o *Outbox[S]) Abort() (unwritten []Entry[S]) {
 	for o.writing {
 		o.left.Wait()
 	}
-	unwritten = append(o.failed, o.queue...)
+	unwritten = slices.Concat(o.failed, o.queue)
 	o.failed, o.queue, o.size = nil, nil, 0
 	return unwritten
 }
@@ -193,6 +195,17 @@ func (o *Outbox[S]) addLocked(e Entry[S]) {
 	if !o.writing {
 		o.writing = true
 		go o.write()
+	}
+}
+
+// admitLocked queues what Put waits for, as far as there is room.
+func (o *Outbox[S]) admitLocked() {
+	for len(o.waiting) > 0 && o.fitsLocked(&o.waiting[0].entry) {
+		w := o.waiting[0]
+		o.waiting[0] = nil // so that its frame is not held for as long as the slice
+		o.waiting = o.waiting[1:]
+		o.addLocked(w.entry)
+		w.done <- nil
 	}
 }
 
@@ -229,13 +242,7 @@ func (o *Outbox[S]) next(written []Entry[S]) []Entry[S] {
 	for i := range written {
 		o.size -= written[i].size()
 	}
-	for len(o.waiting) > 0 && o.fitsLocked(&o.waiting[0].entry) {
-		w := o.waiting[0]
-		o.waiting = o.waiting[1:]
-		o.queue = append(o.queue, w.entry)
-		o.size += w.entry.size()
-		w.done <- nil
-	}
+	o.admitLocked()
 	if len(o.queue) == 0 {
 		o.queue = nil
 		o.leaveLocked()

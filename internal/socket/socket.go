@@ -65,9 +65,12 @@ type Socket struct {
 	limit        int      // of one message read, in bytes
 	writeTimeout time.Duration
 
+	// Owned by the reader.
+	unread io.Reader // the rest of a message that was skipped; nil when there is none
+
 	// Owned by the writer.
 	batch   *[]byte // what is put together; nil when nothing is
-	pending int     // frames of which a part is in the batch
+	pending int     // frames of which a part is in the batch, and those left out among them
 
 	// Shared.
 	heard   atomic.Bool   // something came since the last sweep
@@ -106,12 +109,16 @@ func New(ws *websocket.Conn, client bool, limit int, writeTimeout time.Duration,
 // Read returns the next message, in memory of its own. After a Skippable error reading can
 // go on; any other error is the end of the connection.
 func (s *Socket) Read() ([]byte, error) {
+	if err := s.readPast(); err != nil {
+		return nil, err
+	}
 	kind, message, err := s.ws.NextReader()
 	if err != nil {
 		return nil, err
 	}
 	s.alive()
 	if kind != websocket.BinaryMessage {
+		s.unread = message
 		return nil, ErrText
 	}
 	scratch := scratchPool.Get().(*[]byte)
@@ -120,6 +127,7 @@ func (s *Socket) Read() ([]byte, error) {
 	for {
 		if n == len(buf) {
 			if n > s.limit {
+				s.unread = message
 				return nil, ErrTooLarge
 			}
 			larger := make([]byte, min(2*len(buf), s.limit+1))
@@ -143,6 +151,26 @@ func (s *Socket) Read() ([]byte, error) {
 	}
 }
 
+// readPast reads the rest of a message that was skipped. gorilla would do so by itself, but
+// without a sign of life, however long that takes.
+func (s *Socket) readPast() error {
+	if s.unread == nil {
+		return nil
+	}
+	scratch := scratchPool.Get().(*[]byte)
+	defer scratchPool.Put(scratch)
+	for {
+		switch _, err := s.unread.Read(*scratch); {
+		case err == io.EOF:
+			s.unread = nil
+			return nil
+		case err != nil:
+			return err
+		}
+		s.alive()
+	}
+}
+
 // alive notes a sign of life. It mostly only looks, since writing costs the other core its cache line.
 func (s *Socket) alive() {
 	if !s.heard.Load() {
@@ -159,6 +187,7 @@ func (s *Socket) Write(opcode byte, payload []byte) error {
 	const headerMax = 14
 	if len(*s.batch)+headerMax+min(len(payload), batchSize/4) > batchSize {
 		if err := s.handOver(); err != nil {
+			s.pending++ // this one is not written either
 			return err
 		}
 	}
@@ -204,6 +233,7 @@ func (s *Socket) Flush() error {
 		return nil
 	}
 	err := s.handOver()
+	*s.batch = (*s.batch)[:0] // after an error, too: the next to use it is another connection
 	batchPool.Put(s.batch)
 	s.batch = nil
 	return err
@@ -222,7 +252,9 @@ func WriteBatch[S any](s *Socket, batch []outbox.Entry[S]) (written int, err err
 	for i := range batch {
 		e := &batch[i]
 		if e.Stale != nil && e.Stale() {
-			e.Frame = nil
+			if s.pending > 0 {
+				s.pending++ // it stands between those that are
+			}
 			continue
 		}
 		if err := s.Write(byte(e.Kind), e.Frame); err != nil {
@@ -235,7 +267,8 @@ func WriteBatch[S any](s *Socket, batch []outbox.Entry[S]) (written int, err err
 	return len(batch), nil
 }
 
-// write hands b to the connection. It fails when nothing moves for the write timeout.
+// write hands b to the connection. It fails when nothing moves for the write timeout, at the
+// latest after twice that: what moved is only known when a call returns.
 func (s *Socket) write(b []byte) error {
 	s.inWrite.Store(true)
 	defer s.inWrite.Store(false)
@@ -243,8 +276,7 @@ func (s *Socket) write(b []byte) error {
 		if err := s.conn.SetWriteDeadline(time.Now().Add(s.writeTimeout)); err != nil {
 			return err
 		}
-		hurry := s.hurry.Load()
-		if hurry != 0 { // Hurry was first, or came in between: its deadline stands
+		if hurry := s.hurry.Load(); hurry != 0 { // Hurry was first, or came in between: its deadline stands
 			if err := s.conn.SetWriteDeadline(time.Unix(0, hurry)); err != nil {
 				return err
 			}
@@ -255,7 +287,7 @@ func (s *Socket) write(b []byte) error {
 			s.written.Add(1)
 		}
 		// A plain connection can go on after a time-out; TLS cannot, and says so at the next write.
-		switch stalled := hurry == 0 && errors.Is(err, os.ErrDeadlineExceeded); {
+		switch stalled := s.hurry.Load() == 0 && errors.Is(err, os.ErrDeadlineExceeded); {
 		case stalled && n == 0:
 			return ErrStalled
 		case err != nil && !stalled:
@@ -267,11 +299,11 @@ func (s *Socket) write(b []byte) error {
 
 // Hurry gives whatever is still being written a moment, and the reader twice that. It never waits.
 func (s *Socket) Hurry() {
-	now := time.Now()
-	s.hurry.CompareAndSwap(0, now.Add(moment).UnixNano())
+	s.hurry.CompareAndSwap(0, time.Now().Add(moment).UnixNano())
+	end := time.Unix(0, s.hurry.Load())
 	// An error here means that the connection has ended, which is what Hurry is about.
-	_ = s.conn.SetWriteDeadline(time.Unix(0, s.hurry.Load()))
-	_ = s.conn.SetReadDeadline(now.Add(2 * moment))
+	_ = s.conn.SetWriteDeadline(end)
+	_ = s.conn.SetReadDeadline(end.Add(moment))
 }
 
 // Close ends the connection. It never waits, which TLS does to say goodbye.

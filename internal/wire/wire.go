@@ -9,9 +9,11 @@
 package wire
 
 import (
+	"bytes"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 
 	"google.golang.org/protobuf/encoding/protowire"
 )
@@ -110,9 +112,11 @@ func scan(frame []byte, customMessage protowire.Number) (Fields, error) {
 		case customMessage:
 			// A second occurrence is merged into the first, which is the same as
 			// decoding both in a row. Nobody sends that, but nothing may hide in it.
-			f.CustomMessage = append(f.CustomMessage[:len(f.CustomMessage):len(f.CustomMessage)], value...)
-			if len(f.CustomMessage) == len(value) {
-				f.CustomMessage = value
+			// Without spare capacity the merge is a copy, and the frame stays as it is.
+			if f.CustomMessage == nil {
+				f.CustomMessage = slices.Clip(value)
+			} else {
+				f.CustomMessage = append(f.CustomMessage, value...)
 			}
 		}
 	}
@@ -141,7 +145,7 @@ func ParseUID(b []byte) (UID, error) {
 }
 
 // Is reports whether b holds this UID.
-func (u *UID) Is(b []byte) bool { return len(b) > 0 && string(b) == string(u.bytes[:u.length]) }
+func (u *UID) Is(b []byte) bool { return len(b) > 0 && bytes.Equal(b, u.bytes[:u.length]) }
 
 // Bytes returns the UID as it stands in a message.
 func (u *UID) Bytes() []byte { return u.bytes[:u.length] }

@@ -1,0 +1,18 @@
+// Package e2e tests the gateway from outside: the built collector as a process, real agents
+// before it, a real server behind it, real sockets on loopback between them.
+//
+//	make e2e                               builds what is needed and runs all of it
+//	cd e2e && go test -run TestChain ./... runs one, on what was built before
+//
+// The cast, one file each:
+//
+//	process.go     any program that is started here, its log, its end
+//	collector.go   the built collector, as gateway and as agent, and the supervisor
+//	server.go      an OpAMP server on opamp-go's library, with or without the gateway capability
+//	agent.go       agents on opamp-go's client library
+//	raw.go         agents of bare WebSockets, for what a library hides or does not do
+//	certs.go       certificates
+//	wait.go        waiting for what has to happen; no test sleeps
+//
+// The files *_test.go tell the stories.
+package e2e

@@ -1,0 +1,196 @@
+package e2e
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"github.com/open-telemetry/opamp-go/protobufs"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/protobuf/proto"
+)
+
+// fasterSweeps has offences punished, and silence noticed, within a few seconds.
+func fasterSweeps(c config) {
+	c.gateway("agents::keep_alive", map[string]any{"interval": "1s", "timeout": "3s"})
+}
+
+// What is no agent is refused without a question to the server.
+func TestNoAgents(t *testing.T) {
+	t.Parallel()
+	server := startServer(t, serverOptions{})
+	gateway := startGateway(t, server.url())
+	server.wantLinks(t, upstream(3)...)
+	upgrade := func(extra ...string) string {
+		return "GET /v1/opamp HTTP/1.1\r\nHost: " + gateway.address + "\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" +
+			"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n" + strings.Join(extra, "\r\n") + "\r\n\r\n"
+	}
+	for _, test := range []struct {
+		name, request string
+		status        int
+	}{
+		{"GET", "GET /v1/opamp HTTP/1.1\r\nHost: x\r\n\r\n", http.StatusUpgradeRequired},
+		{"POST", "POST /v1/opamp HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-protobuf\r\nContent-Length: 2\r\n\r\n\x10\x01", http.StatusUpgradeRequired},
+		{"POST that asks for an upgrade", strings.Replace(upgrade(), "GET", "POST", 1), http.StatusUpgradeRequired},
+		{"WebSocket of old", strings.Replace(upgrade(), "Version: 13", "Version: 8", 1), http.StatusBadRequest},
+		{"foreign origin", upgrade("Origin: https://evil.example"), http.StatusForbidden},
+		{"header of 40 KiB", upgrade("X-Large: " + strings.Repeat("x", 40<<10)), http.StatusRequestHeaderFieldsTooLarge},
+		{"no HTTP", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", http.StatusBadRequest},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			conn, err := net.Dial("tcp", gateway.address)
+			require.NoError(t, err)
+			defer conn.Close()
+			require.NoError(t, conn.SetDeadline(time.Now().Add(ceiling)))
+			_, err = io.WriteString(conn, test.request)
+			require.NoError(t, err)
+			resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			require.NoError(t, err)
+			resp.Body.Close()
+			require.Equal(t, test.status, resp.StatusCode)
+		})
+	}
+	require.Empty(t, server.asked())
+
+	t.Run("header of 20 KiB, same origin, any path", func(t *testing.T) {
+		connectRaw(t, "ws://"+gateway.address+"/some/where/else", http.Header{
+			"X-Large": {strings.Repeat("x", 20<<10)}, "Origin": {"http://" + gateway.address},
+		})
+		require.Len(t, server.asked(), 1)
+	})
+}
+
+// Agents that do not keep to the protocol are let go, late; neither other agents nor the links
+// to the server notice.
+func TestBadFrames(t *testing.T) {
+	t.Parallel()
+	server := startServer(t, serverOptions{})
+	metrics := freeAddress(t)
+	gateway := startGateway(t, server.url(), fasterSweeps, func(c config) {
+		c.gateway("max_message_size", 64<<10)
+		c.metrics(t, metrics)
+	})
+	server.wantLinks(t, upstream(3)...)
+	others := startAgents(t, 3, gateway.url(), agentOptions{}) // one on each link
+	for _, a := range others {
+		server.wantAgent(t, a.id(), "is connected", isConnected)
+	}
+	stop := make(chan struct{})
+	defer close(stop)
+	for _, a := range others {
+		go a.chatUntil(stop) // ends with the test
+	}
+
+	connected := func(t *testing.T) *rawAgent {
+		t.Helper()
+		a := connectRaw(t, gateway.url(), nil)
+		a.send(t, &protobufs.AgentToServer{SequenceNum: 1})
+		server.wantAgent(t, a.uid, "is connected", func(k Known) bool { return k.Connected })
+		return a
+	}
+	question, err := proto.Marshal(&protobufs.AgentToServer{CustomMessage: &protobufs.CustomMessage{
+		Capability: gatewayCapability, Type: "connect", Data: []byte(`{"request_uid":"1","headers":{"Authorization":["guess"]}}`),
+	}})
+	require.NoError(t, err)
+
+	t.Run("each", func(t *testing.T) { // returns when all of them have
+		for _, test := range []struct {
+			name   string
+			kind   int
+			frame  []byte
+			times  int
+			code   int
+			reason string
+		}{
+			{"garbage", websocket.BinaryMessage, []byte("\x00\xff\xff\xff\xff garbage"), 10, websocket.CloseInvalidFramePayloadData, "bad_frame"},
+			{"text", websocket.TextMessage, []byte("hello"), 10, websocket.CloseInvalidFramePayloadData, "bad_frame"},
+			{"no uid", websocket.BinaryMessage, []byte("\x00\x10\x01"), 10, websocket.CloseInvalidFramePayloadData, "bad_uid"},
+			{"uid of 3 bytes", websocket.BinaryMessage, []byte("\x00\x0a\x03abc"), 10, websocket.CloseInvalidFramePayloadData, "bad_uid"},
+			{"question of a gateway", websocket.BinaryMessage, append([]byte{0}, question...), 1, websocket.ClosePolicyViolation, "foreign_connect"},
+			{"too large", websocket.BinaryMessage, make([]byte, 65<<10), 1, websocket.CloseMessageTooBig, "too_large"},
+		} {
+			t.Run(test.name, func(t *testing.T) {
+				t.Parallel()
+				mallory := connected(t)
+				asked := len(server.asked())
+				start := time.Now()
+				for range test.times {
+					mallory.sendFrame(t, test.kind, test.frame)
+				}
+				if test.times > 1 {
+					mallory.wantMessage(t, "that says what is wrong", func(m *protobufs.ServerToAgent) bool {
+						return m.GetErrorResponse().GetType() == protobufs.ServerErrorResponseType_ServerErrorResponseType_BadRequest
+					})
+				}
+				mallory.wantClosed(t, test.code)
+				require.Greater(t, time.Since(start), 900*time.Millisecond, "closed late, or it would be back thousands of times a second")
+				server.wantAgent(t, mallory.uid, "is gone", func(k Known) bool { return k.Goodbye })
+				require.GreaterOrEqual(t, samples(t, metrics)[fmt.Sprintf("otelcol_opampgateway_faults{reason=%q}", test.reason)], float64(test.times))
+				for _, q := range server.asked()[asked:] {
+					require.NotContains(t, q.Headers.Get("Authorization"), "guess")
+				}
+			})
+		}
+
+		t.Run("a few bad ones are forgiven", func(t *testing.T) {
+			t.Parallel()
+			bob := connected(t)
+			for range 9 {
+				bob.sendFrame(t, websocket.BinaryMessage, []byte("\x00\xff"))
+			}
+			bob.send(t, &protobufs.AgentToServer{SequenceNum: 2})
+			for range 9 {
+				bob.sendFrame(t, websocket.BinaryMessage, []byte("\x00\xff"))
+			}
+			bob.send(t, &protobufs.AgentToServer{SequenceNum: 3})
+			server.wantAgent(t, bob.uid, "is still heard", func(k Known) bool { return k.Messages == 3 })
+			bob.wantOpen(t)
+		})
+
+		t.Run("no WebSocket frames at all", func(t *testing.T) {
+			t.Parallel()
+			mallory := connected(t)
+			_, err := mallory.ws.NetConn().Write([]byte(strings.Repeat("\xff", 1000)))
+			require.NoError(t, err)
+			server.wantAgent(t, mallory.uid, "is gone", func(k Known) bool { return k.Goodbye })
+		})
+	})
+
+	// They went on talking all the while.
+	for _, a := range others {
+		before := len(a.everHeard())
+		within(t, 5*time.Second, func() string {
+			if n := len(a.everHeard()); n <= before {
+				return fmt.Sprintf("%s has heard nothing more: %d answers", a.name, n)
+			}
+			return ""
+		})
+		a.wantConnects(t, 1)
+	}
+	require.Zero(t, samples(t, metrics)[`otelcol_opampgateway_faults{reason="link_lost"}`])
+}
+
+// An agent that vanished without a word is noticed; one that is only quiet is left in peace.
+func TestSilentAgent(t *testing.T) {
+	t.Parallel()
+	server := startServer(t, serverOptions{})
+	gateway := startGateway(t, server.url(), fasterSweeps)
+	quiet := connectRaw(t, gateway.url(), nil) // its library answers pings
+	quiet.send(t, &protobufs.AgentToServer{SequenceNum: 1})
+	server.wantAgent(t, quiet.uid, "is connected", func(k Known) bool { return k.Connected })
+
+	dead, _, err := dialRaw(gateway.url(), nil, nil) // nobody reads, so nobody answers
+	require.NoError(t, err)
+	defer dead.Close()
+	gateway.wantLog(t, "info", "no sign of life from agent", dead.LocalAddr().String())
+	quiet.wantOpen(t)
+	server.tell(t, quiet.uid, "still there?")
+	quiet.wantMessage(t, "from the server", func(m *protobufs.ServerToAgent) bool { return string(m.GetCustomMessage().GetData()) == "still there?" })
+	require.False(t, server.known(quiet.uid).Goodbye)
+}

@@ -1,0 +1,161 @@
+package e2e
+
+import (
+	"fmt"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"github.com/open-telemetry/opamp-go/protobufs"
+	"github.com/stretchr/testify/require"
+)
+
+// Not parallel: its subject is speed.
+func TestSIGTERM(t *testing.T) {
+	server := startServer(t, serverOptions{})
+	gateway := startGateway(t, server.url())
+	server.wantLinks(t, upstream(3)...)
+	agents := make([]*rawAgent, 200)
+	for i := range agents {
+		agents[i] = connectRaw(t, gateway.url(), nil)
+		agents[i].send(t, &protobufs.AgentToServer{SequenceNum: 1})
+	}
+	for _, a := range agents {
+		server.wantAgent(t, a.uid, "is connected", func(k Known) bool { return k.Connected })
+	}
+
+	// Half of them are in the middle of a conversation.
+	var talking sync.WaitGroup
+	for _, a := range agents[:100] {
+		talking.Go(a.talk)
+	}
+	for _, a := range agents[:100] {
+		server.wantAgent(t, a.uid, "talks", func(k Known) bool { return k.Messages > 10 })
+	}
+
+	gateway.Signal(t, syscall.SIGTERM)
+	code, after := gateway.wantExit(t)
+	require.Zero(t, code, "exit code")
+	require.Less(t, after, 5*time.Second, "until the gateway was gone")
+	for _, a := range agents {
+		a.wantClosed(t, websocket.CloseServiceRestart)
+	}
+	talking.Wait()
+	require.False(t, dialable(gateway.address))
+	server.wantLinks(t, []string{}...)
+	for _, a := range agents {
+		require.False(t, server.known(a.uid).Goodbye, "agents are not said to have left because the gateway does")
+	}
+	for _, level := range []string{"\terror\t", "\tpanic\t", "\tfatal\t"} {
+		require.Empty(t, gateway.log.with(level))
+	}
+}
+
+// A hundred agents keep talking while the gateway's configuration changes below them.
+func TestReloadUnderLoad(t *testing.T) {
+	server := startServer(t, serverOptions{})
+	gateway := startGateway(t, server.url(), func(c config) { c.gateway("server::agent_id", "edge") })
+	server.wantLinks(t, "edge/upstream-0", "edge/upstream-1", "edge/upstream-2")
+	agents := startAgents(t, 100, gateway.url(), agentOptions{})
+	for _, a := range agents {
+		server.wantAgent(t, a.id(), "is connected", isConnected)
+	}
+
+	stop := make(chan struct{})
+	var talking sync.WaitGroup
+	for _, a := range agents {
+		talking.Go(func() { a.chatUntil(stop) })
+	}
+	defer talking.Wait()
+	defer close(stop)
+	heardMore := func(t *testing.T) {
+		t.Helper()
+		before := make([]int, len(agents))
+		for i, a := range agents {
+			before[i] = len(a.everHeard())
+		}
+		for i, a := range agents {
+			eventually(t, func() string {
+				if n := len(a.everHeard()); n < before[i]+3 {
+					return fmt.Sprintf("%s has heard %d answers, wants %d: %s", a.name, n, before[i]+3, a)
+				}
+				return ""
+			})
+		}
+	}
+	heardMore(t)
+
+	gateway.reload(t, func(c config) { c.gateway("server::connections", 5) })
+	gateway.wantReady(t, 2)
+	server.wantLinks(t, "edge/upstream-0", "edge/upstream-1", "edge/upstream-2", "edge/upstream-3", "edge/upstream-4")
+	heardMore(t)
+	for _, a := range agents {
+		require.True(t, server.known(a.id()).Connected, "%s", a)
+		for _, text := range a.everHeard() {
+			require.True(t, strings.HasPrefix(text, a.name+": "), "%s hears what is not meant for it: %q", a.name, text)
+		}
+	}
+	load := slices.Sorted(maps.Values(server.load()))
+	require.Len(t, load, 5)
+	// Not exactly even: an agent that comes while links are still being dialed has fewer to choose from.
+	require.Positive(t, load[0], "agents on the emptiest link")
+
+	// Nothing changed, but somebody wants to be sure.
+	gateway.reload(t, func(config) {})
+	gateway.wantReady(t, 3)
+	heardMore(t)
+	server.wantLinks(t, "edge/upstream-0", "edge/upstream-1", "edge/upstream-2", "edge/upstream-3", "edge/upstream-4")
+}
+
+// A reload with a configuration that is invalid ends the collector: it shuts the old one down
+// before it reads the new one. What is left says which key is to blame.
+func TestReloadInvalid(t *testing.T) {
+	t.Parallel()
+	server := startServer(t, serverOptions{})
+	gateway := startGateway(t, server.url())
+	server.wantLinks(t, upstream(3)...)
+	alice := connectRaw(t, gateway.url(), nil)
+
+	gateway.reload(t, func(c config) { c.gateway("server::connections", 0) })
+	code, _ := gateway.wantExit(t)
+	require.Equal(t, 1, code)
+	require.Contains(t, gateway.log.String(), "extensions::opampgateway::server: connections: must be from 1 to 64, is 0")
+	alice.wantClosed(t, websocket.CloseServiceRestart)
+}
+
+// Agents, the server and the gateway stop in whatever order.
+func TestStopWhileServerIsAway(t *testing.T) {
+	t.Parallel()
+	server := startServer(t, serverOptions{})
+	gateway := startGateway(t, server.url())
+	server.wantLinks(t, upstream(3)...)
+	alice := connectRaw(t, gateway.url(), nil)
+	alice.send(t, &protobufs.AgentToServer{SequenceNum: 1})
+	server.wantAgent(t, alice.uid, "is connected", func(k Known) bool { return k.Connected })
+
+	server.stop(t)
+	gateway.wantLog(t, "lost connection to the server")
+	alice.send(t, &protobufs.AgentToServer{SequenceNum: 2}) // waits in the gateway
+	waiting := make(chan int)
+	go func() { // and somebody waits to be let in
+		_, resp, _ := dialRaw(gateway.url(), http.Header{}, nil)
+		if resp == nil {
+			waiting <- 0
+			return
+		}
+		waiting <- resp.StatusCode
+	}()
+
+	gateway.Signal(t, syscall.SIGTERM)
+	code, after := gateway.wantExit(t)
+	require.Zero(t, code)
+	require.Less(t, after, 8*time.Second)
+	alice.wantClosed(t, websocket.CloseServiceRestart)
+	require.Contains(t, []int{0, http.StatusServiceUnavailable}, <-waiting)
+}

@@ -1,0 +1,153 @@
+package e2e
+
+import (
+	"crypto/tls"
+	"fmt"
+	"net/http"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/gorilla/websocket"
+	"github.com/open-telemetry/opamp-go/protobufs"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/protobuf/proto"
+)
+
+// rawAgent is an agent of a bare WebSocket.
+type rawAgent struct {
+	uid uuid.UUID
+	ws  *websocket.Conn
+
+	read sync.WaitGroup
+	news chan struct{} // holds something when something was read; closed at the end
+
+	// mu guards what the reader has heard.
+	mu       sync.Mutex
+	bytes    int // of all frames
+	own      int // of those in which the gateway itself states the server's custom capabilities
+	messages []*protobufs.ServerToAgent
+	end      error // of the connection; nil while it lasts
+}
+
+// dialRaw asks for an upgrade, and returns the answer.
+func dialRaw(url string, headers http.Header, config *tls.Config) (*websocket.Conn, *http.Response, error) {
+	dialer := websocket.Dialer{TLSClientConfig: config, HandshakeTimeout: ceiling}
+	return dialer.Dial(url, headers)
+}
+
+// connectRaw connects an agent and reads what it is sent, until the connection ends.
+func connectRaw(t *testing.T, url string, headers http.Header) *rawAgent {
+	t.Helper()
+	ws, resp, err := dialRaw(url, headers, nil)
+	require.NoError(t, err, "connect to %s: %s", url, status(resp))
+	a := &rawAgent{uid: uuid.New(), ws: ws, news: make(chan struct{}, 1)}
+	a.read.Go(a.readAll)
+	t.Cleanup(func() {
+		ws.Close()
+		a.read.Wait()
+	})
+	return a
+}
+
+// readAll ends with the connection.
+func (a *rawAgent) readAll() {
+	defer close(a.news)
+	for {
+		_, frame, err := a.ws.ReadMessage()
+		a.mu.Lock()
+		if err != nil {
+			a.end = err
+			a.mu.Unlock()
+			return
+		}
+		var m protobufs.ServerToAgent
+		if proto.Unmarshal(frame[1:], &m) == nil { // behind the header
+			a.messages = append(a.messages, &m)
+		}
+		a.bytes += len(frame)
+		if m.GetCustomCapabilities() != nil {
+			a.own += len(frame)
+		}
+		a.mu.Unlock()
+		select {
+		case a.news <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// send sends a message under the agent's uid and returns the size of the frame.
+func (a *rawAgent) send(t *testing.T, m *protobufs.AgentToServer) int {
+	t.Helper()
+	m.InstanceUid = a.uid[:]
+	frame, err := proto.MarshalOptions{}.MarshalAppend([]byte{0}, m)
+	require.NoError(t, err)
+	a.sendFrame(t, websocket.BinaryMessage, frame)
+	return len(frame)
+}
+
+func (a *rawAgent) sendFrame(t *testing.T, kind int, frame []byte) {
+	t.Helper()
+	require.NoError(t, a.ws.SetWriteDeadline(time.Now().Add(ceiling)))
+	require.NoError(t, a.ws.WriteMessage(kind, frame))
+}
+
+// wantMessage waits for a message from the server, or the gateway.
+func (a *rawAgent) wantMessage(t *testing.T, what string, is func(*protobufs.ServerToAgent) bool) {
+	t.Helper()
+	eventually(t, func() string {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if slices.ContainsFunc(a.messages, is) {
+			return ""
+		}
+		return fmt.Sprintf("no message %s, just %v; the connection's end: %v", what, a.messages, a.end)
+	})
+}
+
+// wantClosed waits for the end of the connection, which has to be a close frame with this code.
+func (a *rawAgent) wantClosed(t *testing.T, code int) {
+	t.Helper()
+	eventually(t, func() string {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if a.end == nil {
+			return "the agent is still connected"
+		}
+		return ""
+	})
+	var closed *websocket.CloseError
+	require.ErrorAs(t, a.end, &closed, "the connection ended without a close frame")
+	require.Equal(t, code, closed.Code, "the close frame was: %v", closed)
+}
+
+// talk says something as soon as the server has answered, until the connection ends.
+func (a *rawAgent) talk() {
+	for i := 0; ; i++ {
+		frame := fmt.Appendf(nil, "\x00\x0a\x10%s\x10%c", a.uid[:], 1+i%100) // a heartbeat
+		if a.ws.WriteMessage(websocket.BinaryMessage, frame) != nil {
+			return
+		}
+		if _, open := <-a.news; !open {
+			return
+		}
+	}
+}
+
+func status(resp *http.Response) string {
+	if resp == nil {
+		return "no answer"
+	}
+	return resp.Status
+}
+
+// wantOpen checks that the connection lasts.
+func (a *rawAgent) wantOpen(t *testing.T) {
+	t.Helper()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	require.NoError(t, a.end, "the agent's connection has ended")
+}

@@ -1,0 +1,139 @@
+package opampgateway
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/opampgateway/opampgateway/internal/gatewaytest"
+	"github.com/opampgateway/opampgateway/internal/telemetry"
+)
+
+// TestGoodbye tells the server that an agent has gone, as it would have seen without a gateway.
+func TestGoodbye(t *testing.T) {
+	for name, leave := range map[string]func(*gatewaytest.Agent){
+		"killed":                      (*gatewaytest.Agent).Vanish,
+		"reset":                       (*gatewaytest.Agent).Reset,
+		"close frame without goodbye": func(a *gatewaytest.Agent) { a.Close(websocket.CloseNormalClosure) },
+		"killed in a message": func(a *gatewaytest.Agent) {
+			a.SendRaw(gatewaytest.Fragment(true, 2, false, []byte("\x00\x0a")))
+			a.Vanish()
+		},
+		"after a goodbye it took back": func(a *gatewaytest.Agent) { a.Send(gatewaytest.Goodbye(a.UID)); a.Say(7); a.Vanish() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			play(t, func(t *testing.T, s *stage) {
+				alice := s.introduce("alice")
+				link := s.linkOf(alice)
+				begin := time.Now()
+				leave(alice)
+				if name == "after a goodbye it took back" {
+					s.server.WantGoodbye(alice.UID)
+					s.server.WantFrame(alice.UID, gatewaytest.Status(alice.UID, 7))
+				}
+				goodbye := s.server.WantGoodbye(alice.UID)
+				require.Zero(t, time.Since(begin), "at once")
+				require.Same(t, link, goodbye.Link)
+				require.Equal(t, gatewaytest.Goodbye(alice.UID), goodbye.Frame)
+				time.Sleep(5 * time.Minute)
+				s.server.WantNothing(alice.UID)
+				s.wantFaults(nil)
+			})
+		})
+	}
+
+	t.Run("in the agent's format", func(t *testing.T) {
+		play(t, func(t *testing.T, s *stage) {
+			old, older := s.connect("old"), s.connect("older")
+			old.Send(gatewaytest.Status(old.UID, 1)[1:])
+			s.server.Next(old.UID)
+			old.Vanish()
+			s.server.WantFrame(old.UID, gatewaytest.Goodbye(old.UID)[1:])
+
+			uid := gatewaytest.TextUID("older")
+			older.Send(gatewaytest.Status(uid, 1)[1:])
+			s.server.Next(uid)
+			older.Vanish()
+			frame := protowire.AppendBytes(protowire.AppendTag(nil, 1, protowire.BytesType), uid)
+			s.server.WantFrame(uid, protowire.AppendBytes(protowire.AppendTag(frame, 8, protowire.BytesType), nil))
+		})
+	})
+}
+
+// TestNoGoodbye says none that is not the gateway's to say. That of a silent agent, of one that
+// was refused, and of one that is here twice are with what they are about.
+func TestNoGoodbye(t *testing.T) {
+	t.Run("said already", func(t *testing.T) {
+		play(t, func(t *testing.T, s *stage) {
+			alice, older := s.introduce("alice"), s.connect("older")
+			alice.SayGoodbye()
+			s.server.WantGoodbye(alice.UID)
+
+			uid := gatewaytest.TextUID("older")
+			frame := protowire.AppendBytes(protowire.AppendTag(nil, 1, protowire.BytesType), uid)
+			older.Send(frame)
+			s.server.WantFrame(uid, frame)
+			frame = protowire.AppendBytes(protowire.AppendTag(frame, 8, protowire.BytesType), nil)
+			older.Send(frame)
+			s.server.WantFrame(uid, frame)
+			older.Vanish()
+
+			time.Sleep(5 * time.Minute)
+			s.server.WantNothing(alice.UID)
+			s.server.WantNothing(uid)
+		})
+	})
+
+	t.Run("never heard of", func(t *testing.T) {
+		play(t, func(t *testing.T, s *stage) {
+			alice := s.connect("alice")
+			alice.Vanish()
+			time.Sleep(5 * time.Minute)
+			s.server.WantNothing(alice.UID)
+			s.server.WantNothing(nil)
+		})
+	})
+
+	t.Run("not wanted", func(t *testing.T) {
+		play(t, func(t *testing.T, s *stage) {
+			alice := s.introduce("alice")
+			alice.Vanish()
+			time.Sleep(5 * time.Minute)
+			s.server.WantNothing(alice.UID)
+		}, func(cfg *Config) { cfg.Agents.SendDisconnect = false })
+	})
+
+	t.Run("at shutdown", func(t *testing.T) {
+		play(t, func(t *testing.T, s *stage) {
+			alice := s.introduce("alice")
+			s.stop()
+			s.server.WantNothing(alice.UID)
+		})
+	})
+
+	t.Run("it is back before the goodbye was written", func(t *testing.T) {
+		play(t, func(t *testing.T, s *stage) {
+			alice, bob := s.introduce("alice"), s.introduce("bob")
+			back := s.connect("alice")
+			link := s.server.WantLinks(1)[0]
+			link.StopReading()
+			for sequence := range 4 {
+				bob.Send(gatewaytest.Report(bob.UID, sequence, gatewaytest.BufferSize))
+			}
+			synctest.Wait()
+			alice.Vanish()
+			synctest.Wait()
+			back.Say(1)
+			synctest.Wait()
+			link.ReadOn()
+			s.server.WantFrame(back.UID, gatewaytest.Status(back.UID, 1))
+			synctest.Wait()
+			s.server.WantNothing(back.UID)
+			s.wantFault(telemetry.UIDConflict, 0)
+		}, connections(1))
+	})
+}

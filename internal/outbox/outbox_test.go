@@ -1,0 +1,818 @@
+package outbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+	"weak"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+var errBroken = errors.New("socket is broken")
+
+// fakeSocket takes what is written to it, unless it is stalled or breaks.
+type fakeSocket struct {
+	mu        sync.Mutex
+	got       []Entry[string]
+	batches   []int         // how many entries each write had
+	stalled   chan struct{} // while open, a write waits
+	ended     chan struct{} // closed by Close
+	breaksAt  int           // the write that comes to this entry fails; -1 for never
+	hurried   int
+	closed    int
+	inWrite   bool
+	violation string
+}
+
+func newSocket() *fakeSocket { return &fakeSocket{breaksAt: -1, ended: make(chan struct{})} }
+
+// start returns an outbox that ends with the test, and its socket.
+func start(t *testing.T, limit int) (*Outbox[string], *fakeSocket) {
+	t.Helper()
+	sock := newSocket()
+	o := New(sock, limit)
+	t.Cleanup(func() {
+		o.Abort()
+		assert.Empty(t, sock.violation)
+	})
+	return o, sock
+}
+
+func (s *fakeSocket) WriteBatch(batch []Entry[string]) (int, error) {
+	s.mu.Lock()
+	stalled := s.stalled
+	s.batches = append(s.batches, len(batch))
+	if s.inWrite || len(batch) == 0 {
+		s.violation = "two writes at once, or an empty one"
+	}
+	s.inWrite = true
+	s.mu.Unlock()
+	if stalled != nil {
+		select {
+		case <-stalled:
+		case <-s.ended:
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.inWrite = false
+	for i, e := range batch {
+		if s.closed > 0 || len(s.got) == s.breaksAt {
+			return i, errBroken
+		}
+		s.got = append(s.got, e)
+	}
+	return len(batch), nil
+}
+
+func (s *fakeSocket) Hurry() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.hurried++
+}
+
+func (s *fakeSocket) Close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed++; s.closed == 1 {
+		close(s.ended)
+	}
+}
+
+// stall has all writes wait, until the returned function is called.
+func (s *fakeSocket) stall() (resume func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	stalled := make(chan struct{})
+	s.stalled = stalled
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.stalled == stalled {
+			s.stalled = nil
+		}
+		close(stalled)
+	}
+}
+
+// breakAt has the write fail that would write one more entry than n.
+func (s *fakeSocket) breakAt(n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.breaksAt = n
+}
+
+// written returns the frames written so far.
+func (s *fakeSocket) written() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return frames(s.got)
+}
+
+func frames(entries []Entry[string]) []string {
+	all := make([]string, len(entries))
+	for i, e := range entries {
+		all[i] = string(e.Frame)
+	}
+	return all
+}
+
+// message is a frame of few bytes from a sender.
+func message(sender, text string) Entry[string] {
+	return Entry[string]{Kind: Message, Sender: sender, Frame: []byte(text)}
+}
+
+// ofSize is an entry that takes size bytes of an outbox.
+func ofSize(size int, text string) Entry[string] {
+	return Entry[string]{Kind: Message, Frame: []byte(text + strings.Repeat(".", size-overhead-len(text)))}
+}
+
+// putting is a Put in the background.
+type putting struct{ done chan error }
+
+func put(ctx context.Context, o *Outbox[string], e Entry[string]) putting {
+	p := putting{make(chan error, 1)}
+	go func() { p.done <- o.Put(ctx, e) }()
+	return p
+}
+
+// wantWaiting asserts that the Put has not returned, when everything has come to rest.
+func (p putting) wantWaiting(t *testing.T, who string) {
+	t.Helper()
+	synctest.Wait()
+	select {
+	case err := <-p.done:
+		t.Fatalf("%s should still wait, but Put returned %v", who, err)
+	default:
+	}
+}
+
+// want asserts what the Put has returned, when everything has come to rest.
+func (p putting) want(t *testing.T, want error, who string) {
+	t.Helper()
+	synctest.Wait()
+	select {
+	case err := <-p.done:
+		require.ErrorIs(t, err, want, who)
+	default:
+		t.Fatalf("%s should not wait any more", who)
+	}
+}
+
+// writers counts the goroutines that write for any outbox.
+func writers() int {
+	stacks := make([]byte, 1<<20)
+	return strings.Count(string(stacks[:runtime.Stack(stacks, true)]), ").write(")
+}
+
+func TestFramesAreWrittenInOrder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, sock := start(t, 1<<20)
+		require.NoError(t, o.Put(t.Context(), message("alice", "1")))
+		require.NoError(t, o.Try(message("bob", "2")))
+		require.NoError(t, o.Put(t.Context(), message("alice", "3")))
+		require.NoError(t, o.Try(Entry[string]{Kind: Ping}))
+		synctest.Wait()
+		require.Equal(t, []string{"1", "2", "3", ""}, sock.written())
+
+		got := sock.got
+		assert.Equal(t, "bob", got[1].Sender)
+		assert.Equal(t, Ping, got[3].Kind)
+		assert.Empty(t, o.Abort())
+	})
+}
+
+func TestAllThatWaitsIsWrittenAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, sock := start(t, 1<<20)
+		resume := sock.stall()
+		for _, text := range []string{"1", "2", "3", "4"} {
+			require.NoError(t, o.Try(message("alice", text)))
+			synctest.Wait()
+		}
+		resume()
+		synctest.Wait()
+		assert.Equal(t, []string{"1", "2", "3", "4"}, sock.written())
+		assert.Equal(t, []int{1, 3}, sock.batches)
+	})
+}
+
+func TestOutboxIsBoundedInBytes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, sock := start(t, 1000)
+		resume := sock.stall()
+		require.NoError(t, o.Try(ofSize(400, "1")))
+		synctest.Wait() // what is being written counts as well
+		require.NoError(t, o.Try(ofSize(400, "2")))
+		require.ErrorIs(t, o.Try(ofSize(201, "too large")), ErrFull)
+		require.NoError(t, o.Try(ofSize(200, "3")))
+		require.ErrorIs(t, o.Try(message("", "")), ErrFull)
+		resume()
+		synctest.Wait()
+		require.Len(t, sock.written(), 3, "what did not fit was not taken")
+
+		// All of the room is back, however often it was used.
+		for range 10 {
+			require.NoError(t, o.Try(ofSize(1000, "all")))
+			require.ErrorIs(t, o.Try(message("", "")), ErrFull)
+			synctest.Wait()
+		}
+	})
+}
+
+func TestAFloodOfTinyFramesIsBoundedToo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, sock := start(t, 1<<20)
+		sock.stall()
+		taken := 0
+		for o.Try(Entry[string]{Kind: Pong}) == nil {
+			taken++
+			require.Less(t, taken, 20_000)
+		}
+		assert.Greater(t, taken, 1000)
+	})
+}
+
+func TestOneOversizeFrameFitsIntoAnEmptyOutbox(t *testing.T) {
+	for name, add := range map[string]func(o *Outbox[string], e Entry[string]) error{
+		"tried": func(o *Outbox[string], e Entry[string]) error { return o.Try(e) },
+		"put":   func(o *Outbox[string], e Entry[string]) error { return o.Put(context.Background(), e) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				o, sock := start(t, 1000)
+				resume := sock.stall()
+				require.NoError(t, add(o, ofSize(5000, "large")))
+				require.ErrorIs(t, o.Try(ofSize(5000, "another")), ErrFull)
+				require.ErrorIs(t, o.Try(message("", "small")), ErrFull)
+				waits := put(t.Context(), o, ofSize(5000, "waits"))
+				waits.wantWaiting(t, "the next large one")
+				resume()
+				waits.want(t, nil, "the next large one")
+				require.Len(t, sock.written(), 2)
+			})
+		})
+	}
+}
+
+func TestPutWaitsItsTurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, sock := start(t, 1000)
+		resume := sock.stall()
+		require.NoError(t, o.Put(t.Context(), ofSize(850, "first")))
+		synctest.Wait()
+		alice := put(t.Context(), o, ofSize(600, "alice"))
+		alice.wantWaiting(t, "alice")
+		bob := put(t.Context(), o, ofSize(150, "bob"))
+		bob.wantWaiting(t, "bob, behind alice")
+		cathy := put(t.Context(), o, ofSize(600, "cathy"))
+		cathy.wantWaiting(t, "cathy")
+		dave := put(t.Context(), o, ofSize(140, "dave"))
+		dave.wantWaiting(t, "dave, for whom there would be room")
+
+		resumeNext := sock.stall()
+		resume() // the next batch is alice and bob; cathy does not fit beside them
+		alice.want(t, nil, "alice")
+		bob.want(t, nil, "bob")
+		cathy.wantWaiting(t, "cathy")
+		dave.wantWaiting(t, "dave, who does not overtake cathy")
+		resumeNext()
+		cathy.want(t, nil, "cathy")
+		dave.want(t, nil, "dave")
+
+		names := make([]string, 0, 5)
+		for _, frame := range sock.written() {
+			names = append(names, strings.TrimRight(frame, "."))
+		}
+		assert.Equal(t, []string{"first", "alice", "bob", "cathy", "dave"}, names)
+	})
+}
+
+// Many agents with small frames must not keep out one with a large frame for ever.
+func TestTryDoesNotOvertakeThoseWhoWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, sock := start(t, 1000)
+		resume := sock.stall()
+		require.NoError(t, o.Try(ofSize(500, "first")))
+		alice := put(t.Context(), o, ofSize(800, "alice"))
+		alice.wantWaiting(t, "alice")
+
+		require.ErrorIs(t, o.Try(message("bob", "small")), ErrFull)
+		// A sign of life has no place in the order; the peer would take us for dead without it.
+		require.NoError(t, o.Try(Entry[string]{Kind: Ping}))
+		require.NoError(t, o.Try(Entry[string]{Kind: Pong}))
+		require.ErrorIs(t, o.Try(Entry[string]{Kind: Pong, Frame: make([]byte, 200)}), ErrFull)
+
+		resume()
+		alice.want(t, nil, "alice")
+		require.NoError(t, o.Try(message("bob", "small")))
+		synctest.Wait()
+		assert.Len(t, sock.written(), 5)
+	})
+}
+
+func TestPutThatIsGivenUpLeavesNothingBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, sock := start(t, 1000)
+		resume := sock.stall()
+		require.NoError(t, o.Try(ofSize(500, "first")))
+		ctx, cancel := context.WithCancel(t.Context())
+		alice := put(ctx, o, ofSize(800, "alice"))
+		alice.wantWaiting(t, "alice")
+		bob := put(t.Context(), o, ofSize(400, "bob"))
+		bob.wantWaiting(t, "bob, behind alice")
+		cathy := put(t.Context(), o, ofSize(400, "cathy"))
+		cathy.wantWaiting(t, "cathy")
+
+		cancel()
+		alice.want(t, context.Canceled, "alice")
+		bob.want(t, nil, "bob, who was only kept by alice")
+		cathy.wantWaiting(t, "cathy")
+		resume()
+		cathy.want(t, nil, "cathy")
+		require.Len(t, sock.written(), 3)
+		for _, frame := range sock.written() {
+			assert.NotContains(t, frame, "alice")
+		}
+	})
+}
+
+func TestPutReturnsTheErrorOfItsContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, sock := start(t, 1000)
+		sock.stall()
+		require.NoError(t, o.Try(ofSize(1000, "first")))
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		start := time.Now()
+		require.ErrorIs(t, o.Put(ctx, message("alice", "late")), context.DeadlineExceeded)
+		assert.Equal(t, time.Minute, time.Since(start))
+	})
+}
+
+// doneWhenAsked is a context that is done from when it is first asked for it, and has something
+// else happen right then.
+type doneWhenAsked struct {
+	context.Context
+	meanwhile func()
+	done      chan struct{}
+}
+
+func (c *doneWhenAsked) Done() <-chan struct{} {
+	c.meanwhile()
+	return c.done
+}
+
+func (c *doneWhenAsked) Err() error { return context.Canceled }
+
+// When the turn has come at the same time as the end of the context, Put may return either, but
+// has to say what happened: a sender that hears an error sends the frame again.
+func TestPutGivenUpWhenItsTurnHasCome(t *testing.T) {
+	for range 50 {
+		synctest.Test(t, func(t *testing.T) {
+			o, sock := start(t, 1000)
+			resume := sock.stall()
+			require.NoError(t, o.Try(ofSize(1000, "first")))
+			ctx := &doneWhenAsked{Context: t.Context(), done: make(chan struct{})}
+			close(ctx.done)
+			ctx.meanwhile = func() {
+				resume()
+				synctest.Wait()
+			}
+			require.NoError(t, o.Put(ctx, message("alice", "alice")), "it was written")
+			require.Len(t, sock.written(), 2)
+		})
+
+		synctest.Test(t, func(t *testing.T) {
+			o, sock := start(t, 1000)
+			resume := sock.stall()
+			require.NoError(t, o.Try(ofSize(1000, "first")))
+			ctx, cancel := context.WithCancel(t.Context())
+			alice := put(ctx, o, message("alice", "alice"))
+			alice.wantWaiting(t, "alice")
+			if rand.IntN(2) == 0 {
+				cancel()
+				resume()
+			} else {
+				resume()
+				cancel()
+			}
+			synctest.Wait()
+			taken := <-alice.done == nil
+			require.Equal(t, taken, slices.Contains(sock.written(), "alice"))
+		})
+	}
+}
+
+func TestCloseWritesWhatWaitsAndThenACloseFrame(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, sock := start(t, 1000)
+		resume := sock.stall()
+		require.NoError(t, o.Try(ofSize(500, "1")))
+		synctest.Wait()
+		require.NoError(t, o.Try(ofSize(500, "2")))
+		alice := put(t.Context(), o, message("alice", "alice"))
+		alice.wantWaiting(t, "alice")
+
+		o.Close([]byte("goodbye")) // for which there always is room, and which does not wait
+		assert.Equal(t, 1, sock.hurried)
+		assert.Zero(t, sock.closed, "the reader is left to hear the peer's answer")
+		alice.want(t, ErrClosed, "alice")
+		require.ErrorIs(t, o.Try(message("bob", "")), ErrClosed)
+		require.ErrorIs(t, o.Try(ofSize(5000, "bob")), ErrClosed)
+		require.ErrorIs(t, o.Put(t.Context(), message("bob", "")), ErrClosed)
+		o.Close([]byte("goodbye again"))
+		resume()
+		synctest.Wait()
+
+		got := sock.written()
+		require.Len(t, got, 3)
+		assert.Equal(t, "goodbye", got[2])
+		assert.Equal(t, Close, sock.got[2].Kind)
+		assert.Equal(t, 1, sock.hurried)
+		o.Close([]byte("and again"))
+		synctest.Wait()
+		assert.Len(t, sock.written(), 3, "a close frame is sent once")
+		assert.Empty(t, o.Abort())
+	})
+}
+
+func TestCloseOfAnIdleOutbox(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, sock := start(t, 1000)
+		o.Close([]byte("goodbye"))
+		synctest.Wait()
+		assert.Equal(t, []string{"goodbye"}, sock.written())
+		assert.Empty(t, o.Abort())
+		assert.Equal(t, 1, sock.closed)
+	})
+}
+
+func TestCloseAfterTheEndDoesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, sock := start(t, 1000)
+		assert.Empty(t, o.Abort())
+		o.Close([]byte("goodbye"))
+		synctest.Wait()
+		assert.Empty(t, sock.written())
+		assert.Zero(t, sock.hurried)
+		require.ErrorIs(t, o.Try(message("", "")), ErrClosed)
+		require.ErrorIs(t, o.Put(t.Context(), message("", "")), ErrClosed)
+	})
+}
+
+// What a link did not write before it was lost is written to the next link: nothing may be
+// missing, nothing that was written may come again, and the order stays.
+func TestAbortReturnsExactlyWhatWasNotWritten(t *testing.T) {
+	for breaksAt := range 7 {
+		t.Run(fmt.Sprintf("breaks after %d", breaksAt), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				o, sock := start(t, 6*(overhead+1))
+				resume := sock.stall()
+				sock.breakAt(breaksAt)
+				var all []string
+				for i := range 6 { // 0 is in the first batch, 1 to 5 in the second, unless that is not reached
+					text := string(rune('0' + i))
+					require.NoError(t, o.Try(message("alice", text)))
+					all = append(all, text)
+					synctest.Wait()
+				}
+				bob := put(t.Context(), o, message("bob", "b"))
+				bob.wantWaiting(t, "bob")
+				resume()
+				synctest.Wait()
+
+				if breaksAt < 6 {
+					assert.Equal(t, 1, sock.closed, "the reader has to wake up and clean up")
+					require.ErrorIs(t, o.Try(message("cathy", "c")), ErrClosed)
+				}
+				unwritten := frames(o.Abort())
+				if breaksAt == 0 { // bob had no room yet
+					bob.want(t, ErrClosed, "bob")
+				} else { // after the first batch he had
+					bob.want(t, nil, "bob")
+					all = append(all, "b")
+				}
+				assert.Equal(t, all, append(sock.written(), unwritten...))
+				assert.Len(t, sock.written(), breaksAt)
+				assert.Empty(t, o.Abort(), "once")
+			})
+		})
+	}
+}
+
+func TestAbortDoesNotWaitForAStalledWrite(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, sock := start(t, 1000)
+		sock.stall()
+		require.NoError(t, o.Try(ofSize(400, "1")))
+		synctest.Wait()
+		require.NoError(t, o.Try(ofSize(400, "2")))
+		alice := put(t.Context(), o, ofSize(400, "alice"))
+		alice.wantWaiting(t, "alice")
+
+		start := time.Now()
+		unwritten := o.Abort()
+		assert.Zero(t, time.Since(start))
+		require.Len(t, unwritten, 2, "what is being written, and what waits")
+		assert.Contains(t, string(unwritten[0].Frame), "1")
+		assert.Contains(t, string(unwritten[1].Frame), "2")
+		alice.want(t, ErrClosed, "alice")
+		assert.Zero(t, writers())
+	})
+}
+
+func TestAbortReturnsTheCloseFrameThatWasNotWritten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, sock := start(t, 1000)
+		sock.stall()
+		require.NoError(t, o.Try(message("alice", "1")))
+		synctest.Wait()
+		o.Close([]byte("goodbye"))
+		unwritten := o.Abort()
+		require.Len(t, unwritten, 2)
+		assert.Equal(t, Message, unwritten[0].Kind)
+		assert.Equal(t, Close, unwritten[1].Kind)
+	})
+}
+
+func TestAnIdleOutboxHasNoGoroutine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, sock := start(t, 1000)
+		assert.Zero(t, writers(), "before the first frame")
+		for range 3 {
+			resume := sock.stall()
+			require.NoError(t, o.Try(message("alice", "1")))
+			synctest.Wait()
+			require.Equal(t, 1, writers(), "while it writes")
+			resume()
+			synctest.Wait()
+			require.Zero(t, writers(), "when nothing is left")
+		}
+	})
+}
+
+// released returns entries, and asserts in the end that none of their frames is held any more.
+type released []weak.Pointer[byte]
+
+func (r *released) entry() Entry[string] {
+	e := Entry[string]{Kind: Message, Frame: make([]byte, 1<<10)}
+	*r = append(*r, weak.Make(&e.Frame[0]))
+	return e
+}
+
+func (r *released) want(t *testing.T) {
+	t.Helper()
+	runtime.GC()
+	held := 0
+	for _, frame := range *r {
+		if frame.Value() != nil {
+			held++
+		}
+	}
+	require.Zero(t, held, "frames held of %d", len(*r))
+}
+
+// Agents wait at a link that is slow for a moment; an hour later nothing of what they said may
+// still be held.
+func TestAnIdleOutboxHoldsNoMemory(t *testing.T) {
+	var said released
+	sock := newSocket()
+	o := New[string](forgetful{sock}, 8<<10)
+	resume := sock.stall()
+	for full := false; !full; {
+		full = o.Try(said.entry()) != nil
+	}
+	var waiting sync.WaitGroup
+	ctx, cancel := context.WithCancel(t.Context())
+	for i := range 40 {
+		e, ctx := said.entry(), ctx
+		if i%4 != 0 {
+			ctx = t.Context()
+		}
+		waiting.Go(func() { _ = o.Put(ctx, e) })
+	}
+	waitFor(t, func() bool {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		return len(o.waiting) == 40
+	})
+	cancel()
+	waitFor(t, func() bool {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		return len(o.waiting) == 30
+	})
+	resume()
+	waiting.Wait()
+	o.Drain(t.Context())
+	said.want(t)
+	assert.Nil(t, o.queue)
+	o.Abort()
+}
+
+func TestABusyOutboxHoldsOnlyWhatWaits(t *testing.T) {
+	var said released
+	sock := newSocket()
+	o := New[string](forgetful{sock}, 1<<20)
+	inWrites := func(n int) func() bool {
+		return func() bool {
+			sock.mu.Lock()
+			defer sock.mu.Unlock()
+			return len(sock.batches) == n
+		}
+	}
+	resume := sock.stall()
+	require.NoError(t, o.Try(said.entry()))
+	waitFor(t, inWrites(1))
+	for range 20 {
+		require.NoError(t, o.Try(said.entry()))
+	}
+	resumeNext := sock.stall()
+	resume()
+	waitFor(t, inWrites(2)) // these 20
+	require.NoError(t, o.Try(message("alice", "still busy")))
+	resumeLast := sock.stall()
+	resumeNext()
+	waitFor(t, inWrites(3))
+	said.want(t)
+	resumeLast()
+	o.Drain(t.Context())
+	assert.Empty(t, o.Abort())
+}
+
+// forgetful keeps nothing of what is written, as the contract of Socket demands.
+type forgetful struct{ *fakeSocket }
+
+func (s forgetful) WriteBatch(batch []Entry[string]) (int, error) {
+	n, err := s.fakeSocket.WriteBatch(batch)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.got = nil
+	return n, err
+}
+
+// waitFor waits for what other goroutines are about to do, where a bubble would be in the way of
+// what is tested.
+func waitFor(t *testing.T, reached func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !reached(); runtime.Gosched() {
+		if time.Now().After(deadline) {
+			t.Fatal("waited in vain")
+		}
+	}
+}
+
+func TestDrainWaitsUntilNothingIsLeft(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, sock := start(t, 1000)
+		start := time.Now()
+		o.Drain(t.Context()) // nothing to do
+		assert.Zero(t, time.Since(start))
+
+		resume := sock.stall()
+		time.AfterFunc(3*time.Second, resume)
+		require.NoError(t, o.Try(ofSize(800, "1")))
+		alice := put(t.Context(), o, ofSize(800, "alice"))
+		alice.wantWaiting(t, "alice")
+		o.Drain(t.Context())
+		assert.Equal(t, 3*time.Second, time.Since(start))
+		alice.want(t, nil, "alice")
+		assert.Len(t, sock.written(), 2, "those who wait for room are waited for, too")
+	})
+}
+
+func TestDrainWaitsNoLongerThanItsContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, sock := start(t, 1000)
+		sock.stall()
+		require.NoError(t, o.Try(message("alice", "1")))
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		start := time.Now()
+		o.Drain(ctx)
+		assert.Equal(t, 2*time.Second, time.Since(start))
+		o.Drain(ctx) // and not at all when it is done already
+		assert.Equal(t, 2*time.Second, time.Since(start))
+	})
+}
+
+func TestDrainEndsWithTheSocket(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, sock := start(t, 1000)
+		resume := sock.stall()
+		time.AfterFunc(time.Second, resume)
+		sock.breakAt(0)
+		require.NoError(t, o.Try(message("alice", "1")))
+		start := time.Now()
+		o.Drain(t.Context())
+		assert.Equal(t, time.Second, time.Since(start))
+		assert.Len(t, o.Abort(), 1)
+	})
+}
+
+// Many senders at once, some of which give up; the socket breaks at some point, or not. Whatever
+// was taken is written or returned, exactly once, and in the order in which each sender sent.
+func TestManySendersAtOnce(t *testing.T) {
+	const senders, each = 16, 300
+	for _, breaksAt := range []int{-1, 0, 1000, 2500} {
+		t.Run(fmt.Sprintf("breaks at %d", breaksAt), func(t *testing.T) {
+			sock := newSocket()
+			sock.breakAt(breaksAt)
+			o := New(sock, 2000)
+			taken := make([][]string, senders)
+			var sending sync.WaitGroup
+			for sender := range senders {
+				sending.Go(func() {
+					random := rand.New(rand.NewPCG(uint64(sender), uint64(breaksAt)))
+					for i := range each {
+						e := message(strconv.Itoa(sender), fmt.Sprintf("%d/%d", sender, i))
+						e.Frame = append(e.Frame, make([]byte, random.IntN(500))...)
+						err := ErrFull
+						if random.IntN(2) == 0 {
+							err = o.Try(e)
+						}
+						if errors.Is(err, ErrFull) {
+							ctx, cancel := context.WithCancel(context.Background())
+							if random.IntN(8) == 0 {
+								go func() {
+									runtime.Gosched()
+									cancel()
+								}()
+							}
+							err = o.Put(ctx, e)
+							cancel()
+						}
+						switch {
+						case err == nil:
+							taken[sender] = append(taken[sender], string(e.Frame))
+						case errors.Is(err, ErrClosed):
+							return
+						case !errors.Is(err, context.Canceled):
+							t.Errorf("unexpected: %v", err)
+						}
+					}
+				})
+			}
+			sending.Wait()
+			if breaksAt < 0 {
+				o.Drain(t.Context())
+			}
+			unwritten := o.Abort()
+			if breaksAt < 0 {
+				assert.Empty(t, unwritten)
+			} else {
+				assert.Len(t, sock.got, breaksAt)
+			}
+
+			bySender := make([][]string, senders)
+			for _, e := range append(sock.got, unwritten...) {
+				sender, err := strconv.Atoi(e.Sender)
+				require.NoError(t, err)
+				bySender[sender] = append(bySender[sender], string(e.Frame))
+			}
+			for sender := range senders {
+				if !slices.Equal(taken[sender], bySender[sender]) {
+					t.Errorf("of sender %d, %d were taken and %d came out, or in another order", sender, len(taken[sender]), len(bySender[sender]))
+				}
+			}
+		})
+	}
+}
+
+func BenchmarkPut(b *testing.B) {
+	for _, size := range []int{25, 2 << 10, 100 << 10} {
+		b.Run(fmt.Sprintf("%dB", size), func(b *testing.B) {
+			o := New[string](discard{}, 8<<20)
+			e := Entry[string]{Kind: Message, Frame: make([]byte, size)}
+			b.ReportAllocs()
+			b.RunParallel(func(pb *testing.PB) {
+				for pb.Next() {
+					if err := o.Put(b.Context(), e); err != nil {
+						b.Error(err)
+					}
+				}
+			})
+		})
+	}
+}
+
+type discard struct{}
+
+func (discard) WriteBatch(batch []Entry[string]) (int, error) { return len(batch), nil }
+func (discard) Hurry()                                        {}
+func (discard) Close()                                        {}

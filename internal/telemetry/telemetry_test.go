@@ -1,0 +1,135 @@
+package telemetry_test
+
+import (
+	"context"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"go.opentelemetry.io/collector/component/componenttest"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/sdk/metric/metricdata"
+	"go.opentelemetry.io/otel/sdk/metric/metricdata/metricdatatest"
+
+	"github.com/opampgateway/opampgateway/internal/metadatatest"
+	"github.com/opampgateway/opampgateway/internal/telemetry"
+)
+
+// start returns the telemetry of one component, with what collects it.
+func start(t *testing.T, links, agents func() int) (*telemetry.Telemetry, *componenttest.Telemetry) {
+	t.Helper()
+	collected := componenttest.NewTelemetry()
+	t.Cleanup(func() { require.NoError(t, collected.Shutdown(context.WithoutCancel(t.Context()))) })
+	tel, err := telemetry.New(collected.NewTelemetrySettings())
+	require.NoError(t, err)
+	t.Cleanup(tel.Shutdown)
+	require.NoError(t, tel.Start(links, agents))
+	return tel, collected
+}
+
+func none() int { return 0 }
+
+func point(key, value string, n int64) metricdata.DataPoint[int64] {
+	return metricdata.DataPoint[int64]{Attributes: attribute.NewSet(attribute.String(key, value)), Value: n}
+}
+
+// bothWays are the data points of what is counted in each direction.
+func bothWays(upstream, downstream int64) []metricdata.DataPoint[int64] {
+	return []metricdata.DataPoint[int64]{point("direction", "upstream", upstream), point("direction", "downstream", downstream)}
+}
+
+func TestConnectionsAreAsManyAsThereAreNow(t *testing.T) {
+	links, agents := 3, 1000
+	_, collected := start(t, func() int { return links }, func() int { return agents })
+	metadatatest.AssertEqualOpampgatewayConnections(t, collected, bothWays(3, 1000), metricdatatest.IgnoreTimestamp())
+	links, agents = 0, 999
+	metadatatest.AssertEqualOpampgatewayConnections(t, collected, bothWays(0, 999), metricdatatest.IgnoreTimestamp())
+}
+
+func TestRelayedMessagesAreCountedByDirection(t *testing.T) {
+	tel, collected := start(t, none, none)
+	metadatatest.AssertEqualOpampgatewayMessages(t, collected, bothWays(0, 0), metricdatatest.IgnoreTimestamp())
+
+	tel.Up.Relayed(25, 40*time.Microsecond)
+	tel.Up.Relayed(100_000, 3*time.Millisecond)
+	tel.Up.Relayed(0, 0)
+	tel.Down.Relayed(19, time.Minute)
+	metadatatest.AssertEqualOpampgatewayMessages(t, collected, bothWays(3, 1), metricdatatest.IgnoreTimestamp())
+	metadatatest.AssertEqualOpampgatewayMessagesBytes(t, collected, bothWays(100_025, 19), metricdatatest.IgnoreTimestamp())
+
+	bounds := []float64{0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 5000, 30000}
+	metadatatest.AssertEqualOpampgatewayMessagesLatency(t, collected, []metricdata.HistogramDataPoint[float64]{
+		{
+			Attributes: attribute.NewSet(attribute.String("direction", "upstream")),
+			Count:      3, Bounds: bounds,
+			BucketCounts: []uint64{2, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0},
+			Min:          metricdata.NewExtrema(0.0), Max: metricdata.NewExtrema(3.0), Sum: 3.04,
+		},
+		{
+			Attributes: attribute.NewSet(attribute.String("direction", "downstream")),
+			Count:      1, Bounds: bounds,
+			BucketCounts: []uint64{0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1},
+			Min:          metricdata.NewExtrema(60000.0), Max: metricdata.NewExtrema(60000.0), Sum: 60000,
+		},
+	}, metricdatatest.IgnoreTimestamp())
+}
+
+func TestMessagesAreCountedByManyAtOnce(t *testing.T) {
+	tel, collected := start(t, none, none)
+	var relaying sync.WaitGroup
+	for range 8 {
+		relaying.Go(func() {
+			for range 1000 {
+				tel.Up.Relayed(2, time.Millisecond)
+			}
+		})
+	}
+	relaying.Wait()
+	metadatatest.AssertEqualOpampgatewayMessages(t, collected, bothWays(8000, 0), metricdatatest.IgnoreTimestamp())
+	metadatatest.AssertEqualOpampgatewayMessagesBytes(t, collected, bothWays(16_000, 0), metricdatatest.IgnoreTimestamp())
+}
+
+func TestFaultsAreCountedByReason(t *testing.T) {
+	tel, collected := start(t, none, none)
+	tel.Fault(telemetry.BadFrame)
+	tel.Fault(telemetry.LinkLost)
+	tel.Fault(telemetry.BadFrame)
+	metadatatest.AssertEqualOpampgatewayFaults(t, collected, []metricdata.DataPoint[int64]{
+		point("reason", "bad_frame", 2), point("reason", "link_lost", 1),
+	}, metricdatatest.IgnoreTimestamp())
+}
+
+func TestAdmissionsAreCountedByOutcome(t *testing.T) {
+	tel, collected := start(t, none, none)
+	tel.Admission(telemetry.Accepted)
+	tel.Admission(telemetry.Refused)
+	tel.Admission(telemetry.Accepted)
+	metadatatest.AssertEqualOpampgatewayAdmissions(t, collected, []metricdata.DataPoint[int64]{
+		point("outcome", "accepted", 2), point("outcome", "refused", 1),
+	}, metricdatatest.IgnoreTimestamp())
+}
+
+// A collector reload makes a new component while the old one's provider stays: what has ended
+// must not be observed any more, nor its connections be held.
+func TestNothingIsObservedAfterShutdown(t *testing.T) {
+	ended := false
+	tel, collected := start(t, func() int {
+		assert.False(t, ended, "asked after the end")
+		return 1
+	}, none)
+	metadatatest.AssertEqualOpampgatewayConnections(t, collected, bothWays(1, 0), metricdatatest.IgnoreTimestamp())
+	tel.Shutdown()
+	ended = true
+	for _, name := range []string{"connections", "messages", "messages.bytes"} {
+		_, err := collected.GetMetric("otelcol_opampgateway." + name)
+		require.Error(t, err, name)
+	}
+	tel.Shutdown() // harmless
+}
+
+func TestCountingAFrameDoesNotAllocate(t *testing.T) {
+	tel, _ := start(t, none, none)
+	assert.Zero(t, testing.AllocsPerRun(100, func() { tel.Up.Relayed(25, time.Millisecond) }))
+}
