@@ -406,6 +406,7 @@ func TestServerCannotBeAsked(t *testing.T) {
 				s.server.WantQuestion()
 				time.Sleep(time.Second)
 				question.Link.Push(gatewaytest.Frame(reply))
+				question.Link.Push(gatewaytest.Frame(reply)) // each gets one
 				for _, knock := range []<-chan answer{first, second} {
 					require.Equal(t, time.Second, s.wantTurnedAway(knock).took)
 				}

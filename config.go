@@ -116,6 +116,13 @@ const (
 	// knows another gateway among its agents.
 	connectionIDHeader = "X-Opamp-Gateway-Connection-Id"
 
+	// minMessageSize and maxMessageSize bound max_message_size: OpAMP's messages are far apart
+	// from both.
+	minMessageSize, maxMessageSize = 1 << 10, 1 << 30
+
+	// minKeepAlive is the finest a keep-alive can be: all connections are looked at as often.
+	minKeepAlive = time.Second
+
 	// admissionCeiling is the longest admission that makes sense: opamp-go agents give
 	// their upgrade 45 s.
 	admissionCeiling = 45 * time.Second
@@ -155,8 +162,8 @@ func createDefaultConfig() component.Config {
 // Validate reports every mistake at once, each under the key the user typed.
 func (c *Config) Validate() error {
 	var errs []error
-	if c.MaxMessageSize < 1<<10 {
-		errs = append(errs, fmt.Errorf("max_message_size: must be at least 1024 bytes, is %d", c.MaxMessageSize))
+	if c.MaxMessageSize < minMessageSize || c.MaxMessageSize > maxMessageSize {
+		errs = append(errs, fmt.Errorf("max_message_size: must be from %d to %d bytes, is %d", minMessageSize, maxMessageSize, c.MaxMessageSize))
 	}
 	if c.Listener.NetAddr.Endpoint == "" {
 		errs = append(errs, errors.New("listener::endpoint: must not be empty"))
@@ -251,8 +258,8 @@ func (c *AgentsConfig) Validate() error {
 
 // Validate reports a keep-alive that could not work.
 func (c *KeepAliveConfig) Validate() error {
-	if c.Interval <= 0 || c.Timeout <= c.Interval {
-		return fmt.Errorf("interval: must be above 0 and below timeout, is %s with timeout %s", c.Interval, c.Timeout)
+	if c.Interval < minKeepAlive || c.Timeout < c.Interval+minKeepAlive {
+		return fmt.Errorf("interval: must be at least %s, and as much below timeout; is %s with timeout %s", minKeepAlive, c.Interval, c.Timeout)
 	}
 	return nil
 }

@@ -3,6 +3,7 @@ package opampgateway
 import (
 	"context"
 	"crypto/tls"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -27,8 +28,9 @@ import (
 )
 
 const (
-	// agentOutboxSize bounds what waits for one agent, in bytes; one larger message fits too.
-	agentOutboxSize = 4 << 20
+	// agentOutboxSize bounds what waits for one agent, in bytes; one larger message fits too. It
+	// is 4 MiB of messages, with room for what they cost besides.
+	agentOutboxSize = 4<<20 + 256<<10
 
 	// writeTimeout is how long a write may go without progress.
 	writeTimeout = 30 * time.Second
@@ -43,6 +45,10 @@ const (
 
 	// maxBadInRow is how many unreadable messages in a row an agent may send.
 	maxBadInRow = 10
+
+	// offenceDelay is how long an offending connection is kept at least, and half of how long
+	// at most, but for the interval of the sweep.
+	offenceDelay = 5 * time.Second
 
 	// fullStateAgain is how long after an agent came to a new link it is asked once more for
 	// its full state: a server may notice the end of the old link late, and then forget the
@@ -64,7 +70,8 @@ type downstreamServer struct {
 	pool     *upstreamPool
 	ctx      context.Context // ends when the gateway has nothing more to do
 	upgrader websocket.Upgrader
-	http     *http.Server
+	http     *http.Server // by prepare
+	tls      *tls.Config  // by prepare; nil for plain connections
 
 	serving   sync.WaitGroup // the HTTP server
 	requests  sync.WaitGroup // upgrade requests being answered
@@ -84,7 +91,8 @@ func newDownstreamServer(ctx context.Context, cfg *Config, log *zap.Logger, tel 
 		cfg: cfg, log: log, tel: tel, router: r, pool: p, ctx: ctx,
 		agents: map[*agentConn]struct{}{},
 		upgrader: websocket.Upgrader{
-			ReadBufferSize: socket.ReadBufferSize,
+			HandshakeTimeout: writeTimeout,
+			ReadBufferSize:   socket.ReadBufferSize,
 			// We write past gorilla; the pool only keeps it from holding a buffer per agent.
 			WriteBufferPool: &sync.Pool{},
 			Error: func(w http.ResponseWriter, _ *http.Request, status int, reason error) {
@@ -94,16 +102,16 @@ func newDownstreamServer(ctx context.Context, cfg *Config, log *zap.Logger, tel 
 	}
 }
 
-// start takes agents from listener, which it owns from here on. failed is called if the
-// listener breaks down later.
-func (s *downstreamServer) start(ctx context.Context, listener net.Listener, host component.Host, set component.TelemetrySettings, failed func(error)) error {
+// prepare does what can fail before agents can be served: certificates, authentication,
+// middleware.
+func (s *downstreamServer) prepare(ctx context.Context, host component.Host, set component.TelemetrySettings) error {
 	if s.cfg.Listener.TLS.HasValue() {
 		config, err := s.cfg.Listener.TLS.Get().LoadTLSConfig(ctx)
 		if err != nil {
 			return fmt.Errorf("listener::tls: %w", err)
 		}
 		config.NextProtos = []string{"http/1.1"} // an upgrade fails on HTTP/2
-		listener = tls.NewListener(listener, config)
+		s.tls = config
 	}
 	server, err := s.cfg.Listener.ToServer(ctx, host.GetExtensions(), set, s)
 	if err != nil {
@@ -112,12 +120,20 @@ func (s *downstreamServer) start(ctx context.Context, listener net.Listener, hos
 	server.MaxHeaderBytes = s.cfg.Agents.MaxRequestHeaderSize
 	server.BaseContext = func(net.Listener) context.Context { return s.ctx }
 	s.http = server
+	return nil
+}
+
+// serve takes agents from listener, which it owns from here on. failed is called if the
+// listener breaks down later.
+func (s *downstreamServer) serve(listener net.Listener, failed func(error)) {
+	if s.tls != nil {
+		listener = tls.NewListener(listener, s.tls)
+	}
 	s.serving.Go(func() {
-		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+		if err := s.http.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
 			failed(fmt.Errorf("listener: %w", err))
 		}
 	})
-	return nil
 }
 
 // ServeHTTP answers one agent's upgrade request:
@@ -162,11 +178,11 @@ func (s *downstreamServer) admit(w http.ResponseWriter, r *http.Request) telemet
 	}
 	verdict, err := s.pool.admit(ctx, a)
 	if err != nil {
-		s.pool.detach(a)
+		s.pool.detach(a, nil)
 		return s.turnAway(w, r, err)
 	}
 	if !verdict.Accept {
-		s.pool.detach(a)
+		s.pool.detach(a, nil)
 		verdict.CopyRefusalHeaders(w.Header())
 		status := verdict.RefusalStatus()
 		s.log.Debug("server refused agent", zap.String("remote_address", a.remote), zap.Int("status", status))
@@ -175,7 +191,7 @@ func (s *downstreamServer) admit(w http.ResponseWriter, r *http.Request) telemet
 	}
 	ws, err := s.upgrader.Upgrade(w, r, nil)
 	if err != nil {
-		s.pool.detach(a)
+		s.pool.detach(a, nil)
 		s.log.Debug("agent left before it was let in", zap.String("remote_address", a.remote), zap.Error(err))
 		return telemetry.Abandoned
 	}
@@ -195,8 +211,8 @@ func (s *downstreamServer) checkRequest(w http.ResponseWriter, r *http.Request) 
 		w.Header().Set("Sec-Websocket-Version", "13")
 		http.Error(w, "WebSocket version 13 is needed", http.StatusBadRequest)
 		return false
-	case r.Header.Get("Sec-Websocket-Key") == "":
-		http.Error(w, "Sec-WebSocket-Key is missing", http.StatusBadRequest)
+	case !validKey(r.Header.Get("Sec-Websocket-Key")):
+		http.Error(w, "Sec-WebSocket-Key is missing or malformed", http.StatusBadRequest)
 		return false
 	case origin != "" && !sameOrigin(origin, r.Host):
 		http.Error(w, "requests from web pages of another origin are not served", http.StatusForbidden)
@@ -239,9 +255,7 @@ func (s *downstreamServer) stop(ctx context.Context) {
 		agents = append(agents, a)
 	}
 	s.mu.Unlock()
-	if s.http != nil {
-		_ = s.http.Close() // the listener's error concerns nobody any more
-	}
+	_ = s.http.Close() // the listener's error concerns nobody any more
 	for _, a := range agents {
 		a.muted.Store(true)
 		a.close(websocket.CloseServiceRestart, "gateway is shutting down")
@@ -249,11 +263,21 @@ func (s *downstreamServer) stop(ctx context.Context) {
 	done := make(chan struct{})
 	s.farewells.Go(func() {
 		defer close(done)
+		s.requests.Wait() // Close has ended them; one may just be letting its agent in
 		s.readers.Wait()
 	})
 	select {
 	case <-done:
 	case <-ctx.Done():
+	}
+}
+
+// cutOff ends the connections of agents that could not be let go in time.
+func (s *downstreamServer) cutOff() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for a := range s.agents {
+		a.Close()
 	}
 }
 
@@ -296,28 +320,27 @@ type agentConn struct {
 	outbox   *outbox.Outbox[*agentConn]
 
 	// Owned by the reader.
-	uid   wire.UID // of its last message
-	route *route   // of uid; nil when it has to be claimed
-	bad   int      // unreadable messages in a row
+	uid  wire.UID // of its last message
+	hold *hold    // of uid; nil when it has to be claimed
+	bad  int      // unreadable messages in a row
 
 	// Shared.
 	link      atomic.Pointer[link]         // where its messages go; ended, or nil, while it has none
-	format    atomic.Pointer[wire.Format]  // of its messages
-	told      atomic.Pointer[capabilities] // what a gateway has heard, see route.told
+	told      atomic.Pointer[capabilities] // what a gateway has heard, see hold.told
 	offence   atomic.Pointer[offence]
 	paused    atomic.Bool  // the reader waits for the link, so silence proves nothing
 	muted     atomic.Bool  // no goodbye is said for it
 	fullState atomic.Int64 // when it is asked for its state once more, Unix seconds; 0 for not
 
-	// Guarded by router.mu: the routes it holds, with whether their agents said goodbye.
-	held map[*route]bool
+	// Guarded by router.mu: one hold for each agent that speaks here.
+	held map[*hold]struct{}
 
 	// Guarded by upstreamPool.mu.
 	attached *link         // in whose agents it is
 	homeless chan struct{} // while its reader waits for a link: closed when there is one, or never will be
 	exiled   bool          // there never will be
 	ended    bool          // the connection has ended
-	gone     []wire.UID    // when it has: whom to say goodbye for
+	gone     []*hold       // when it has: whom to say goodbye for
 }
 
 // offence is something for which a connection is read no further and closed by a later sweep:
@@ -325,7 +348,7 @@ type agentConn struct {
 type offence struct {
 	code     int
 	text     string
-	sweeps   int // until it is closed
+	due      time.Time // when it is closed
 	released chan struct{}
 	once     sync.Once
 }
@@ -387,7 +410,7 @@ func (a *agentConn) relayAll() error {
 			a.offend(telemetry.TooLarge, websocket.CloseMessageTooBig, "message above max_message_size")
 			return err
 		case errors.Is(err, socket.ErrText):
-			err = a.reject(telemetry.BadFrame, nil, "text message; OpAMP messages are binary")
+			err = a.reject(telemetry.BadFrame, &wire.Fields{}, "text message; OpAMP messages are binary")
 		}
 		if err != nil {
 			return err
@@ -409,7 +432,7 @@ func (a *agentConn) relay(frame []byte) error {
 		}
 	}
 	// The normal case: the same UID as before, and nobody else has claimed it.
-	if a.route == nil || !a.uid.Is(f.UID) || a.route.current.Load() != a {
+	if a.hold == nil || !a.uid.Is(f.UID) || a.hold.route.current.Load() != a.hold {
 		if err := a.claim(&f); err != nil {
 			if errors.Is(err, errTooManyUIDs) {
 				a.offend(telemetry.TooManyUIDs, websocket.ClosePolicyViolation, "too many instance UIDs on one connection")
@@ -423,9 +446,9 @@ func (a *agentConn) relay(frame []byte) error {
 		a.server.tel.Fault(telemetry.FrameLost)
 		return err
 	}
-	if a.format.Load().Departs(&f) {
-		a.server.router.depart(a, a.route)
-		a.route = nil // should it speak again, it is back
+	if a.hold.format.Departs(&f) {
+		a.server.router.depart(a.hold)
+		a.hold = nil // should it speak again, it is back
 	}
 	return nil
 }
@@ -436,7 +459,7 @@ func (a *agentConn) claim(f *wire.Fields) error {
 	if err != nil {
 		return err
 	}
-	way, conflict, err := a.server.router.claim(a, uid)
+	h, conflict, err := a.server.router.claim(a, uid, wire.FormatOf(f, uid))
 	if err != nil {
 		return err
 	}
@@ -445,17 +468,14 @@ func (a *agentConn) claim(f *wire.Fields) error {
 		a.server.log.Debug("instance UID is in use on two connections; the one that spoke last gets the replies",
 			zap.Stringer("agent", uid), zap.String("remote_address", a.remote))
 	}
-	if format := wire.FormatOf(f, uid); a.format.Load() == nil || *a.format.Load() != format {
-		a.format.Store(&format)
-	}
-	a.uid, a.route = uid, way
+	a.uid, a.hold = uid, h
 	return nil
 }
 
 // relayConnect passes on another gateway's question about one of its own agents. From any
 // other connection it would let an agent that was let in try out credentials.
 func (a *agentConn) relayConnect(frame []byte, f *wire.Fields, kind connect.Kind, data []byte, taken int64) error {
-	if !a.gateway || kind != connect.Connect || f.UID != nil {
+	if !a.gateway || kind != connect.Connect || len(f.UID) > 0 {
 		a.offend(telemetry.ForeignConnect, websocket.ClosePolicyViolation, "only a gateway may ask about agents")
 		return errForeignConnect
 	}
@@ -464,8 +484,9 @@ func (a *agentConn) relayConnect(frame []byte, f *wire.Fields, kind connect.Kind
 		return a.reject(telemetry.BadFrame, f, err.Error())
 	}
 	a.bad = 0
-	if l := a.link.Load(); l != nil {
-		l.expectFor(requestUID, a)
+	if l := a.link.Load(); l != nil && !l.expectFor(requestUID, a) {
+		a.server.tel.Fault(telemetry.FrameLost) // the gateway below asks again
+		return nil
 	}
 	if err := a.send(entry{Frame: frame, Kind: outbox.Message, Sender: a, Taken: taken}); err != nil {
 		a.server.tel.Fault(telemetry.FrameLost)
@@ -506,19 +527,10 @@ func (a *agentConn) send(e entry) error {
 func (a *agentConn) reject(reason telemetry.Reason, f *wire.Fields, text string) error {
 	a.server.tel.Fault(reason)
 	a.bad++
-	uid := a.uid
-	if f != nil {
-		if sent, err := wire.ParseUID(f.UID); err == nil {
-			uid = sent
-		}
-	}
-	format := a.format.Load()
-	if format == nil && f != nil {
-		guess := wire.FormatOf(f, uid)
-		format = &guess
-	}
-	if uid != (wire.UID{}) && format != nil {
-		a.sendOwn(format.BadRequest(uid, "opampgateway: "+text))
+	if uid, err := wire.ParseUID(f.UID); err == nil {
+		a.sendOwn(wire.FormatOf(f, uid).BadRequest(uid, "opampgateway: "+text))
+	} else if a.hold != nil {
+		a.sendOwn(a.hold.format.BadRequest(a.uid, "opampgateway: "+text))
 	}
 	if a.bad >= maxBadInRow {
 		a.offend("", websocket.CloseInvalidFramePayloadData, "too many unreadable messages")
@@ -536,7 +548,7 @@ func (a *agentConn) offend(reason telemetry.Reason, code int, text string) {
 	}
 	a.server.log.Info("agent's connection will be closed", zap.String("reason", text),
 		zap.Stringer("agent", a.uid), zap.String("remote_address", a.remote))
-	a.offence.Store(&offence{code: code, text: text, sweeps: 2 + rand.IntN(2), released: make(chan struct{})})
+	a.offence.Store(&offence{code: code, text: text, due: time.Now().Add(offenceDelay + rand.N(offenceDelay)), released: make(chan struct{})})
 }
 
 // discard reads on until the agent has heard that it is closed, or for a moment: to close a
@@ -573,12 +585,8 @@ func (a *agentConn) pong(payload []byte) {
 
 // askFullState asks every agent on this connection for its full state.
 func (a *agentConn) askFullState() {
-	format := a.format.Load()
-	if format == nil { // has not spoken yet
-		return
-	}
-	for _, uid := range a.server.router.uids(a) {
-		a.sendOwn(format.ReportFullState(uid))
+	for _, h := range a.server.router.reached(a) {
+		a.sendOwn(h.format.ReportFullState(h.route.uid))
 	}
 }
 
@@ -609,7 +617,7 @@ func (a *agentConn) close(code int, text string) {
 
 func (a *agentConn) sweep(now time.Time, limits sweepLimits) {
 	if off := a.offence.Load(); off != nil {
-		if off.sweeps--; off.sweeps <= 0 {
+		if now.After(off.due) {
 			a.close(off.code, off.text)
 		}
 		return
@@ -631,31 +639,33 @@ func (a *agentConn) sweep(now time.Time, limits sweepLimits) {
 	}
 }
 
-// end is the one place where an agent's connection is cleaned up, by its reader.
+// end is the one place where an agent's connection is cleaned up, by its reader. The server is
+// told of the agents that left without a goodbye: what it would have seen had they been
+// connected to it.
 func (a *agentConn) end(err error) {
+	s := a.server
 	var closed *websocket.CloseError
 	if errors.As(err, &closed) && closed.Code != websocket.CloseAbnormalClosure {
-		a.outbox.Close(closeReply(closed.Code))
-		a.outbox.Drain(a.server.ctx) // for a moment at most
+		a.outbox.Reply(closeReply(closed.Code))
+		a.outbox.Drain(s.ctx) // for a moment at most
 	}
 	a.outbox.Abort()
-	s := a.server
+	s.mu.Lock()
+	delete(s.agents, a)
+	s.mu.Unlock()
 	gone := s.router.release(a)
-	home := s.pool.detach(a, gone...)
-	if a.gateway {
+	home := s.pool.detach(a, gone)
+	s.log.Debug("agent's connection ended", zap.Stringer("agent", a.uid), zap.String("remote_address", a.remote), zap.Error(err))
+	if !a.gateway {
+		s.pool.sayGoodbye(home, a, gone)
+	} else if len(gone) > 0 {
 		// The agents behind a gateway most likely come back by another way.
 		s.farewells.Go(func() {
 			if sleep(s.ctx, s.cfg.Server.GracePeriod) == nil {
 				s.pool.sayGoodbye(s.pool.anyLink(), a, gone)
 			}
 		})
-	} else {
-		s.pool.sayGoodbye(home, a, gone)
 	}
-	s.mu.Lock()
-	delete(s.agents, a)
-	s.mu.Unlock()
-	s.log.Debug("agent's connection ended", zap.Stringer("agent", a.uid), zap.String("remote_address", a.remote), zap.Error(err))
 }
 
 // maxUIDs is how many UIDs the connection may hold.
@@ -672,6 +682,12 @@ func closeReply(code int) []byte {
 		return nil
 	}
 	return websocket.FormatCloseMessage(code, "")
+}
+
+// validKey reports whether key is 16 bytes in base64 (RFC 6455, section 4.2.1).
+func validKey(key string) bool {
+	nonce, err := base64.StdEncoding.DecodeString(key)
+	return err == nil && len(nonce) == 16
 }
 
 // sameOrigin reports whether a page of origin was served by host itself.

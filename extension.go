@@ -21,6 +21,7 @@ package opampgateway
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"sync"
@@ -40,8 +41,8 @@ const (
 
 	// shutdownTimeout bounds Shutdown, whatever its context allows.
 	shutdownTimeout = 4 * time.Second
-	// lettingGo is how much of it agents have to say their last words.
-	lettingGo = 2 * time.Second
+	// Before its end, the links have this long to write what waits, and the server to take it.
+	drainTime, closeTime = time.Second, time.Second
 )
 
 var _ extensioncapabilities.Dependent = (*gatewayExtension)(nil)
@@ -52,9 +53,10 @@ type gatewayExtension struct {
 	set extension.Settings
 	tel *telemetry.Telemetry
 
-	// mu guards the gateway.
+	// mu guards what follows.
 	mu      sync.Mutex
 	gateway *gateway // nil before Start and after Shutdown
+	stopped bool     // Shutdown was called
 }
 
 func newGatewayExtension(set extension.Settings, cfg *Config) (*gatewayExtension, error) {
@@ -69,7 +71,7 @@ func newGatewayExtension(set extension.Settings, cfg *Config) (*gatewayExtension
 func (e *gatewayExtension) Dependencies() []component.ID {
 	var ids []component.ID
 	if auth := e.cfg.Listener.Auth.Get(); auth != nil {
-		ids = append(ids, auth.AuthenticatorID)
+		ids = append(ids, auth.Config.AuthenticatorID) //nolint:staticcheck // newer collectors do not embed Config
 	}
 	for _, middleware := range e.cfg.Listener.Middlewares {
 		ids = append(ids, middleware.ID)
@@ -89,8 +91,16 @@ func (e *gatewayExtension) Start(ctx context.Context, host component.Host) error
 		return err
 	}
 	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.gateway = g
+	stopped := e.stopped
+	if !stopped {
+		e.gateway = g
+	}
+	e.mu.Unlock()
+	if stopped {
+		g.shutdown(ctx)
+		e.tel.Shutdown()
+		return errors.New("shut down while starting")
+	}
 	return nil
 }
 
@@ -98,7 +108,7 @@ func (e *gatewayExtension) Start(ctx context.Context, host component.Host) error
 func (e *gatewayExtension) Shutdown(ctx context.Context) error {
 	e.mu.Lock()
 	g := e.gateway
-	e.gateway = nil
+	e.gateway, e.stopped = nil, true
 	e.mu.Unlock()
 	if g != nil {
 		g.shutdown(ctx)
@@ -141,17 +151,18 @@ func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel 
 		g.pool.netDial = dial
 	}
 	g.server = newDownstreamServer(background, cfg, set.Logger, tel, g.router, g.pool)
+	if err := g.server.prepare(ctx, host, set.TelemetrySettings); err != nil {
+		cancel()
+		return nil, err
+	}
 	if err := tel.Start(func() int { return len(g.pool.links()) }, g.server.count); err != nil {
 		cancel()
 		return nil, err
 	}
 	g.pool.start(background)
-	failed := func(err error) { componentstatus.ReportStatus(host, componentstatus.NewFatalErrorEvent(err)) }
-	if err := g.server.start(ctx, listener, host, set.TelemetrySettings, failed); err != nil {
-		cancel()
-		g.pool.finish(background)
-		return nil, err
-	}
+	g.server.serve(listener, func(err error) {
+		componentstatus.ReportStatus(host, componentstatus.NewFatalErrorEvent(err))
+	})
 	g.sweeps.Go(func() { g.sweep(background) })
 	return g, nil
 }
@@ -195,13 +206,18 @@ func (g *gateway) sweep(ctx context.Context) {
 func (g *gateway) shutdown(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, shutdownTimeout)
 	defer cancel()
-	agents, cancelAgents := context.WithTimeout(ctx, lettingGo)
-	defer cancelAgents()
-	stopBackground := context.AfterFunc(ctx, g.cancel)
-	defer stopBackground()
+	end, _ := ctx.Deadline()
+	drained, cancelDrained := context.WithDeadline(ctx, end.Add(-closeTime))
+	defer cancelDrained()
+	letGo, cancelLetGo := context.WithDeadline(ctx, end.Add(-closeTime-drainTime))
+	defer cancelLetGo()
+	defer context.AfterFunc(ctx, func() {
+		g.cancel()
+		g.server.cutOff()
+	})()
 
-	g.server.stop(agents)
-	g.pool.finish(ctx)
+	g.server.stop(letGo)
+	g.pool.finish(ctx, drained)
 	g.cancel()
 	g.server.wait()
 	g.pool.homing.Wait()

@@ -2,6 +2,7 @@ package opampgateway
 
 import (
 	"errors"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -20,8 +21,9 @@ var errTooManyUIDs = errors.New("connection claims too many instance UIDs")
 
 // router knows on which agent connection each instance UID is to be reached.
 type router struct {
-	// mu guards the table, the holders of each route, and what each connection holds. A frame
-	// takes it only to read, and an agent's frame not even that while nothing changes.
+	// mu guards the table, the holds of each route and of each connection, and whether they
+	// are departed. For a frame it is taken only to read, and by an agent's not even that
+	// while the connection speaks for one agent.
 	mu     sync.RWMutex
 	routes map[wire.UID]*route
 }
@@ -31,151 +33,180 @@ type router struct {
 // one that spoke last gets the replies, and when it leaves the one before gets them again.
 // The older one is not closed, since two clones would then throw each other out for ever.
 type route struct {
-	uid wire.UID
-	// current is the last of holders, to be read without the lock.
-	current atomic.Pointer[agentConn]
+	uid     wire.UID
+	current atomic.Pointer[hold] // the last of holds, to be read without the lock
+	holds   []*hold              // in the order in which they spoke last; never empty while in the table
+}
+
+// hold is one connection's hold of one route: one agent, as long as it is connected there.
+type hold struct {
+	// Set once.
+	agent  *agentConn
+	route  *route
+	format wire.Format // of the agent's frames
+
 	// told is what the agent has heard of the server's custom capabilities.
 	told atomic.Pointer[capabilities]
 
 	// Guarded by router.mu.
-	holders []*agentConn // in the order in which they spoke last; never empty while in the table
-	replace *route       // ends when this one is used: the agent was given this UID in place of that one
+	departed bool  // the agent has said goodbye here; the hold stays for the server's answer
+	replaces *hold // ends when this one is used: the agent was given this UID in place of that
 }
 
 func newRouter() *router { return &router{routes: map[wire.UID]*route{}} }
 
-// find returns the connection to which frames for uid go, and its route; nil if there is none.
-func (r *router) find(uid []byte) (*agentConn, *route) {
+// find returns the hold by which frames reach uid; nil if there is none.
+func (r *router) find(uid []byte) *hold {
 	key, err := wire.ParseUID(uid)
 	if err != nil {
-		return nil, nil
-	}
-	r.mu.RLock()
-	way := r.routes[key]
-	r.mu.RUnlock()
-	if way == nil {
-		return nil, nil
-	}
-	return way.current.Load(), way
-}
-
-// claim makes a the connection to which frames for uid go, because it has just spoken under
-// that UID. It reports whether another connection had it.
-func (r *router) claim(a *agentConn, uid wire.UID) (way *route, conflict bool, err error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	way = r.routes[uid]
-	if way == nil || way.current.Load() != a {
-		conflict = way != nil
-		if way, err = r.holdLocked(a, uid); err != nil {
-			return nil, false, err
-		}
-	}
-	a.held[way] = false // whoever speaks after a goodbye is back
-	if old := way.replace; old != nil {
-		way.replace = nil
-		r.dropLocked(a, old)
-	}
-	return way, conflict, nil
-}
-
-// rename prepares for the agent behind way to speak as uid from its next frame on: frames for
-// uid reach it already, frames for its old UID still do.
-func (r *router) rename(way *route, uid wire.UID) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	a := way.current.Load()
-	if a == nil || way.uid == uid {
 		return nil
 	}
-	renamed, err := r.holdLocked(a, uid)
-	if err != nil {
-		return err
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	if way := r.routes[key]; way != nil {
+		return way.current.Load()
 	}
-	renamed.replace = way
-	renamed.told.Store(way.told.Load())
 	return nil
 }
 
-// holdLocked makes a the current holder of uid's route.
-func (r *router) holdLocked(a *agentConn, uid wire.UID) (*route, error) {
-	way := r.routes[uid]
-	if _, held := a.held[way]; !held && len(a.held) >= a.maxUIDs() {
-		r.forgetDepartedLocked(a)
-		if len(a.held) >= a.maxUIDs() {
-			return nil, errTooManyUIDs
-		}
+// claim makes a the connection to which frames for uid go, because it has just spoken under
+// that UID, in this format. It reports whether another connection had it.
+func (r *router) claim(a *agentConn, uid wire.UID, format wire.Format) (h *hold, conflict bool, err error) {
+	// Behind a gateway, each frame is of another agent, but nothing changes.
+	r.mu.RLock()
+	if way := r.routes[uid]; way != nil {
+		h = way.current.Load()
 	}
-	if way == nil {
-		way = &route{uid: uid}
-		r.routes[uid] = way
+	settled := h != nil && h.agent == a && !h.departed && h.replaces == nil
+	r.mu.RUnlock()
+	if settled {
+		return h, false, nil
 	}
-	if a.held == nil {
-		a.held = map[*route]bool{}
+
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	h, conflict, err = r.holdLocked(a, uid, format)
+	if err != nil {
+		return nil, false, err
 	}
-	a.held[way] = false
-	way.holders = append(without(way.holders, a), a)
-	way.current.Store(a)
-	way.told.Store(nil) // to the server's side of things this is a new connection
-	return way, nil
+	if old := h.replaces; old != nil {
+		h.replaces = nil
+		r.dropLocked(old)
+	}
+	return h, conflict, nil
 }
 
-// dropLocked ends a's hold of way; the connection that held it before is current again.
-func (r *router) dropLocked(a *agentConn, way *route) {
-	if _, held := a.held[way]; !held {
+// rename prepares for the agent of h to speak as uid from its next frame on: frames for uid
+// reach it already, frames for its old UID still do.
+func (r *router) rename(h *hold, uid wire.UID) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, held := h.agent.held[h]; !held || h.route.uid == uid {
+		return nil
+	}
+	renamed, _, err := r.holdLocked(h.agent, uid, h.format)
+	if err != nil {
+		return err
+	}
+	renamed.replaces = h
+	renamed.told.Store(h.told.Load()) // it is the same agent
+	return nil
+}
+
+// holdLocked makes a the current holder of uid's route. Those who said goodbye elsewhere are
+// there no more, so the only conflict is with one who did not.
+func (r *router) holdLocked(a *agentConn, uid wire.UID, format wire.Format) (h *hold, conflict bool, err error) {
+	way := r.routes[uid]
+	if way != nil {
+		for _, other := range slices.Clone(way.holds) {
+			switch {
+			case other.agent == a:
+				h = other
+			case other.departed:
+				r.dropLocked(other)
+			default:
+				conflict = true
+			}
+		}
+	}
+	if h == nil {
+		if len(a.held) >= a.maxUIDs() {
+			r.forgetDepartedLocked(a)
+		}
+		if len(a.held) >= a.maxUIDs() {
+			return nil, false, errTooManyUIDs
+		}
+		if way = r.routes[uid]; way == nil { // it may have gone with those who said goodbye
+			way = &route{uid: uid}
+			r.routes[uid] = way
+		}
+		h = &hold{agent: a, route: way, format: format}
+		if a.held == nil {
+			a.held = map[*hold]struct{}{}
+		}
+		a.held[h] = struct{}{}
+	}
+	h.departed = false // whoever speaks after a goodbye is back
+	way.holds = append(without(way.holds, h), h)
+	way.current.Store(h)
+	return h, conflict, nil
+}
+
+// dropLocked ends h, unless it has ended; the connection that held the route before is
+// current again.
+func (r *router) dropLocked(h *hold) {
+	if _, held := h.agent.held[h]; !held {
 		return
 	}
-	delete(a.held, way)
-	way.holders = without(way.holders, a)
-	if len(way.holders) == 0 {
+	way := h.route
+	delete(h.agent.held, h)
+	way.holds = without(way.holds, h)
+	if len(way.holds) == 0 {
 		delete(r.routes, way.uid)
 		way.current.Store(nil)
 		return
 	}
-	way.current.Store(way.holders[len(way.holders)-1])
+	way.current.Store(way.holds[len(way.holds)-1])
 }
 
-// depart notes that the agent behind way has said goodbye itself on a. Its route stays for the
-// server's answer.
-func (r *router) depart(a *agentConn, way *route) {
+// depart notes that the agent of h has said goodbye itself.
+func (r *router) depart(h *hold) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if _, held := a.held[way]; held {
-		a.held[way] = true
-	}
+	h.departed = true
 }
 
 // forgetDepartedLocked makes room: behind a gateway, agents come and go on one connection.
 func (r *router) forgetDepartedLocked(a *agentConn) {
-	for way, departed := range a.held {
-		if departed {
-			r.dropLocked(a, way)
+	for h := range a.held {
+		if h.departed {
+			r.dropLocked(h)
 		}
 	}
 }
 
-// uids returns the UIDs whose frames go to a.
-func (r *router) uids(a *agentConn) []wire.UID {
+// reached returns the holds by which frames go to a.
+func (r *router) reached(a *agentConn) []*hold {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	uids := make([]wire.UID, 0, len(a.held))
-	for way := range a.held {
-		if way.current.Load() == a {
-			uids = append(uids, way.uid)
+	holds := make([]*hold, 0, len(a.held))
+	for h := range a.held {
+		if h.route.current.Load() == h {
+			holds = append(holds, h)
 		}
 	}
-	return uids
+	return holds
 }
 
-// release ends all that a holds, at a cost of just that. It returns the UIDs that nobody
-// holds any more and whose agents have not said goodbye.
-func (r *router) release(a *agentConn) (gone []wire.UID) {
+// release ends all that a holds, at a cost of just that. It returns what was held of agents
+// that nobody else holds and that have not said goodbye.
+func (r *router) release(a *agentConn) (gone []*hold) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for way, departed := range a.held {
-		r.dropLocked(a, way)
-		if !departed && len(way.holders) == 0 && way.replace == nil {
-			gone = append(gone, way.uid)
+	for h := range a.held {
+		r.dropLocked(h)
+		if !h.departed && len(h.route.holds) == 0 && h.replaces == nil {
+			gone = append(gone, h)
 		}
 	}
 	return gone
@@ -188,14 +219,7 @@ func (r *router) has(uid wire.UID) bool {
 	return r.routes[uid] != nil
 }
 
-// without returns holders without a, which is nearly always not there or the only one.
-func without(holders []*agentConn, a *agentConn) []*agentConn {
-	kept := holders[:0]
-	for _, holder := range holders {
-		if holder != a {
-			kept = append(kept, holder)
-		}
-	}
-	clear(holders[len(kept):])
-	return kept
+// without returns holds without h, which is nearly always not there or the only one.
+func without(holds []*hold, h *hold) []*hold {
+	return slices.DeleteFunc(holds, func(other *hold) bool { return other == h })
 }

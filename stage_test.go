@@ -186,18 +186,19 @@ func (r *running) wantConsistent() {
 		if l := a.link.Load(); l != nil && l == a.attached {
 			require.Contains(r.t, l.agents, a)
 		}
-		for way := range a.held {
-			require.Same(r.t, way, r.router.routes[way.uid], "a route is held that is not in the table")
-			require.Contains(r.t, way.holders, a)
+		for h := range a.held {
+			require.Same(r.t, a, h.agent)
+			require.Same(r.t, h.route, r.router.routes[h.route.uid], "a route is held that is not in the table")
+			require.Contains(r.t, h.route.holds, h)
 		}
 	}
 	for uid, way := range r.router.routes {
 		require.Equal(r.t, uid, way.uid)
-		require.NotEmpty(r.t, way.holders, "a route nobody holds")
-		require.Same(r.t, way.holders[len(way.holders)-1], way.current.Load())
-		for _, a := range way.holders {
-			require.Contains(r.t, a.held, way)
-			require.Contains(r.t, r.server.agents, a, "a route to an agent that is not connected")
+		require.NotEmpty(r.t, way.holds, "a route nobody holds")
+		require.Same(r.t, way.holds[len(way.holds)-1], way.current.Load())
+		for _, h := range way.holds {
+			require.Contains(r.t, h.agent.held, h)
+			require.Contains(r.t, r.server.agents, h.agent, "a route to an agent that is not connected")
 		}
 	}
 }

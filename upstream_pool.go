@@ -76,6 +76,7 @@ var (
 	errNoLink    = errors.New("no link to the server")
 	errCannotAsk = errors.New("server does not know the gateway capability")
 	errLinkLost  = errors.New("link ended")
+	errUntold    = errors.New("nothing told yet")
 	errLetGo     = errors.New("agent is let go")
 	errNotNow    = errors.New("server cannot take the agent just now")
 	errRefused   = errors.New("server refused the agent")
@@ -93,7 +94,7 @@ type upstreamPool struct {
 	headers http.Header
 	tls     *tls.Config
 	netDial func(ctx context.Context, network, address string) (net.Conn, error)
-	status  func(err error)    // told when there is no link, and with nil when the first is back; under mu, so in order
+	status  func(err error)    // told why there is no link, and with nil that there is one
 	ctx     context.Context    // ends when the gateway has nothing more to do
 	stop    context.CancelFunc // ends dialing; what lives goes on
 	dialing context.Context    // until stop
@@ -108,6 +109,8 @@ type upstreamPool struct {
 	since   time.Time     // when count last became more than 0
 	changed chan struct{} // closed and renewed whenever a link comes up or goes down
 	back    chan struct{} // closed and renewed whenever count becomes more than 0
+	failure error         // why there is no link; kept while there is one
+	report  chan struct{} // holds a token when there is something to tell
 	stated  []*capabilities
 }
 
@@ -129,6 +132,7 @@ func newUpstreamPool(ctx context.Context, cfg *Config, build component.BuildInfo
 		cfg: cfg, log: log.With(zap.String("server", serverName(cfg.Server.Endpoint))), tel: tel, router: r,
 		headers: headers, tls: tlsConfig, netDial: (&net.Dialer{}).DialContext, status: status,
 		live: make([]*link, cfg.Server.Connections), changed: make(chan struct{}), back: make(chan struct{}),
+		report: make(chan struct{}, 1), failure: errNoLink,
 	}
 	return p, nil
 }
@@ -139,6 +143,32 @@ func (p *upstreamPool) start(ctx context.Context) {
 	p.dialing, p.stop = context.WithCancel(ctx)
 	for slot := range p.live {
 		p.slots.Go(func() { p.keep(slot) })
+	}
+	p.slots.Go(p.tellStatus)
+}
+
+// tellStatus tells the collector whether there is a link, until dialing ends. Nobody waits for
+// it, whatever others do when they are told.
+func (p *upstreamPool) tellStatus() {
+	told := errUntold
+	overdue := time.After(linkWait) // even if no attempt has failed until then
+	for {
+		select {
+		case <-p.report:
+		case <-overdue:
+		case <-p.dialing.Done():
+			return
+		}
+		p.mu.Lock()
+		now := p.failure
+		if p.count > 0 {
+			now = nil
+		}
+		p.mu.Unlock()
+		if now != told {
+			told = now
+			p.status(now)
+		}
 	}
 }
 
@@ -152,8 +182,8 @@ func (p *upstreamPool) keep(slot int) {
 	}
 	delays.Reset()
 	log := p.log.With(zap.String("link", p.linkName(slot)))
-	told := "" // the last failure that was logged
-	for fresh := true; p.dialing.Err() == nil; {
+	logged := "" // the reason of the last failure logged
+	for dialAtOnce := true; p.dialing.Err() == nil; {
 		back := p.serverBack()
 		ws, retryAfter, err := p.dial(slot)
 		if err != nil {
@@ -161,10 +191,12 @@ func (p *upstreamPool) keep(slot int) {
 				return
 			}
 			delay := max(delays.NextBackOff(), retryAfter)
-			if err.Error() != told { // once per change, not per attempt
-				told = err.Error()
+			if reason := failureReason(err); reason != logged { // once per change, not per attempt
+				logged = reason
 				log.Warn("cannot connect to the server, will keep trying", zap.Error(err), zap.Duration("retry_in", delay))
-				p.reportFailure(err)
+				p.mu.Lock()
+				p.reportLocked(fmt.Errorf("%w: %w", errNoLink, err))
+				p.mu.Unlock()
 			}
 			if retryAfter > 0 {
 				back = nil // the server wants to be left alone
@@ -176,7 +208,7 @@ func (p *upstreamPool) keep(slot int) {
 			}
 			continue
 		}
-		told = ""
+		logged = ""
 		up := time.Now()
 		l := newLink(p, slot, ws)
 		if !p.linkUp(l) {
@@ -191,15 +223,15 @@ func (p *upstreamPool) keep(slot int) {
 			log.Info("disconnected from the server")
 			return
 		case time.Since(up) >= steadyAfter:
-			fresh = true
+			dialAtOnce = true
 			delays.Reset()
 		}
 		p.tel.Fault(telemetry.LinkLost)
 		log.Warn("lost connection to the server, connecting again", zap.Error(err), zap.Duration("after", time.Since(up).Round(time.Millisecond)))
-		if !fresh {
+		if !dialAtOnce {
 			_ = sleep(p.dialing, delays.NextBackOff())
 		}
-		fresh = false
+		dialAtOnce = false
 	}
 }
 
@@ -250,12 +282,12 @@ func (p *upstreamPool) dial(slot int) (ws *websocket.Conn, retryAfter time.Durat
 	return ws, 0, nil
 }
 
-// reportFailure tells why there is no link, unless there is one.
-func (p *upstreamPool) reportFailure(err error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.count == 0 {
-		p.status(fmt.Errorf("%w: %w", errNoLink, err))
+// reportLocked has the status told if it has changed, with the reason if there is no link.
+func (p *upstreamPool) reportLocked(failure error) {
+	p.failure = failure
+	select {
+	case p.report <- struct{}{}:
+	default:
 	}
 }
 
@@ -271,7 +303,7 @@ func (p *upstreamPool) linkUp(l *link) bool {
 		p.since = time.Now()
 		close(p.back)
 		p.back = make(chan struct{})
-		p.status(nil)
+		p.reportLocked(errNoLink)
 	}
 	p.signalLocked()
 	return true
@@ -295,8 +327,8 @@ func (p *upstreamPool) linkDown(l *link) {
 	defer p.mu.Unlock()
 	close(l.ended)
 	p.live[l.slot] = nil
-	if p.count--; p.count == 0 && p.dialing.Err() == nil {
-		p.status(errNoLink)
+	if p.count--; p.count == 0 {
+		p.reportLocked(errNoLink)
 	}
 	p.signalLocked()
 	if p.dialing.Err() != nil {
@@ -338,7 +370,7 @@ func (p *upstreamPool) admit(ctx context.Context, a *agentConn) (connect.Result,
 		if a.question == nil {
 			return connect.Result{Accept: true}, nil
 		}
-		result, err := l.ask(ctx, a.question, l.asking)
+		result, err := l.ask(ctx, a.question, l.asking, admissionCeiling)
 		if !errors.Is(err, errLinkLost) {
 			return result, err
 		}
@@ -425,8 +457,8 @@ func (p *upstreamPool) settleNew(a *agentConn) {
 }
 
 // detach forgets a, whose connection has ended, and returns the link it was at home on. An
-// agent without one leaves the UIDs to say goodbye for to whoever is finding it a new one.
-func (p *upstreamPool) detach(a *agentConn, gone ...wire.UID) (home *link) {
+// agent without one leaves whom to say goodbye for to whoever is finding it a new one.
+func (p *upstreamPool) detach(a *agentConn, gone []*hold) (home *link) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if l := a.attached; l != nil && a.link.Load() == l && p.live[l.slot] == l {
@@ -526,9 +558,9 @@ func (p *upstreamPool) rehome(a *agentConn, from *link) {
 		if p.leftWhileHoming(a, l) {
 			return
 		}
-		select {
-		case <-l.ended: // what it did not write comes first
-			pending = append(l.unwritten[a], pending...)
+		select { // so l has ended, or a's time is over
+		case <-l.ended:
+			pending = append(l.unwritten[a], pending...) // what l did not write comes first
 			from, lost = l, time.Now()
 		case <-ctx.Done():
 		}
@@ -556,9 +588,7 @@ func (p *upstreamPool) introduce(ctx context.Context, a *agentConn, l *link) (de
 	if a.question == nil {
 		return 0, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
-	defer cancel()
-	result, err := l.ask(ctx, a.question, l.introducing)
+	result, err := l.ask(ctx, a.question, l.introducing, answerTimeout)
 	switch status := result.RefusalStatus(); {
 	case errors.Is(err, errCannotAsk):
 		return introduceAgain, err
@@ -587,14 +617,14 @@ func (p *upstreamPool) letGo(a *agentConn, reason telemetry.Reason, code int, te
 }
 
 // sayGoodbye tells the server on l that agents of a have left, unless they turn up again first.
-func (p *upstreamPool) sayGoodbye(l *link, a *agentConn, gone []wire.UID) {
-	format := a.format.Load()
-	if l == nil || format == nil || a.muted.Load() || !p.cfg.Agents.SendDisconnect {
+func (p *upstreamPool) sayGoodbye(l *link, a *agentConn, gone []*hold) {
+	if l == nil || a.muted.Load() || !p.cfg.Agents.SendDisconnect {
 		return
 	}
-	for _, uid := range gone {
+	for _, h := range gone {
+		uid := h.route.uid
 		back := func() bool { return p.router.has(uid) }
-		if l.outbox.Put(p.ctx, entry{Frame: format.Goodbye(uid), Kind: outbox.Message, Stale: back}) != nil {
+		if l.outbox.Put(p.ctx, entry{Frame: h.format.Goodbye(uid), Kind: outbox.Message, Stale: back}) != nil {
 			return // the link's end says it
 		}
 	}
@@ -634,13 +664,19 @@ func (p *upstreamPool) sweep(now time.Time, limits sweepLimits) {
 	}
 }
 
-// finish ends dialing and closes the links, once what waits has been written or ctx is done.
-func (p *upstreamPool) finish(ctx context.Context) {
+// finish ends dialing and closes the links. What waits is written, until drained is done; then
+// the server has until ctx is done to read it and to answer the close frame.
+func (p *upstreamPool) finish(ctx, drained context.Context) {
 	p.stop()
-	for _, l := range p.links() {
-		l.outbox.Drain(ctx)
-		// The server's answer, or a moment, ends the reader. Until then what we wrote is read.
-		l.outbox.Close(websocket.FormatCloseMessage(websocket.CloseNormalClosure, ""))
+	links := p.links()
+	defer context.AfterFunc(ctx, func() {
+		for _, l := range links {
+			l.sock.Close()
+		}
+	})()
+	for _, l := range links {
+		l.outbox.Drain(drained)
+		l.outbox.Close(websocket.FormatCloseMessage(websocket.CloseGoingAway, "gateway is shutting down"))
 	}
 	p.slots.Wait()
 }
@@ -664,15 +700,18 @@ type link struct {
 	// Shared.
 	caps        atomic.Pointer[capabilities] // as stated on this link; nil until then
 	pausedUntil atomic.Int64                 // no questions until then, Unix nanoseconds
-	toldNoUID   atomic.Bool                  // that the server names nobody was logged
+	deaf        chan struct{}                // closed when the server turns out not to understand questions
+
+	// Owned by the reader.
+	complaints int  // errors that name nobody
+	toldNoUID  bool // that the server names nobody was logged
 
 	// mu guards the questions. Askers and relayed questions are forgotten with the link.
-	mu        sync.Mutex
-	asked     map[string]chan<- connect.Result // by request_uid; buffered, and sent to once
-	relayed   map[string]relayedQuestion       // by request_uid
-	answered  bool                             // the server has answered a question
-	deaf      chan struct{}                    // closed when the server turned out not to understand questions
-	deafKnown bool
+	mu       sync.Mutex
+	asked    map[string]chan<- connect.Result // by request_uid; buffered, and sent to once
+	relayed  map[string]relayedQuestion       // by request_uid
+	hasAsked bool                             // we have asked a question
+	answered bool                             // the server has answered one, or never will
 }
 
 // relayedQuestion is a question asked by another gateway below.
@@ -713,7 +752,7 @@ func (l *link) read() error {
 		default:
 			var closed *websocket.CloseError
 			if errors.As(err, &closed) && closed.Code != websocket.CloseAbnormalClosure {
-				l.outbox.Close(closeReply(closed.Code))
+				l.outbox.Reply(closeReply(closed.Code))
 				l.outbox.Drain(l.pool.ctx) // for a moment at most
 			}
 			return err
@@ -731,33 +770,32 @@ func (l *link) relay(frame []byte) {
 	}
 	if f.CustomMessage != nil {
 		if kind, data := connect.Message(f.CustomMessage); kind == connect.ConnectResult {
-			l.noteCapabilities(frame, &f)
 			l.answer(frame, &f, data, taken)
 			return
 		}
 	}
-	if f.UID == nil {
+	if len(f.UID) == 0 {
 		l.takeUnaddressed(frame, &f)
 		return
 	}
-	a, way := l.pool.router.find(f.UID)
-	if a == nil {
+	h := l.pool.router.find(f.UID)
+	if h == nil {
 		l.pool.tel.Fault(telemetry.ServerUnknownUID)
 		return
 	}
 	l.noteCapabilities(frame, &f)
-	untold := l.untoldCapabilities(a, way, &f) // a new UID inherits what the agent has heard
+	untold := l.untoldCapabilities(h, &f) // a new UID inherits what the agent has heard
 	if f.Has(wire.FieldAgentIdentification) {
-		l.rename(frame, way)
+		l.rename(frame, h)
 	}
-	a.deliver(frame, taken)
+	h.agent.deliver(frame, taken)
 	if untold != nil {
-		a.sendOwn(untold)
+		h.agent.sendOwn(untold)
 	}
 }
 
 // rename heeds an agent_identification: the agent is to be found under its new UID at once.
-func (l *link) rename(frame []byte, way *route) {
+func (l *link) rename(frame []byte, h *hold) {
 	message, err := decode(frame)
 	if err != nil {
 		return // the agent will say so
@@ -766,19 +804,26 @@ func (l *link) rename(frame []byte, way *route) {
 	if err != nil {
 		return
 	}
-	if err := l.pool.router.rename(way, uid); err != nil {
+	if err := l.pool.router.rename(h, uid); err != nil {
 		l.pool.tel.Fault(telemetry.TooManyUIDs)
 	}
 }
 
 // noteCapabilities remembers the server's custom capabilities, which it states once per
-// WebSocket, in whatever it says first.
+// WebSocket, in whatever it says first. A server that was asked, says this, and neither
+// answers nor knows the capability will never answer.
 func (l *link) noteCapabilities(frame []byte, f *wire.Fields) {
 	if l.caps.Load() != nil || !f.Has(wire.FieldCustomCapabilities) {
 		return
 	}
-	if message, err := decode(frame); err == nil {
-		l.caps.Store(l.pool.intern(message.GetCustomCapabilities().GetCapabilities()))
+	message, err := decode(frame)
+	if err != nil {
+		return
+	}
+	names := message.GetCustomCapabilities().GetCapabilities()
+	l.caps.Store(l.pool.intern(names))
+	if !slices.Contains(names, connect.Capability) {
+		l.giveUpAsking()
 	}
 }
 
@@ -796,19 +841,18 @@ func (p *upstreamPool) intern(names []string) *capabilities {
 	return caps
 }
 
-// untoldCapabilities returns a frame that tells the agent behind way of the server's custom
+// untoldCapabilities returns a frame that tells the agent of h of the server's custom
 // capabilities, to follow f, the first frame that goes there; nil if the agent has heard them.
-func (l *link) untoldCapabilities(a *agentConn, way *route, f *wire.Fields) []byte {
+func (l *link) untoldCapabilities(h *hold, f *wire.Fields) []byte {
 	caps := l.caps.Load()
-	if caps == nil || a.gateway || way.told.Load() == caps {
+	if caps == nil || h.agent.gateway || h.told.Load() == caps {
 		return nil
 	}
-	told := way.told.Swap(caps)
-	format := a.format.Load()
-	if f.Has(wire.FieldCustomCapabilities) || (told == nil && len(caps.names) == 0) || format == nil || format.Legacy {
+	told := h.told.Swap(caps)
+	if f.Has(wire.FieldCustomCapabilities) || (told == nil && len(caps.names) == 0) || h.format.Legacy {
 		return nil
 	}
-	return format.CustomCapabilities(way.uid, caps.names)
+	return h.format.CustomCapabilities(h.route.uid, caps.names)
 }
 
 // takeUnaddressed takes a frame that says not whom it is for. On a link shared by many agents
@@ -828,14 +872,16 @@ func (l *link) takeUnaddressed(frame []byte, f *wire.Fields) {
 	case failure.GetType() == protobufs.ServerErrorResponseType_ServerErrorResponseType_Unavailable && failure != nil:
 		delay := min(time.Duration(failure.GetRetryInfo().GetRetryAfterNanoseconds()), maxRetryAfter)
 		l.pausedUntil.Store(time.Now().Add(max(delay, time.Second)).UnixNano())
-	case f.Has(wire.FieldCustomCapabilities) || failure != nil:
-		// An ordinary answer to a question.
-		if !slices.Contains(message.GetCustomCapabilities().GetCapabilities(), connect.Capability) {
+	case failure != nil:
+		// Once may be an accident; twice, the server takes questions for bad requests.
+		if l.complaints++; l.complaints == 2 {
 			l.giveUpAsking()
 		}
+	case f.Has(wire.FieldCustomCapabilities): // noted
 	default:
 		l.pool.tel.Fault(telemetry.ServerNoUID)
-		if !l.toldNoUID.Swap(true) {
+		if !l.toldNoUID {
+			l.toldNoUID = true
 			l.pool.log.Warn("server sends messages without instance_uid; nobody can tell which agent they are for, so they are dropped",
 				zap.String("link", l.pool.linkName(l.slot)))
 		}
@@ -843,43 +889,32 @@ func (l *link) takeUnaddressed(frame []byte, f *wire.Fields) {
 }
 
 // giveUpAsking notes that the server does not understand questions, and wakes all who wait
-// for an answer. Servers that have answered one do.
+// for an answer. It does nothing if no question was asked, or one was answered.
 func (l *link) giveUpAsking() {
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.answered || l.deafKnown || len(l.asked) == 0 {
+	giveUp := l.hasAsked && !l.answered
+	l.answered = l.answered || giveUp // nothing else is to be expected
+	l.mu.Unlock()
+	if !giveUp {
 		return
 	}
-	l.deafKnown = true
 	close(l.deaf)
 	l.pool.log.Error("server does not know the capability "+connect.Capability+", so it cannot be asked which agents may connect, and none is let in; "+
 		"use a server that knows it, or set server::agent_admission: accept and protect the listener with listener::auth or mutual TLS",
 		zap.String("link", l.pool.linkName(l.slot)))
 }
 
-// ask asks the server whether an agent may connect. window bounds the questions in flight. The
-// error is errLinkLost, errCannotAsk, or that of ctx.
-func (l *link) ask(ctx context.Context, question connect.Question, window chan struct{}) (connect.Result, error) {
-	select {
-	case <-l.deaf: // even if the window is open
-		return connect.Result{}, errCannotAsk
-	default:
+// ask asks the server whether an agent may connect, within the given time once it is its turn:
+// window bounds the questions in flight. The error is errLinkLost, errCannotAsk, or that of
+// ctx, which is context.DeadlineExceeded when there was no answer in time.
+func (l *link) ask(ctx context.Context, question connect.Question, window chan struct{}, within time.Duration) (connect.Result, error) {
+	if err := l.awaitTurn(ctx, window); err != nil {
+		return connect.Result{}, err
 	}
-	select {
-	case window <- struct{}{}:
-		defer func() { <-window }()
-	case <-l.ended:
-		return connect.Result{}, errLinkLost
-	case <-l.deaf:
-		return connect.Result{}, errCannotAsk
-	case <-ctx.Done():
-		return connect.Result{}, ctx.Err()
-	}
-	if pause := time.Until(time.Unix(0, l.pausedUntil.Load())); pause > 0 {
-		if err := sleep(ctx, pause); err != nil {
-			return connect.Result{}, err
-		}
-	}
+	defer func() { <-window }()
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+
 	requestUID := uuid.NewString()
 	frame, err := question.Frame(requestUID)
 	if err != nil {
@@ -888,6 +923,7 @@ func (l *link) ask(ctx context.Context, question connect.Question, window chan s
 	answer := make(chan connect.Result, 1)
 	l.mu.Lock()
 	l.asked[requestUID] = answer
+	l.hasAsked = true
 	l.mu.Unlock()
 	defer func() {
 		l.mu.Lock()
@@ -896,11 +932,7 @@ func (l *link) ask(ctx context.Context, question connect.Question, window chan s
 	}()
 	nobodyWaits := func() bool { return ctx.Err() != nil }
 	err = l.outbox.Put(ctx, entry{Frame: frame, Kind: outbox.Message, Stale: nobodyWaits})
-	switch {
-	case errors.Is(err, outbox.ErrClosed):
-		<-l.ended // its reader is about to find out
-		return connect.Result{}, errLinkLost
-	case err != nil:
+	if err != nil && !errors.Is(err, outbox.ErrClosed) { // closed: its reader is about to find out
 		return connect.Result{}, err
 	}
 	select {
@@ -912,6 +944,52 @@ func (l *link) ask(ctx context.Context, question connect.Question, window chan s
 		return connect.Result{}, errCannotAsk
 	case <-ctx.Done():
 		return connect.Result{}, ctx.Err()
+	}
+}
+
+// awaitTurn waits for a token of window, and until the server takes questions. The caller
+// gives the token back, unless there is an error.
+func (l *link) awaitTurn(ctx context.Context, window chan struct{}) error {
+	select {
+	case window <- struct{}{}:
+	case <-l.ended:
+		return errLinkLost
+	case <-l.deaf:
+		return errCannotAsk
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	err := l.awaitPause(ctx)
+	if err != nil {
+		<-window
+	}
+	return err
+}
+
+// awaitPause waits as long as the server does not want to be asked.
+func (l *link) awaitPause(ctx context.Context) error {
+	for {
+		var over <-chan time.Time
+		if pause := time.Until(time.Unix(0, l.pausedUntil.Load())); pause > 0 {
+			over = time.After(pause)
+		}
+		select {
+		case <-l.ended:
+			return errLinkLost
+		case <-l.deaf:
+			return errCannotAsk
+		default:
+			if over == nil {
+				return nil
+			}
+		}
+		select {
+		case <-over: // it may have been prolonged
+		case <-l.ended:
+		case <-l.deaf:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
 }
 
@@ -929,6 +1007,7 @@ func (l *link) answer(frame []byte, f *wire.Fields, data []byte, taken int64) {
 	below, relayed := l.relayed[requestUID]
 	delete(l.relayed, requestUID)
 	l.mu.Unlock()
+	l.noteCapabilities(frame, f)
 	switch {
 	case asker != nil:
 		asker <- connect.ParseResult(data)
@@ -944,12 +1023,15 @@ func (l *link) answer(frame []byte, f *wire.Fields, data []byte, taken int64) {
 }
 
 // expectFor notes that the gateway below asked under requestUID, so that it gets the answer.
-func (l *link) expectFor(requestUID string, gateway *agentConn) {
+// It reports false when too many such questions are open.
+func (l *link) expectFor(requestUID string, gateway *agentConn) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if len(l.relayed) < maxRelayedQuestions {
-		l.relayed[requestUID] = relayedQuestion{gateway, time.Now().Add(l.pool.cfg.Server.AdmissionTimeout)}
+	if len(l.relayed) >= maxRelayedQuestions {
+		return false
 	}
+	l.relayed[requestUID] = relayedQuestion{gateway, time.Now().Add(l.pool.cfg.Server.AdmissionTimeout)}
+	return true
 }
 
 // forgetOldQuestions forgets what gateways below have stopped waiting for.
@@ -986,6 +1068,21 @@ func decode(frame []byte) (*protobufs.ServerToAgent, error) {
 		return nil, err
 	}
 	return &message, nil
+}
+
+// failureReason is what stays the same when an attempt fails again in the same way: the text
+// of a network error holds a port that does not.
+func failureReason(err error) string {
+	var dns *net.DNSError
+	var op *net.OpError
+	switch {
+	case errors.As(err, &dns):
+		return "lookup " + dns.Name
+	case errors.As(err, &op):
+		return op.Op + ": " + op.Err.Error()
+	default:
+		return err.Error()
+	}
 }
 
 // parseRetryAfter reads a Retry-After header: seconds, or a date; 0 if there is none.

@@ -22,7 +22,7 @@ func onlyWithKey(headers http.Header) verdict {
 	case "Secret-Key nonsense":
 		return verdict{42, nil}
 	default:
-		return verdict{http.StatusUnauthorized, map[string]string{"WWW-Authenticate": "Secret-Key", "Content-Length": "1000", "Connection": "X"}}
+		return verdict{http.StatusUnauthorized, map[string]string{"WWW-Authenticate": "Secret-Key", "Content-Length": "1000", "Keep-Alive": "X"}}
 	}
 }
 
@@ -50,6 +50,7 @@ func TestRefusals(t *testing.T) {
 			require.NotNil(t, resp)
 			require.Equal(t, test.status, resp.StatusCode)
 			require.Equal(t, test.value, resp.Header.Get(test.header))
+			require.Empty(t, resp.Header.Get("Keep-Alive"), "what concerns only the server's own connection")
 			body, err := io.ReadAll(resp.Body)
 			require.NoError(t, err)
 			require.Contains(t, string(body), "refused by the OpAMP server")

@@ -22,12 +22,7 @@ func TestChain(t *testing.T) {
 		c.gateway("server::connections", 2)
 		c.gateway("server::headers::Authorization", "Secret-Key right") // the server is asked about the edge, too
 	})
-	eventually(t, func() string {
-		if n := len(edge.log.with("connected to the server", middle.url())); n != 2 {
-			return "the edge has not its two links to the middle"
-		}
-		return ""
-	})
+	edge.wantLinks(t, 2)
 	introduced := server.asked()
 	require.Len(t, introduced, 2)
 	for _, q := range introduced {

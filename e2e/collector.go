@@ -148,6 +148,18 @@ func launchGateway(t *testing.T, name string, c config, edits ...func(config)) *
 	return g
 }
 
+// wantLinks waits until the gateway has connected n links since it was started. Until then new
+// agents cannot be spread evenly; the server sees a link a moment before the gateway does.
+func (g *Gateway) wantLinks(t *testing.T, n int) {
+	t.Helper()
+	eventually(t, func() string {
+		if up := len(g.log.with("connected to the server")); up != n {
+			return fmt.Sprintf("%s has connected %d links, want %d", g.name, up, n)
+		}
+		return ""
+	})
+}
+
 func (g *Gateway) url() string { return g.scheme + "://" + g.address + "/v1/opamp" }
 
 // agentConfig is a collector with opampextension: an agent of the server, or gateway, at url.

@@ -76,7 +76,7 @@ func TestBadFrames(t *testing.T) {
 		c.gateway("max_message_size", 64<<10)
 		c.metrics(t, metrics)
 	})
-	server.wantLinks(t, upstream(3)...)
+	gateway.wantLinks(t, 3)
 	others := startAgents(t, 3, gateway.url(), agentOptions{}) // one on each link
 	for _, a := range others {
 		server.wantAgent(t, a.id(), "is connected", isConnected)

@@ -17,6 +17,7 @@ func TestManyAgents(t *testing.T) {
 	gateway := startGateway(t, server.url(), func(c config) { c.gateway("server::agent_id", "edge-7") })
 	links := []string{"edge-7/upstream-0", "edge-7/upstream-1", "edge-7/upstream-2"}
 	server.wantLinks(t, links...)
+	gateway.wantLinks(t, 3)
 	require.Contains(t, server.linkHeaders(links[0]).Get("User-Agent"), "opampgateway otelcol-opampgateway/")
 
 	agents := startAgents(t, 30, gateway.url(), agentOptions{})
@@ -77,7 +78,7 @@ func TestLinkLost(t *testing.T) {
 	t.Parallel()
 	server := startServer(t, serverOptions{})
 	gateway := startGateway(t, server.url())
-	server.wantLinks(t, upstream(3)...)
+	gateway.wantLinks(t, 3)
 	agents := startAgents(t, 9, gateway.url(), agentOptions{})
 	before := map[uuid.UUID]Known{}
 	for _, a := range agents {
@@ -145,6 +146,7 @@ func TestLargeMessages(t *testing.T) {
 	t.Parallel()
 	server := startServer(t, serverOptions{})
 	gateway := startGateway(t, server.url())
+	gateway.wantLinks(t, 3)
 	agents := startAgents(t, 4, gateway.url(), agentOptions{}) // so two share a link
 	for _, a := range agents {
 		server.wantAgent(t, a.id(), "is connected", isConnected)

@@ -173,5 +173,8 @@ func (r Result) CopyRefusalHeaders(h http.Header) {
 			continue
 		}
 		h.Set(name, value)
+		if name == "Upgrade" {
+			h.Set("Connection", "Upgrade") // the one header cannot be without the other (RFC 9110, section 7.8)
+		}
 	}
 }

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"net"
 	"net/http"
 	"slices"
@@ -100,7 +102,7 @@ func (s *Server) Start() {
 	if err != nil {
 		s.t.Fatalf("server: %v", err)
 	}
-	server := &http.Server{Handler: s} //nolint:gosec // nobody attacks it
+	server := &http.Server{Handler: s, ErrorLog: log.New(io.Discard, "", 0)} // what goes wrong with it is the test's own doing
 	s.http = server
 	s.runs.Go(func() { _ = server.Serve(listener) })
 }

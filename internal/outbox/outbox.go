@@ -76,7 +76,7 @@ type Outbox[S any] struct {
 	closed  bool         // nothing more is taken
 	writing bool         // the writer runs
 	left    sync.Cond    // the writer has left
-	failed  []Entry[S]   // what a failed write left unwritten
+	aside   []Entry[S]   // what a failed write, or Reply, left unwritten
 }
 
 type waiter[S any] struct {
@@ -154,6 +154,21 @@ func (o *Outbox[S]) Close(payload []byte) {
 	o.socket.Hurry()
 }
 
+// Reply is Close for a peer that has itself said that it is closing: what waits is not
+// written, since nobody will read it, but left for Abort to return.
+func (o *Outbox[S]) Reply(payload []byte) {
+	o.mu.Lock()
+	if o.closed {
+		o.mu.Unlock()
+		return
+	}
+	o.aside, o.queue = o.queue, nil
+	o.addLocked(Entry[S]{Frame: payload, Kind: Close})
+	o.closeLocked()
+	o.mu.Unlock()
+	o.socket.Hurry()
+}
+
 // Drain waits until nothing is left to write, or ctx is done.
 func (o *Outbox[S]) Drain(ctx context.Context) {
 	stop := context.AfterFunc(ctx, func() {
@@ -179,8 +194,8 @@ func (o *Outbox[S]) Abort() (unwritten []Entry[S]) {
 	for o.writing {
 		o.left.Wait()
 	}
-	unwritten = slices.Concat(o.failed, o.queue)
-	o.failed, o.queue, o.size = nil, nil, 0
+	unwritten = slices.Concat(o.aside, o.queue)
+	o.aside, o.queue, o.size = nil, nil, 0
 	return unwritten
 }
 
@@ -258,7 +273,7 @@ func (o *Outbox[S]) fail(unwritten []Entry[S]) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.closeLocked()
-	o.failed = unwritten
+	o.aside = slices.Concat(unwritten, o.aside)
 	o.leaveLocked()
 }
 

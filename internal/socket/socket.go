@@ -42,8 +42,9 @@ const (
 	// batchSize is how much is put together before it is handed to the socket.
 	batchSize = 16 << 10
 
-	// chunkSize is how much of a larger message is written under one deadline.
-	chunkSize = 256 << 10
+	// chunkSize is how much of a larger message is written under one deadline. On TLS, where a
+	// write that timed out cannot be taken up again, it is one record.
+	chunkSize, tlsChunkSize = 128 << 10, 16 << 10
 
 	// moment is how long the last words of a connection may take: this much to write them,
 	// and as much again to hear the peer's.
@@ -62,6 +63,7 @@ type Socket struct {
 	conn         net.Conn // what is written to: plain, or TLS
 	raw          net.Conn // what is below TLS; its Close never waits
 	client       bool     // masks what it writes (RFC 6455, section 5.3)
+	chunk        int      // chunkSize, or tlsChunkSize
 	limit        int      // of one message read, in bytes
 	writeTimeout time.Duration
 
@@ -88,9 +90,9 @@ type Socket struct {
 // for writeTimeout fails. pong is called by the reader for each ping of the peer, to queue
 // the answer; like Read's callers it must not wait.
 func New(ws *websocket.Conn, client bool, limit int, writeTimeout time.Duration, pong func(payload []byte)) *Socket {
-	s := &Socket{ws: ws, conn: ws.NetConn(), raw: ws.NetConn(), client: client, limit: limit, writeTimeout: writeTimeout}
+	s := &Socket{ws: ws, conn: ws.NetConn(), raw: ws.NetConn(), client: client, chunk: chunkSize, limit: limit, writeTimeout: writeTimeout}
 	if tls, ok := s.conn.(interface{ NetConn() net.Conn }); ok {
-		s.raw = tls.NetConn()
+		s.raw, s.chunk = tls.NetConn(), tlsChunkSize
 	}
 	ws.SetPingHandler(func(payload string) error {
 		s.heard.Store(true)
@@ -281,7 +283,7 @@ func (s *Socket) write(b []byte) error {
 				return err
 			}
 		}
-		n, err := s.conn.Write(b[:min(len(b), chunkSize)])
+		n, err := s.conn.Write(b[:min(len(b), s.chunk)])
 		b = b[n:]
 		if n > 0 {
 			s.written.Add(1)

@@ -486,6 +486,18 @@ func TestReadEndsWithTheConnection(t *testing.T) {
 		require.False(t, Skippable(err))
 
 		f = newFixture(t, t.client, unlimited, 1<<20)
+		w, err = f.peer.NextWriter(websocket.TextMessage)
+		require.NoError(t, err)
+		_, err = w.Write(make([]byte, 10_000))
+		require.NoError(t, err)
+		f.peerConn.Close()
+		_, err = f.Read()
+		require.ErrorIs(t, err, ErrText)
+		_, err = f.Read()
+		require.Error(t, err, "it ends in what is read past")
+		require.False(t, Skippable(err))
+
+		f = newFixture(t, t.client, unlimited, 1<<20)
 		time.AfterFunc(time.Second, f.Close)
 		_, err = f.Read()
 		require.ErrorIs(t, err, net.ErrClosed)
@@ -926,6 +938,7 @@ func FuzzRead(f *testing.F) {
 	f.Add(slices.Concat(frame(2, "binary"), frame(9, "ping"), frame(1, "text"), frame(2, "again"), frame(8, "\x03\xe8bye")), 100, 1)
 	f.Add(slices.Concat([]byte("\x02\x03abc\x89\x00\x00\x03def\x80\x03ghi"), frame(2, strings.Repeat("x", 300)), frame(2, "")), 8, 1000)
 	f.Add(frame(2, strings.Repeat("y", 70_000)), 70_000, 5000)
+	f.Add([]byte("\x81\x7e\xff\xffthe start of a long text"), 100, 7)
 	f.Add([]byte("\x82\x7f\xff\xff\xff\xff\xff\xff\xff\xffhello"), 1<<20, 3)
 	f.Fuzz(func(t *testing.T, sent []byte, limit, piece int) {
 		limit, piece = max(1, min(limit, 1<<20)), max(1, min(piece, 1<<20))
@@ -976,7 +989,7 @@ func BenchmarkWriteBatch(b *testing.B) {
 		for name, client := range map[string]bool{"up": true, "down": false} {
 			b.Run(fmt.Sprintf("%dB/%s", size, name), func(b *testing.B) {
 				f := newFixture(b, client, unlimited, 1<<20)
-				go func() { _, _ = io.Copy(io.Discard, f.peerConn) }()
+				f.conn.out.discards = true
 				batch := make([]entry, max(1, min(100, 1<<20/size)))
 				for i := range batch {
 					batch[i] = entry{Kind: outbox.Message, Frame: make([]byte, size)}

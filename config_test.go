@@ -1,0 +1,313 @@
+package opampgateway
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"go.opentelemetry.io/collector/component"
+	"go.opentelemetry.io/collector/config/configopaque"
+	"go.opentelemetry.io/collector/confmap"
+	"go.opentelemetry.io/collector/confmap/confmaptest"
+	"go.uber.org/zap"
+)
+
+// load makes a configuration of what a user has written below the extension's name.
+func load(conf *confmap.Conf) (*Config, error) {
+	cfg := NewFactory().CreateDefaultConfig().(*Config)
+	if err := conf.Unmarshal(cfg); err != nil {
+		return nil, err
+	}
+	return cfg, confmap.Validate(cfg)
+}
+
+// example loads one of the examples in testdata/config.yaml.
+func example(t *testing.T, name string) *Config {
+	t.Helper()
+	conf, err := confmaptest.LoadConf("testdata/config.yaml")
+	require.NoError(t, err)
+	conf, err = conf.Sub("opampgateway/" + name)
+	require.NoError(t, err)
+	cfg, err := load(conf)
+	require.NoError(t, err)
+	return cfg
+}
+
+func TestConfigDefaults(t *testing.T) {
+	cfg := example(t, "minimal")
+	want := createDefaultConfig().(*Config)
+	want.Server.Endpoint = "ws://127.0.0.1:4320/v1/opamp"
+	require.Equal(t, want, cfg)
+
+	require.Equal(t, 3, cfg.Server.Connections)
+	require.Equal(t, "localhost:4320", cfg.Listener.NetAddr.Endpoint)
+	require.Equal(t, AdmissionAsk, cfg.Server.AgentAdmission)
+	require.Equal(t, 500*time.Millisecond, cfg.Server.Retry.InitialInterval)
+	require.Equal(t, 5*time.Second, cfg.Server.Retry.MaxInterval)
+	require.Zero(t, cfg.Server.Retry.MaxElapsedTime)
+	require.Equal(t, time.Minute, cfg.Server.GracePeriod)
+	require.Equal(t, 64<<20, cfg.MaxMessageSize)
+	require.Equal(t, 32<<10, cfg.Agents.MaxRequestHeaderSize)
+	require.True(t, cfg.Agents.SendDisconnect)
+}
+
+// TestConfigEveryKey loads an example that has every key of ours with another value than its default.
+func TestConfigEveryKey(t *testing.T) {
+	cfg := example(t, "every_key")
+	require.Equal(t, "tcp4", string(cfg.Listener.NetAddr.Transport))
+	require.Equal(t, "basicauth/agents", cfg.Listener.Auth.Get().AuthenticatorID.String())
+	require.Equal(t, "ratelimiter", cfg.Listener.Middlewares[0].ID.String())
+	require.Equal(t, "/etc/otel/agents-ca.crt", cfg.Listener.TLS.Get().ClientCAFile)
+
+	conf, err := confmaptest.LoadConf("testdata/config.yaml")
+	require.NoError(t, err)
+	var check func(path string, got, fallback reflect.Value)
+	check = func(path string, got, fallback reflect.Value) {
+		for i := range got.NumField() {
+			key, _, _ := strings.Cut(got.Type().Field(i).Tag.Get("mapstructure"), ",")
+			if key == "" {
+				continue
+			}
+			key = path + "::" + key
+			require.True(t, conf.IsSet(key), "testdata/config.yaml has no %s", key)
+			field := got.Field(i)
+			if field.Kind() == reflect.Struct && field.Type().PkgPath() == got.Type().PkgPath() {
+				check(key, field, fallback.Field(i))
+				continue
+			}
+			require.NotEqual(t, fallback.Field(i).Interface(), field.Interface(), "%s is the default", key)
+		}
+	}
+	check("opampgateway/every_key", reflect.ValueOf(*cfg), reflect.ValueOf(*createDefaultConfig().(*Config)))
+}
+
+// TestConfigOfProduct loads the example of the product's description, as it stands there.
+func TestConfigOfProduct(t *testing.T) {
+	resolver, err := confmap.NewResolver(confmap.ResolverSettings{
+		URIs: []string{"file:testdata/product.yaml"},
+		ProviderFactories: []confmap.ProviderFactory{
+			confmap.NewProviderFactory(func(confmap.ProviderSettings) confmap.Provider { return fileProvider{} }),
+			confmap.NewProviderFactory(func(confmap.ProviderSettings) confmap.Provider { return envProvider{} }),
+		},
+	})
+	require.NoError(t, err)
+	conf, err := resolver.Resolve(t.Context())
+	require.NoError(t, err)
+	conf, err = conf.Sub("extensions::opampgateway")
+	require.NoError(t, err)
+	cfg, err := load(conf)
+	require.NoError(t, err)
+
+	require.Equal(t, "wss://app.bindplane.com/v1/opamp", cfg.Server.Endpoint)
+	authorization, ok := cfg.Server.Headers.Get("Authorization")
+	require.True(t, ok)
+	require.Equal(t, configopaque.String("Secret-Key from the environment"), authorization)
+	require.Equal(t, 3, cfg.Server.Connections)
+	require.Equal(t, "0.0.0.0:4320", cfg.Listener.NetAddr.Endpoint)
+	require.Equal(t, "/etc/otel/server.crt", cfg.Listener.TLS.Get().CertFile)
+	require.Equal(t, "/etc/otel/server.key", cfg.Listener.TLS.Get().KeyFile)
+}
+
+// fileProvider and envProvider are of what a collector has for file: and ${env:…} just what is needed.
+type fileProvider struct{}
+
+func (fileProvider) Scheme() string                 { return "file" }
+func (fileProvider) Shutdown(context.Context) error { return nil }
+func (fileProvider) Retrieve(_ context.Context, uri string, _ confmap.WatcherFunc) (*confmap.Retrieved, error) {
+	content, err := os.ReadFile(strings.TrimPrefix(uri, "file:"))
+	if err != nil {
+		return nil, err
+	}
+	return confmap.NewRetrievedFromYAML(content)
+}
+
+type envProvider struct{}
+
+func (envProvider) Scheme() string                 { return "env" }
+func (envProvider) Shutdown(context.Context) error { return nil }
+func (envProvider) Retrieve(_ context.Context, uri string, _ confmap.WatcherFunc) (*confmap.Retrieved, error) {
+	if uri != "env:OPAMP_SECRET_KEY" {
+		return nil, fmt.Errorf("unexpected %s", uri)
+	}
+	return confmap.NewRetrieved("from the environment")
+}
+
+// TestConfigOfReadme loads the examples in the papers.
+func TestConfigOfReadme(t *testing.T) {
+	papers, err := filepath.Glob("*.md")
+	require.NoError(t, err)
+	for _, paper := range papers {
+		content, err := os.ReadFile(paper)
+		require.NoError(t, err)
+		for i, block := range regexp.MustCompile("(?s)```yaml\n(.*?)```").FindAllSubmatch(content, -1) {
+			retrieved, err := confmap.NewRetrievedFromYAML(block[1])
+			require.NoError(t, err)
+			conf, err := retrieved.AsConf()
+			if err != nil {
+				continue // of something else
+			}
+			extensions, err := conf.Sub("extensions")
+			if err != nil {
+				continue // a manifest
+			}
+			for name := range extensions.ToStringMap() {
+				if name != "opampgateway" && !strings.HasPrefix(name, "opampgateway/") {
+					continue
+				}
+				t.Run(fmt.Sprint(paper, " ", i, " ", name), func(t *testing.T) {
+					conf, err := extensions.Sub(name)
+					require.NoError(t, err)
+					_, err = load(conf)
+					require.NoError(t, err)
+				})
+			}
+		}
+	}
+}
+
+// TestConfigMistakes makes every mistake there is. Each is refused with what the user typed.
+func TestConfigMistakes(t *testing.T) {
+	const secret = "s3cret"
+	type m = map[string]any
+	server := func(key string, value any) m {
+		return m{"server": m{"endpoint": "ws://localhost", key: value}}
+	}
+	listener := func(key string, value any) m {
+		return m{"server": m{"endpoint": "ws://localhost"}, "listener": m{key: value}}
+	}
+	agents := func(key string, value any) m {
+		return m{"server": m{"endpoint": "ws://localhost"}, "agents": m{key: value}}
+	}
+	for _, test := range []struct {
+		name string
+		conf m
+		want []string
+	}{
+		{"nothing at all", m{}, []string{"server", "endpoint", "required"}},
+		{"no endpoint", m{"server": m{"connections": 3}}, []string{"server", "endpoint", "required"}},
+		{"empty server", m{"server": nil}, []string{"server", "endpoint", "required"}},
+		{"http endpoint", server("endpoint", "http://localhost"), []string{"server", "endpoint", "ws://", "wss://", "http://localhost"}},
+		{"https endpoint", server("endpoint", "https://localhost"), []string{"server", "endpoint", "ws://", "wss://"}},
+		{"endpoint without scheme", server("endpoint", "localhost:4320"), []string{"server", "endpoint", "ws://"}},
+		{"endpoint without host", server("endpoint", "ws:///v1/opamp"), []string{"server", "endpoint", "no host"}},
+		{"endpoint with nothing but a port", server("endpoint", "ws://:4320"), []string{"server", "endpoint", "no host"}},
+		{"endpoint with a password", server("endpoint", "ws://me:"+secret+"@localhost"), []string{"server", "endpoint", "password"}},
+		{"http endpoint with a password", server("endpoint", "http://me:"+secret+"@localhost"), []string{"server", "endpoint", "ws://"}},
+		{"endpoint that is no URL", server("endpoint", "ws://me:"+secret+"@local host"), []string{"server", "endpoint", "URL"}},
+		{"endpoint that is a list", server("endpoint", []string{"ws://localhost"}), []string{"server", "endpoint"}},
+		{"no connections", server("connections", 0), []string{"server", "connections", "1 to 64", "0"}},
+		{"negative connections", server("connections", -1), []string{"server", "connections", "1 to 64", "-1"}},
+		{"very many connections", server("connections", 100_000), []string{"server", "connections", "1 to 64", "100000"}},
+		{"65 connections", server("connections", 65), []string{"server", "connections"}},
+		{"connections that are no number", server("connections", "three"), []string{"server", "connections"}},
+		{"agent_id with a line feed", server("agent_id", "a\nb"), []string{"server", "agent_id"}},
+		{"reserved header Upgrade", server("headers", m{"Upgrade": secret}), []string{"server", "headers", "Upgrade", "reserved"}},
+		{"reserved header Connection", server("headers", m{"connection": secret}), []string{"server", "headers", "connection", "reserved"}},
+		{"reserved header Sec-WebSocket-Key", server("headers", m{"Sec-WebSocket-Key": secret}), []string{"server", "headers", "Sec-WebSocket-Key", "reserved"}},
+		{"reserved header Sec-WebSocket-Version", server("headers", m{"sec-websocket-version": secret}), []string{"server", "headers", "sec-websocket-version", "reserved"}},
+		{"reserved header Sec-WebSocket-Protocol", server("headers", m{"Sec-Websocket-Protocol": secret}), []string{"server", "headers", "Sec-Websocket-Protocol", "reserved"}},
+		{"reserved header Sec-WebSocket-Extensions", server("headers", m{"Sec-WebSocket-Extensions": secret}), []string{"server", "headers", "Sec-WebSocket-Extensions", "reserved"}},
+		{"reserved header of gateways", server("headers", m{"x-opamp-gateway-connection-id": secret}), []string{"server", "headers", "x-opamp-gateway-connection-id", "agent_id"}},
+		{"header that is no name", server("headers", m{"Author ization": secret}), []string{"server", "headers", "Author ization"}},
+		{"header with a line feed", server("headers", m{"Authorization": secret + "\n"}), []string{"server", "headers", "Authorization"}},
+		{"retry switched off", server("retry", m{"enabled": false}), []string{"server", "retry::enabled", "never gives up"}},
+		{"retry that gives up", server("retry", m{"max_elapsed_time": "10m"}), []string{"server", "retry::max_elapsed_time", "never gives up", "10m"}},
+		{"retry without delay", server("retry", m{"initial_interval": 0}), []string{"server", "retry::initial_interval"}},
+		{"retry with a negative delay", server("retry", m{"initial_interval": "-1s"}), []string{"server", "retry::initial_interval"}},
+		{"retry that ends before it starts", server("retry", m{"initial_interval": "10s"}), []string{"server", "retry::initial_interval", "max_interval"}},
+		{"retry that becomes faster", server("retry", m{"multiplier": 0.5}), []string{"server", "retry::multiplier"}},
+		{"retry with absurd jitter", server("retry", m{"randomization_factor": 7}), []string{"server", "retry", "randomization_factor"}},
+		{"keep-alive without interval", server("keep_alive", m{"interval": 0}), []string{"server::keep_alive", "interval"}},
+		{"keep-alive with a negative interval", server("keep_alive", m{"interval": "-1s"}), []string{"server::keep_alive", "interval"}},
+		{"keep-alive that gives up before it pings", server("keep_alive", m{"interval": "30s", "timeout": "20s"}), []string{"server::keep_alive", "interval", "timeout"}},
+		{"keep-alive that gives up as it pings", server("keep_alive", m{"interval": "20s"}), []string{"server::keep_alive", "interval", "timeout"}},
+		{"keep-alive that is no duration", server("keep_alive", m{"interval": "often"}), []string{"server", "keep_alive", "interval"}},
+		{"keep-alive of agents", agents("keep_alive", m{"timeout": "1s"}), []string{"agents::keep_alive", "interval", "timeout"}},
+		{"strange admission", server("agent_admission", "maybe"), []string{"server", "agent_admission", "ask", "accept", "maybe"}},
+		{"no admission", server("agent_admission", ""), []string{"server", "agent_admission"}},
+		{"no time for admission", server("admission_timeout", 0), []string{"server", "admission_timeout"}},
+		{"more time for admission than agents have", server("admission_timeout", "46s"), []string{"server", "admission_timeout", "45s"}},
+		{"no grace", server("grace_period", 0), []string{"server", "grace_period"}},
+		{"negative grace", server("grace_period", "-1m"), []string{"server", "grace_period"}},
+		{"TLS version from the past", server("tls", m{"min_version": "0.9"}), []string{"server::tls", "min_version"}},
+		{"no header size", agents("max_request_header_size", 0), []string{"agents", "max_request_header_size"}},
+		{"no message size", m{"server": m{"endpoint": "ws://localhost"}, "max_message_size": 0}, []string{"max_message_size"}},
+		{"negative message size", m{"server": m{"endpoint": "ws://localhost"}, "max_message_size": -1}, []string{"max_message_size"}},
+		{"no listener endpoint", listener("endpoint", ""), []string{"listener::endpoint"}},
+		{"certificate without key", listener("tls", m{"cert_file": "server.crt"}), []string{"listener::tls"}},
+		{"unknown key", m{"server": m{"endpoint": "ws://localhost"}, "conections": 3}, []string{"conections"}},
+		{"unknown key of server", server("conections", 3), []string{"server", "conections"}},
+		{"unknown key of listener", listener("endpiont", "localhost:1"), []string{"listener", "endpiont"}},
+		{"unknown key of agents", agents("keepalive", m{}), []string{"agents", "keepalive"}},
+		{"unknown key of keep_alive", server("keep_alive", m{"every": "1s"}), []string{"keep_alive", "every"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			_, err := load(confmap.NewFromStringMap(test.conf))
+			require.Error(t, err)
+			for _, want := range test.want {
+				require.ErrorContains(t, err, want)
+			}
+			require.NotContains(t, err.Error(), secret)
+		})
+	}
+
+	t.Run("all at once", func(t *testing.T) {
+		_, err := load(confmap.NewFromStringMap(m{"server": m{"endpoint": "http://x", "connections": 0}, "agents": m{"max_request_header_size": 0}, "max_message_size": 1}))
+		for _, want := range []string{"endpoint", "connections", "max_request_header_size", "max_message_size"} {
+			require.ErrorContains(t, err, want)
+		}
+	})
+
+	t.Run("not a mistake", func(t *testing.T) {
+		for name, conf := range map[string]m{
+			"one connection": server("connections", 1),
+			"64 connections": server("connections", 64),
+			"IPv6":           server("endpoint", "wss://[::1]:4320/v1/opamp?x=y"),
+			"upper case":     server("endpoint", "WSS://LOCALHOST"),
+			"ask":            server("agent_admission", "ask"),
+			"empty headers":  server("headers", m{}),
+			"empty listener": {"server": m{"endpoint": "ws://localhost"}, "listener": nil},
+		} {
+			_, err := load(confmap.NewFromStringMap(conf))
+			require.NoError(t, err, name)
+		}
+	})
+}
+
+// TestConfigHidesHeaders shows a configuration in all ways there are.
+func TestConfigHidesHeaders(t *testing.T) {
+	cfg := example(t, "every_key")
+	conf := confmap.New()
+	require.NoError(t, conf.Marshal(cfg))
+	dumps := []string{
+		fmt.Sprint(conf.ToStringMap()), fmt.Sprintf("%v", cfg), fmt.Sprintf("%+v", *cfg), fmt.Sprintf("%s", cfg.Server.Headers),
+		fmt.Sprint(zap.Any("config", cfg)),
+	}
+	require.Contains(t, dumps[0], "[REDACTED]")
+	for _, dump := range dumps {
+		require.NotContains(t, dump, "0123456789")
+		require.NotContains(t, dump, "north")
+	}
+}
+
+func TestDependencies(t *testing.T) {
+	set := settings(t)
+	ids := func(cfg *Config) []component.ID {
+		e, err := newGatewayExtension(set, cfg)
+		require.NoError(t, err)
+		return e.Dependencies()
+	}
+	require.Empty(t, ids(example(t, "minimal")))
+	got := ids(example(t, "every_key"))
+	require.Len(t, got, 2)
+	require.True(t, slices.Contains(got, component.MustNewIDWithName("basicauth", "agents")))
+	require.True(t, slices.Contains(got, component.MustNewID("ratelimiter")))
+}
