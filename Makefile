@@ -103,7 +103,7 @@ unit: c-compiler ## unit tests, with the race detector
 fuzz: ## run each fuzz target for FUZZTIME (10s)
 	@grep -rEo --include='*_test.go' --exclude-dir=build '^func Fuzz[A-Za-z0-9_]*' . | while IFS=: read -r file func; do \
 		name=$${func#func }; echo "==> fuzz $$name"; \
-		(cd "$$(dirname "$$file")" && go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) . </dev/null) || exit; done
+		(cd "$$(dirname "$$file")" && go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x . </dev/null) || exit; done
 
 e2e: collector opampsupervisor ## the built collector between real agents, supervisors and servers
 	@echo '==> e2e'

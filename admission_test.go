@@ -491,6 +491,20 @@ func TestUnavailable(t *testing.T) {
 		s.wantFaults(nil)
 	}, connections(1))
 
+	t.Run("on a link that is lost", func(t *testing.T) {
+		play(t, func(t *testing.T, s *stage) {
+			link := s.linkOf(s.introduce("alice"))
+			link.Push(unavailable(time.Hour))
+			synctest.Wait()
+			knock := s.knock("bob")
+			time.Sleep(5 * time.Second)
+			start := time.Now()
+			link.Reset()
+			s.wantLetIn(knock)
+			require.Less(t, time.Since(start), time.Second, "the next link takes questions")
+		}, connections(1))
+	})
+
 	t.Run("on one link of several", func(t *testing.T) {
 		play(t, func(t *testing.T, s *stage) {
 			links := s.server.WantLinks(3)

@@ -227,6 +227,8 @@ func TestShutdownOfExtension(t *testing.T) {
 	require.NoError(t, never.Shutdown(t.Context()))
 	require.NoError(t, never.Shutdown(t.Context()))
 
+	require.ErrorContains(t, never.Start(t.Context(), componenttest.NewNopHost()), "shut down")
+
 	twice, err := NewFactory().Create(t.Context(), settings(t), cfg)
 	require.NoError(t, err)
 	require.NoError(t, twice.Start(t.Context(), componenttest.NewNopHost()))

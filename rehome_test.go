@@ -177,6 +177,62 @@ func TestLinkLostUnwritten(t *testing.T) {
 	}, connections(1))
 }
 
+// TestLinkLostAgainAndAgain loses one link after the other before it has taken what agents said:
+// more than the gateway holds, so that they wait.
+func TestLinkLostAgainAndAgain(t *testing.T) {
+	const agents, n, size = 10, 60, 20_000
+	play(t, func(t *testing.T, s *stage) {
+		crowd := s.crowd(agents)
+		link := s.server.WantLinks(1)[0]
+		link.StopReading()
+		for _, a := range crowd {
+			go func() {
+				for sequence := 1; sequence <= n; sequence++ {
+					a.Send(gatewaytest.Report(a.UID, sequence, size))
+				}
+			}()
+		}
+		synctest.Wait()
+		for range 5 {
+			asked := len(s.server.Questions())
+			s.server.OnConnect((*gatewaytest.Question).Silence)
+			link.Reset()
+			link.ReadOn()
+			link.WantEnd()
+			time.Sleep(5 * time.Second)
+			link = s.server.WantLinks(1)[0]
+			synctest.Wait()
+			questions := s.server.Questions()[asked:]
+			require.Len(t, questions, agents)
+			link.StopReading()
+			for _, q := range questions {
+				q.Accept()
+			}
+			synctest.Wait()
+		}
+		link.ReadOn()
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		for _, a := range crowd {
+			a.WantConnected()
+			last := &gatewaytest.Received{Message: &protobufs.AgentToServer{}}
+			for _, r := range s.server.Received(a.UID)[1:] { // without the introduction
+				gap := int(r.Message.SequenceNum) - int(last.Message.SequenceNum) - 1
+				switch {
+				case gap < 0:
+					require.NotSame(t, last.Link, r.Link, "%s: %d after %d", a.Name, r.Message.SequenceNum, last.Message.SequenceNum)
+					require.Equal(t, -1, gap, "more than one message came twice")
+				case gap > 0:
+					require.NotSame(t, last.Link, r.Link, "%s: %d after %d", a.Name, r.Message.SequenceNum, last.Message.SequenceNum)
+					require.Less(t, gap*size, 5*2*gatewaytest.BufferSize, "more was lost than the network held")
+				}
+				last = r
+			}
+			require.EqualValues(t, n, last.Message.SequenceNum)
+		}
+	}, connections(1), exactly)
+}
+
 // TestLinkLostElsewhere loses a link that does not come back: its agents go to the others.
 func TestLinkLostElsewhere(t *testing.T) {
 	play(t, func(t *testing.T, s *stage) {
@@ -473,6 +529,25 @@ func TestGatewayIsNotRehomed(t *testing.T) {
 		s.server.WantNothing(alice)
 		s.wantConnections(1)
 	}, connections(1))
+
+	t.Run("not even one with much to say", func(t *testing.T) {
+		play(t, func(t *testing.T, s *stage) {
+			gateway := s.connect("gateway", gatewaytest.ConnectionIDHeader, "upstream-0")
+			alice := gatewaytest.UID("alice")
+			link := s.server.WantLinks(1)[0]
+			link.StopReading()
+			go func() {
+				for sequence := range 200 {
+					gateway.Send(gatewaytest.Report(alice, sequence, 100_000))
+				}
+			}()
+			synctest.Wait()
+			link.Reset()
+			link.ReadOn()
+			time.Sleep(3 * time.Second)
+			s.wantConnections(0)
+		}, connections(1))
+	})
 }
 
 // TestRehomeFormats asks agents for their state in their own format.

@@ -446,6 +446,30 @@ func TestOneUIDTwice(t *testing.T) {
 		s.server.WantGoodbye(alice.UID)
 		s.server.WantNothing(alice.UID)
 	})
+
+	t.Run("or more often", func(t *testing.T) {
+		play(t, func(t *testing.T, s *stage) {
+			var clones []*gatewaytest.Agent
+			for range 4 {
+				clones = append(clones, s.connect("alice"))
+			}
+			uid := clones[0].UID
+			for i := range 8 { // in the end, the last has spoken last
+				clones[i%4].Say(i)
+				s.server.Next(uid)
+			}
+			s.wantConsistent()
+			for i, clone := range slices.Backward(clones) {
+				frame := gatewaytest.Offer(uid, fmt.Sprint(i), 10)
+				s.server.Links()[0].Push(frame)
+				clone.WantFrame(frame)
+				s.server.WantNothing(uid)
+				clone.Vanish()
+				synctest.Wait()
+			}
+			s.server.WantGoodbye(uid)
+		})
+	})
 }
 
 // TestNewUID has the server give an agent a new instance UID.

@@ -451,6 +451,37 @@ func TestCloseWritesWhatWaitsAndThenACloseFrame(t *testing.T) {
 	})
 }
 
+// A peer that has said that it is closing reads no more: what waits for it is for others.
+func TestReplyKeepsWhatWaits(t *testing.T) {
+	for name, breaksAt := range map[string]int{"the write succeeds": -1, "the write fails": 0} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				o, sock := start(t, 1000)
+				resume := sock.stall()
+				sock.breakAt(breaksAt)
+				require.NoError(t, o.Try(message("alice", "1")))
+				synctest.Wait()
+				require.NoError(t, o.Try(message("alice", "2")))
+				require.NoError(t, o.Try(message("bob", "3")))
+
+				o.Reply([]byte("goodbye"))
+				assert.Equal(t, 1, sock.hurried)
+				require.ErrorIs(t, o.Try(message("cathy", "4")), ErrClosed)
+				o.Reply([]byte("goodbye again"))
+				resume()
+				synctest.Wait()
+				if breaksAt < 0 {
+					assert.Equal(t, []string{"1", "goodbye"}, sock.written())
+					assert.Equal(t, []string{"2", "3"}, frames(o.Abort()))
+				} else {
+					assert.Empty(t, sock.written())
+					assert.Equal(t, []string{"1", "2", "3"}, frames(o.Abort())[:3], "in order")
+				}
+			})
+		})
+	}
+}
+
 func TestCloseOfAnIdleOutbox(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		o, sock := start(t, 1000)
