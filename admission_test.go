@@ -537,7 +537,7 @@ func TestQuestionsInFlight(t *testing.T) {
 		for answered < n {
 			synctest.Wait()
 			questions := s.server.Questions()
-			require.Equal(t, min(n, answered+askWindow), len(questions), "questions")
+			require.Len(t, questions, min(n, answered+askWindow))
 			next := questions[answered:]
 			for _, q := range next[:min(len(next), 100)] {
 				q.Accept()

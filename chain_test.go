@@ -3,6 +3,7 @@ package opampgateway
 import (
 	"fmt"
 	"net/http"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -193,7 +194,7 @@ func TestForeignConnect(t *testing.T) {
 				if test.frame == nil { // which the decoder would merge
 					one := gatewaytest.Frame(&protobufs.AgentToServer{CustomMessage: &protobufs.CustomMessage{Capability: gatewaytest.GatewayCapability}})
 					two := gatewaytest.Frame(&protobufs.AgentToServer{CustomMessage: &protobufs.CustomMessage{Type: gatewaytest.ConnectType, Data: []byte(`{"request_uid":"1"}`)}})
-					test.frame = append(one, two[1:]...)
+					test.frame = slices.Concat(one, two[1:])
 				}
 				alice.Send(test.frame)
 				for sequence := range 10 {
@@ -284,6 +285,31 @@ func TestChainLinkLost(t *testing.T) {
 		for _, a := range agents {
 			c.server.WantNothing(a.UID)
 		}
+	})
+}
+
+// TestChainRestart has the upper gateway shut down, and another one take its place.
+func TestChainRestart(t *testing.T) {
+	playChain(t, func(t *testing.T, c *chain) {
+		var agents []*gatewaytest.Agent
+		for i := range 9 {
+			agents = append(agents, c.introduce(fmt.Sprint("agent ", i)))
+		}
+		c.stop()
+		for _, a := range agents {
+			go a.Say(1)
+		}
+		time.Sleep(5 * time.Second)
+		startRunning(t, c.net, serverAddress, gatewayAddress)
+		time.Sleep(5 * time.Second)
+		for _, a := range agents {
+			a.WantConnected()
+			c.server.WantFrame(a.UID, gatewaytest.Status(a.UID, 1))
+			a.WantFullStateRequest()
+		}
+		c.wantReachable(agents...)
+		c.lower.wantSpread(9, 0)
+		c.lower.stop() // before what is above it
 	})
 }
 

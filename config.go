@@ -213,8 +213,7 @@ func (c *ServerConfig) validateEndpoint() error {
 	u, err := url.Parse(c.Endpoint)
 	if err != nil {
 		// The error of url.Parse repeats the whole URL, which may hold a password.
-		var urlErr *url.Error
-		if errors.As(err, &urlErr) {
+		if urlErr, ok := errors.AsType[*url.Error](err); ok {
 			err = urlErr.Err
 		}
 		return fmt.Errorf("endpoint: is not a URL: %w", err)

@@ -365,7 +365,7 @@ func (s *downstreamServer) newAgent(r *http.Request) (*agentConn, error) {
 	return a, nil
 }
 
-// start makes a a connected agent, which can be found and written to, and reads from it.
+// start turns a into a connected agent, which can be found and written to, and reads from it.
 func (a *agentConn) start(ws *websocket.Conn) {
 	s := a.server
 	a.outbox = outbox.New(a, agentOutboxSize)

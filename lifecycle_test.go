@@ -170,7 +170,7 @@ func TestShutdownInEveryState(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 			defer cancel()
 			begin := time.Now()
-			s.gateway.shutdown(ctx)
+			s.shutdown(ctx)
 			require.LessOrEqual(t, time.Since(begin), 500*time.Millisecond)
 		})
 	})
@@ -234,6 +234,12 @@ func TestShutdownOfExtension(t *testing.T) {
 	require.NoError(t, twice.Start(t.Context(), componenttest.NewNopHost()))
 	require.NoError(t, twice.Shutdown(t.Context()))
 	require.NoError(t, twice.Shutdown(t.Context()))
+
+	// A start that was too slow leaves nothing behind.
+	late, err := NewFactory().Create(t.Context(), settings(t), cfg)
+	require.NoError(t, err)
+	require.NoError(t, late.Shutdown(t.Context()))
+	require.Error(t, late.Start(t.Context(), componenttest.NewNopHost()))
 }
 
 // TestStartFails names the key of what is wrong, and leaves nothing behind.

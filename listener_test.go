@@ -34,8 +34,8 @@ import (
 // These tests are about what the collector brings along: TLS, authentication, other kinds of
 // sockets. They run the whole extension on real sockets, in real time.
 
-// real is a server and an extension on loopback.
-type real struct {
+// loopback is a server and an extension on loopback.
+type loopback struct {
 	t      *testing.T
 	server *gatewaytest.Server
 	door   gatewaytest.Door
@@ -43,9 +43,9 @@ type real struct {
 	stop   func()
 }
 
-// startReal starts a server, which speaks TLS if serverTLS says so, and an extension with what
+// startLoopback starts a server, which speaks TLS if serverTLS says so, and an extension with what
 // a user may have written below its name; its server endpoint and the listener's port are filled in.
-func startReal(t *testing.T, serverTLS *tls.Config, conf map[string]any, extensions map[component.ID]component.Component) *real {
+func startLoopback(t *testing.T, serverTLS *tls.Config, conf map[string]any, extensions map[component.ID]component.Component) *loopback {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
@@ -54,7 +54,7 @@ func startReal(t *testing.T, serverTLS *tls.Config, conf map[string]any, extensi
 		endpoint = "wss" + strings.TrimPrefix(endpoint, "ws")
 		listener = tls.NewListener(listener, serverTLS)
 	}
-	r := &real{t: t, host: &statusHost{Host: componenttest.NewNopHost(), extensions: extensions}}
+	r := &loopback{t: t, host: &statusHost{Host: componenttest.NewNopHost(), extensions: extensions}}
 	r.server = gatewaytest.NewServer(t, func() (net.Listener, error) { return listener, nil })
 	r.server.Start()
 
@@ -86,7 +86,7 @@ func freeAddress(t *testing.T) string {
 }
 
 // wantRelay has an agent let in, and a message each way.
-func (r *real) wantRelay(name string, headers ...string) {
+func (r *loopback) wantRelay(name string, headers ...string) {
 	r.t.Helper()
 	agent := r.door.Connect(r.t, name, headers...)
 	report := gatewaytest.Report(agent.UID, 1, 3<<20)
@@ -98,7 +98,7 @@ func (r *real) wantRelay(name string, headers ...string) {
 }
 
 func TestRealSockets(t *testing.T) {
-	r := startReal(t, nil, nil, nil)
+	r := startLoopback(t, nil, nil, nil)
 	r.wantRelay("alice")
 	r.server.WantLinks(3)
 	require.Equal(t, []componentstatus.Status{componentstatus.StatusOK}, r.host.statuses())
@@ -124,7 +124,7 @@ func TestTLS(t *testing.T) {
 				clientConf["cert_file"], clientConf["key_file"] = client.certFile, client.keyFile
 				listenerConf["client_ca_file"] = authority.file
 			}
-			r := startReal(t, serverTLS, map[string]any{
+			r := startLoopback(t, serverTLS, map[string]any{
 				"server":   map[string]any{"tls": clientConf},
 				"listener": map[string]any{"tls": listenerConf},
 			}, nil)
@@ -153,7 +153,7 @@ func TestTLS(t *testing.T) {
 
 	t.Run("server that is not trusted", func(t *testing.T) {
 		cert := authority.issue(t, "server")
-		r := startReal(t, &tls.Config{Certificates: []tls.Certificate{cert.pair}}, nil, nil)
+		r := startLoopback(t, &tls.Config{Certificates: []tls.Certificate{cert.pair}}, nil, nil)
 		require.Eventually(t, func() bool {
 			statuses := r.host.statuses()
 			return len(statuses) == 1 && statuses[0] == componentstatus.StatusRecoverableError
@@ -163,11 +163,11 @@ func TestTLS(t *testing.T) {
 }
 
 func TestUnixSocket(t *testing.T) {
-	directory, err := os.MkdirTemp("", "opamp") // t.TempDir is too long for a socket on some systems
+	directory, err := os.MkdirTemp("", "opamp") //nolint:usetesting // t.TempDir is too long for a socket on some systems
 	require.NoError(t, err)
-	defer os.RemoveAll(directory)
+	defer func() { _ = os.RemoveAll(directory) }()
 	path := filepath.Join(directory, "gateway.sock")
-	r := startReal(t, nil, map[string]any{"listener": map[string]any{"transport": "unix", "endpoint": path}}, nil)
+	r := startLoopback(t, nil, map[string]any{"listener": map[string]any{"transport": "unix", "endpoint": path}}, nil)
 	r.door = gatewaytest.Door{URL: "ws://gateway/v1/opamp", Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", path)
 	}}
@@ -189,7 +189,7 @@ func TestListenerAuth(t *testing.T) {
 		}
 		return ctx, nil
 	}
-	r := startReal(t, nil, map[string]any{"listener": map[string]any{"auth": map[string]any{"authenticator": "doorman"}}},
+	r := startLoopback(t, nil, map[string]any{"listener": map[string]any{"auth": map[string]any{"authenticator": "doorman"}}},
 		map[component.ID]component.Component{id: doorman{ServerAuthenticateFunc: check}})
 	r.door.WantRefused(t, "mallory", http.StatusUnauthorized)
 	r.door.WantRefused(t, "mallory", http.StatusUnauthorized, "Authorization", "Bearer simsalabim")
@@ -201,7 +201,7 @@ func TestListenerAuth(t *testing.T) {
 func TestReload(t *testing.T) {
 	conf := map[string]any{"listener": map[string]any{"endpoint": freeAddress(t)}}
 	for range 5 {
-		r := startReal(t, nil, conf, nil)
+		r := startLoopback(t, nil, conf, nil)
 		agent := r.door.Connect(t, "alice")
 		r.server.WantFrame(agent.UID, agent.Say(1))
 		agent.Say(2)
@@ -215,7 +215,7 @@ func TestReload(t *testing.T) {
 
 // TestTwoInstances has two extensions in one collector.
 func TestTwoInstances(t *testing.T) {
-	a, b := startReal(t, nil, nil, nil), startReal(t, nil, nil, nil)
+	a, b := startLoopback(t, nil, nil, nil), startLoopback(t, nil, nil, nil)
 	a.wantRelay("alice")
 	b.wantRelay("bob")
 	require.Empty(t, a.server.Received(gatewaytest.UID("bob")))

@@ -33,7 +33,7 @@ func TestRelayCaptures(t *testing.T) {
 		}
 		relayed++
 		t.Run(entry.Name(), func(t *testing.T) {
-			play(t, func(_ *testing.T, s *stage) { relayCapture(s, filepath.Join("testdata/captures", entry.Name())) })
+			play(t, func(_ *testing.T, s *stage) { relayCapture(s, "testdata/captures/"+entry.Name()) })
 		})
 	}
 	require.Equal(t, 7, relayed)
@@ -202,9 +202,11 @@ func TestRelayFormats(t *testing.T) {
 		{"unknown fields", uid, slices.Concat([]byte{0}, unknownField, gatewaytest.Status(uid, 1)[1:], unknownNumber), slices.Concat(gatewaytest.Offer(uid, "x", 9), unknownNumber, unknownField)},
 		{"uid alone", uid, gatewaytest.Frame(&protobufs.AgentToServer{InstanceUid: uid}), gatewaytest.Frame(&protobufs.ServerToAgent{InstanceUid: uid})},
 		{"two uids, of which the last counts", uid, slices.Concat(gatewaytest.Status(gatewaytest.UID("mallory"), 1), gatewaytest.Status(uid, 1)[1:]), gatewaytest.Offer(uid, "x", 9)},
-		{"custom message of others", uid,
+		{
+			"custom message of others", uid,
 			gatewaytest.Frame(&protobufs.AgentToServer{InstanceUid: uid, CustomMessage: &protobufs.CustomMessage{Capability: "com.example", Type: "connect", Data: []byte("{}")}}),
-			gatewaytest.Frame(&protobufs.ServerToAgent{InstanceUid: uid, CustomMessage: &protobufs.CustomMessage{Capability: "com.example", Type: "connectResult", Data: []byte("{}")}})},
+			gatewaytest.Frame(&protobufs.ServerToAgent{InstanceUid: uid, CustomMessage: &protobufs.CustomMessage{Capability: "com.example", Type: "connectResult", Data: []byte("{}")}}),
+		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			play(t, func(t *testing.T, s *stage) {

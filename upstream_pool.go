@@ -165,7 +165,7 @@ func (p *upstreamPool) tellStatus() {
 			now = nil
 		}
 		p.mu.Unlock()
-		if now != told {
+		if now != told { //nolint:errorlint // whether it is the one that was told, not what kind it is
 			told = now
 			p.status(now)
 		}
@@ -1073,16 +1073,13 @@ func decode(frame []byte) (*protobufs.ServerToAgent, error) {
 // failureReason is what stays the same when an attempt fails again in the same way: the text
 // of a network error holds a port that does not.
 func failureReason(err error) string {
-	var dns *net.DNSError
-	var op *net.OpError
-	switch {
-	case errors.As(err, &dns):
+	if dns, ok := errors.AsType[*net.DNSError](err); ok {
 		return "lookup " + dns.Name
-	case errors.As(err, &op):
-		return op.Op + ": " + op.Err.Error()
-	default:
-		return err.Error()
 	}
+	if op, ok := errors.AsType[*net.OpError](err); ok {
+		return op.Op + ": " + op.Err.Error()
+	}
+	return err.Error()
 }
 
 // parseRetryAfter reads a Retry-After header: seconds, or a date; 0 if there is none.

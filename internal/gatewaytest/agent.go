@@ -45,11 +45,13 @@ type Agent struct {
 // Knock asks to be let in under name, with these headers besides, given as name, value, name,
 // value …. It returns either the agent or the refusal, or an error if there was no answer.
 func (d Door) Knock(t testing.TB, name string, headers ...string) (*Agent, *http.Response, error) {
+	t.Helper()
 	return d.KnockContext(t.Context(), t, name, headers...)
 }
 
 // KnockContext is Knock by an agent that hangs up when ctx ends before it is let in.
 func (d Door) KnockContext(ctx context.Context, t testing.TB, name string, headers ...string) (*Agent, *http.Response, error) {
+	t.Helper()
 	header := http.Header{NameHeader: {name}}
 	for i := 0; i+1 < len(headers); i += 2 {
 		header.Set(headers[i], headers[i+1])

@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"net"
 	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -156,9 +158,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	})
 	if onUpgrade != nil {
 		if refusal := onUpgrade(r); refusal != nil {
-			for name, values := range refusal.Header {
-				w.Header()[name] = values
-			}
+			maps.Copy(w.Header(), refusal.Header)
 			w.WriteHeader(refusal.Status)
 			return
 		}
@@ -203,7 +203,7 @@ func (s *Server) WantLinks(n int) []*Link {
 		links = s.Links()
 		return len(links) == n
 	})
-	slices.SortFunc(links, func(a, b *Link) int { return bytes.Compare([]byte(a.Name), []byte(b.Name)) })
+	slices.SortFunc(links, func(a, b *Link) int { return strings.Compare(a.Name, b.Name) })
 	return links
 }
 
@@ -457,29 +457,22 @@ func (l *Link) Open() bool {
 	}
 }
 
-// WantEnd waits until the link has ended and returns how.
-func (l *Link) WantEnd() error {
-	l.server.t.Helper()
-	return l.WantEndWithin(patience)
-}
-
-// WantEndWithin waits until the link has ended and returns how.
-func (l *Link) WantEndWithin(within time.Duration) error {
+// WantEnd waits until the link has ended.
+func (l *Link) WantEnd() {
 	l.server.t.Helper()
 	select {
 	case <-l.ended:
-		return l.err
-	case <-time.After(within):
-		l.server.t.Fatalf("server: %s has not ended within %s", l.Name, within)
-		return nil
+	case <-time.After(patience):
+		l.server.t.Fatalf("server: %s has not ended within %s", l.Name, patience)
 	}
 }
 
 // WantClosed checks that the link ends with a close frame of this code.
 func (l *Link) WantClosed(code int) {
 	l.server.t.Helper()
-	if err := l.WantEnd(); !websocket.IsCloseError(err, code) {
-		l.server.t.Fatalf("server: %s ended with %v, want close code %d", l.Name, err, code)
+	l.WantEnd()
+	if !websocket.IsCloseError(l.err, code) {
+		l.server.t.Fatalf("server: %s ended with %v, want close code %d", l.Name, l.err, code)
 	}
 }
 
@@ -541,8 +534,7 @@ func (q *Question) Who() string { return q.Headers.Get(NameHeader) }
 
 // closeCode returns the code of the close frame that ended a connection, 0 if none did.
 func closeCode(err error) int {
-	var closed *websocket.CloseError
-	if errors.As(err, &closed) {
+	if closed, ok := errors.AsType[*websocket.CloseError](err); ok {
 		return closed.Code
 	}
 	return 0

@@ -1,0 +1,164 @@
+package opampgateway
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/opampgateway/opampgateway/internal/gatewaytest"
+)
+
+// TestChaos has everything happen at once, in an order that nobody chose: links and agents are
+// lost in all ways there are, the server restarts, agents stall and come back. In the end all
+// agents are reachable, nothing came out of order or to somebody else, and nothing is left over.
+func TestChaos(t *testing.T) {
+	for seed := range uint64(8) {
+		t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) {
+			play(t, func(t *testing.T, s *stage) {
+				c := &chaos{stage: s, t: t, rand: rand.New(rand.NewPCG(seed, 0)), lives: map[string]int{}, said: map[string]int{}}
+				for i := range 20 {
+					c.agents = append(c.agents, c.born(fmt.Sprint("agent ", i)))
+				}
+				for range 150 {
+					c.something()
+					time.Sleep(time.Duration(c.rand.Int64N(int64(3 * time.Second))))
+				}
+				c.calm()
+			})
+		})
+	}
+}
+
+type chaos struct {
+	*stage
+	t      *testing.T
+	rand   *rand.Rand
+	agents []*gatewaytest.Agent
+	lives  map[string]int // how often each has connected
+	said   map[string]int // in this life
+}
+
+// born has an agent connect, as often as it takes.
+func (c *chaos) born(name string) *gatewaytest.Agent {
+	for {
+		a, _, err := c.door.Knock(c.t, name)
+		if err == nil {
+			c.lives[name]++
+			c.said[name] = 0
+			return a
+		}
+		time.Sleep(time.Second)
+	}
+}
+
+// says has an agent say something, unless it would have to wait.
+func (c *chaos) says(i int) {
+	a := c.agents[i]
+	if ended, _, _ := a.Ended(); ended {
+		a = c.born(a.Name)
+		c.agents[i] = a
+	}
+	c.said[a.Name]++
+	frame := gatewaytest.Report(a.UID, 1_000_000*c.lives[a.Name]+c.said[a.Name], c.rand.IntN(2000))
+	done := make(chan struct{})
+	go func() { // waits for as long as the gateway does not read
+		a.Send(frame)
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(30 * time.Second):
+		a.Reset()
+		<-done
+	}
+}
+
+// something happens.
+func (c *chaos) something() {
+	for range 10 {
+		c.says(c.rand.IntN(len(c.agents)))
+	}
+	links := c.server.Links()
+	for _, link := range links {
+		i := c.rand.IntN(len(c.agents))
+		go link.Push(gatewaytest.Offer(c.agents[i].UID, "x", c.rand.IntN(10_000)))
+	}
+	i := c.rand.IntN(len(c.agents))
+	switch what := c.rand.IntN(20); {
+	case what < 6:
+		if len(links) == 0 {
+			return
+		}
+		link := links[c.rand.IntN(len(links))]
+		[]func(){
+			link.Reset, link.HangUp, func() { go link.Close(1001) }, link.BlackHole,
+			func() { link.StopReading(); time.AfterFunc(5*time.Second, link.ReadOn) },
+			func() { link.StopReading(); time.AfterFunc(time.Minute, link.ReadOn) },
+		}[what]()
+	case what == 6:
+		c.server.Stop()
+		time.Sleep(time.Duration(c.rand.Int64N(int64(20 * time.Second))))
+		c.server.Start()
+	case what < 10:
+		a := c.agents[i]
+		[]func(){a.Vanish, a.Reset, a.BlackHole}[what-7]()
+		c.agents[i] = c.born(a.Name)
+	case what == 10:
+		c.agents[i].StopReading()
+		time.AfterFunc(20*time.Second, c.agents[i].ReadOn)
+	case what == 11:
+		c.agents[i].SayGoodbye()
+		c.agents[i] = c.born(c.agents[i].Name)
+	}
+}
+
+// calm waits until everything is in order again, and checks that it is.
+func (c *chaos) calm() {
+	t := c.t
+	for _, link := range c.server.Links() {
+		link.ReadOn()
+	}
+	time.Sleep(3 * time.Minute)
+	c.server.WantLinks(3)
+	for i, a := range c.agents {
+		if ended, _, _ := a.Ended(); ended {
+			c.agents[i] = c.born(a.Name)
+		}
+		a = c.agents[i]
+		a.ReadOn()
+		c.says(i)
+	}
+	synctest.Wait()
+	c.wantReachable(c.agents...)
+	c.wantConsistent()
+	for _, a := range c.agents {
+		type place struct {
+			life int
+			link *gatewaytest.Link
+		}
+		last := map[place]int{} // by link
+		latest := map[int]int{} // by life
+		for _, r := range c.server.Received(a.UID) {
+			sequence := int(r.Message.GetSequenceNum())
+			if sequence == 0 {
+				continue // a goodbye
+			}
+			life, n := sequence/1_000_000, sequence%1_000_000
+			at := place{life, r.Link}
+			if before, ok := last[at]; ok {
+				require.Equal(t, before+1, n, "%s, life %d: lost or out of order on one link", a.Name, life)
+			} else {
+				require.GreaterOrEqual(t, n, latest[life], "%s, life %d: out of order when it changed links", a.Name, life)
+			}
+			last[at], latest[life] = n, n
+		}
+		require.Equal(t, c.said[a.Name], latest[c.lives[a.Name]], "%s: its last words", a.Name)
+	}
+	for _, reason := range []string{"bad_frame", "bad_uid", "too_many_uids", "foreign_connect", "server_bad_frame", "server_no_uid"} {
+		require.Zero(t, c.counted("faults", reason), reason)
+	}
+}
