@@ -188,7 +188,7 @@ func TestSilentAgent(t *testing.T) {
 	for range 2 { // the second time, quiet has been quiet for much longer than any silence is borne
 		dead, _, err := dialRaw(gateway.url(), nil, nil) // nobody reads, so nobody answers
 		require.NoError(t, err)
-		defer dead.Close()
+		t.Cleanup(func() { dead.Close() })
 		gateway.wantLog(t, "info", "no sign of life from agent", dead.LocalAddr().String())
 	}
 	quiet.wantOpen(t)

@@ -36,6 +36,7 @@ type Server struct {
 	// mu guards all below.
 	mu        sync.Mutex
 	lib       server.OpAMPServer
+	life      int                              // counts starts and stops
 	links     map[types.Connection]*serverLink // that are open
 	agents    map[uuid.UUID]*Known
 	questions []question
@@ -129,6 +130,7 @@ func (s *Server) stop(t *testing.T) {
 	s.mu.Lock()
 	lib := s.lib
 	s.lib = nil
+	s.life++ // who is about to be let in is closed at once
 	s.mu.Unlock()
 	if lib == nil {
 		return
@@ -160,10 +162,17 @@ func (s *Server) connecting(r *http.Request) types.ConnectionResponse {
 			return types.ConnectionResponse{HTTPStatusCode: v.refusal, HTTPResponseHeader: v.headers}
 		}
 	}
+	s.mu.Lock()
+	life := s.life
+	s.mu.Unlock()
 	return types.ConnectionResponse{Accept: true, ConnectionCallbacks: types.ConnectionCallbacks{
 		OnConnected: func(_ context.Context, conn types.Connection) {
 			s.mu.Lock()
 			defer s.mu.Unlock()
+			if s.life != life {
+				_ = conn.Connection().Close() // it may have ended by itself
+				return
+			}
 			s.links[conn] = l
 		},
 		OnMessage: func(_ context.Context, conn types.Connection, m *protobufs.AgentToServer) *protobufs.ServerToAgent {

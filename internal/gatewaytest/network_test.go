@@ -2,7 +2,6 @@ package gatewaytest
 
 import (
 	"context"
-	"errors"
 	"io"
 	"net"
 	"os"
@@ -41,6 +40,7 @@ func TestConnEnds(t *testing.T) {
 	}
 	for name, test := range map[string]func(t *testing.T, near, far *Conn){
 		"closed: what was written is read": func(t *testing.T, near, far *Conn) {
+			t.Helper()
 			write(t, near)
 			near.Close()
 			got, err := read(far)
@@ -50,6 +50,7 @@ func TestConnEnds(t *testing.T) {
 			require.Equal(t, io.EOF, err)
 		},
 		"closed with something unread: reset": func(t *testing.T, near, far *Conn) {
+			t.Helper()
 			write(t, near)
 			write(t, far)
 			near.Close()
@@ -57,6 +58,7 @@ func TestConnEnds(t *testing.T) {
 			require.ErrorIs(t, err, syscall.ECONNRESET)
 		},
 		"written to the closed: reset": func(t *testing.T, near, far *Conn) {
+			t.Helper()
 			write(t, near)
 			near.Close()
 			write(t, far)
@@ -66,6 +68,7 @@ func TestConnEnds(t *testing.T) {
 			require.ErrorIs(t, err, syscall.ECONNRESET)
 		},
 		"reset: what was not read is lost": func(t *testing.T, near, far *Conn) {
+			t.Helper()
 			write(t, near)
 			near.Reset()
 			for _, c := range []*Conn{near, far} {
@@ -74,6 +77,7 @@ func TestConnEnds(t *testing.T) {
 			}
 		},
 		"black hole: nobody knows": func(t *testing.T, near, far *Conn) {
+			t.Helper()
 			near.BlackHole()
 			write(t, near)
 			near.Close()
@@ -126,7 +130,7 @@ func TestNetwork(t *testing.T) {
 		defer cancel()
 		begin := time.Now()
 		_, err = n.Dial(ctx, "tcp", "here:1")
-		require.True(t, errors.Is(err, context.DeadlineExceeded))
+		require.ErrorIs(t, err, context.DeadlineExceeded)
 		require.Equal(t, time.Hour, time.Since(begin))
 	})
 }
