@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -241,6 +242,33 @@ func (a *Agent) wantConnects(t *testing.T, n int) {
 	defer a.mu.Unlock()
 	require.Equal(t, n, a.connects, "connections that %s has made; its log: %q", a.name, a.log)
 	require.Empty(t, a.failures, "attempts of %s to connect that failed; its log: %q", a.name, a.log)
+}
+
+// wantFailures waits until n attempts of the agent to connect have failed, and returns when.
+func (a *Agent) wantFailures(t *testing.T, n int) (at []time.Time) {
+	t.Helper()
+	eventually(t, func() string {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if at = slices.Clone(a.failures); len(at) < n {
+			return fmt.Sprintf("%d attempts of %s to connect have failed, want %d", len(at), a.name, n)
+		}
+		return ""
+	})
+	return at
+}
+
+// wantLog waits for a line in the library's log.
+func (a *Agent) wantLog(t *testing.T, part string) {
+	t.Helper()
+	eventually(t, func() string {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if !strings.Contains(strings.Join(a.log, "\n"), part) {
+			return fmt.Sprintf("nothing about %q in the log of %s: %q", part, a.name, a.log)
+		}
+		return ""
+	})
 }
 
 // id returns the agent's instance UID.

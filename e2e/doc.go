@@ -4,6 +4,8 @@
 //	make e2e                               builds what is needed and runs all of it
 //	cd e2e && go test -run TestChain ./... runs one, on what was built before
 //
+// E2E_COLLECTOR and E2E_SUPERVISOR name other programs to test than those in build/.
+//
 // The cast, one file each:
 //
 //	process.go     any program that is started here, its log, its end

@@ -41,6 +41,7 @@ func TestConnEnds(t *testing.T) {
 	for name, test := range map[string]func(t *testing.T, near, far *Conn){
 		"closed: what was written is read": func(t *testing.T, near, far *Conn) {
 			t.Helper()
+			t.Helper()
 			write(t, near)
 			near.Close()
 			got, err := read(far)
@@ -51,6 +52,7 @@ func TestConnEnds(t *testing.T) {
 		},
 		"closed with something unread: reset": func(t *testing.T, near, far *Conn) {
 			t.Helper()
+			t.Helper()
 			write(t, near)
 			write(t, far)
 			near.Close()
@@ -58,6 +60,7 @@ func TestConnEnds(t *testing.T) {
 			require.ErrorIs(t, err, syscall.ECONNRESET)
 		},
 		"written to the closed: reset": func(t *testing.T, near, far *Conn) {
+			t.Helper()
 			t.Helper()
 			write(t, near)
 			near.Close()
@@ -69,6 +72,7 @@ func TestConnEnds(t *testing.T) {
 		},
 		"reset: what was not read is lost": func(t *testing.T, near, far *Conn) {
 			t.Helper()
+			t.Helper()
 			write(t, near)
 			near.Reset()
 			for _, c := range []*Conn{near, far} {
@@ -77,6 +81,7 @@ func TestConnEnds(t *testing.T) {
 			}
 		},
 		"black hole: nobody knows": func(t *testing.T, near, far *Conn) {
+			t.Helper()
 			t.Helper()
 			near.BlackHole()
 			write(t, near)
