@@ -415,8 +415,8 @@ func TestServerCannotBeAsked(t *testing.T) {
 				}
 				require.Len(t, s.server.Questions(), 2, "this server is not asked again")
 				s.wantAdmissions(telemetry.CannotAsk, 22)
-				require.Len(t, s.logged(zap.ErrorLevel, "server::agent_admission"), 1)
-				require.Contains(t, s.logged(zap.ErrorLevel, "")[0].Message, "com.bindplane.opamp-gateway")
+				require.Len(t, s.logged(zap.WarnLevel, "server::agent_admission"), 1)
+				require.Contains(t, s.logged(zap.WarnLevel, "")[0].Message, "com.bindplane.opamp-gateway")
 
 				// Another server may take its place.
 				s.server.OnConnect((*gatewaytest.Question).Accept)
@@ -441,7 +441,7 @@ func TestServerCannotBeAsked(t *testing.T) {
 			time.Sleep(time.Second)
 			question.Accept()
 			s.wantLetIn(knock)
-			require.Empty(t, s.logged(zap.ErrorLevel, ""))
+			require.Empty(t, s.logged(zap.WarnLevel, ""))
 		}, connections(1))
 	})
 }

@@ -899,7 +899,7 @@ func (l *link) giveUpAsking() {
 		return
 	}
 	close(l.deaf)
-	l.pool.log.Error("server does not know the capability "+connect.Capability+", so it cannot be asked which agents may connect, and none is let in; "+
+	l.pool.log.Warn("server does not know the capability "+connect.Capability+", so it cannot be asked which agents may connect, and none is let in; "+
 		"use a server that knows it, or set server::agent_admission: accept and protect the listener with listener::auth or mutual TLS",
 		zap.String("link", l.pool.linkName(l.slot)))
 }
