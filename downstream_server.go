@@ -260,6 +260,7 @@ func (s *downstreamServer) stop(ctx context.Context) {
 		a.muted.Store(true)
 		a.close(websocket.CloseServiceRestart, "gateway is shutting down")
 	}
+	s.pool.dismissHomeless(agents)
 	done := make(chan struct{})
 	s.farewells.Go(func() {
 		defer close(done)

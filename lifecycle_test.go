@@ -129,7 +129,7 @@ func TestShutdownInEveryState(t *testing.T) {
 				a.Say(1)
 			}
 			s.knock("agent")
-		}, 4 * time.Second},
+		}, 0},
 		{"agents that are being introduced", func(s *stage) {
 			s.crowd(5)
 			silentConnect(s)

@@ -512,6 +512,17 @@ func (p *upstreamPool) exileLocked(a *agentConn) {
 	p.wakeLocked(a)
 }
 
+// dismissHomeless ends the wait of those whose reader waits for a link while there is none.
+func (p *upstreamPool) dismissHomeless(agents []*agentConn) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, a := range agents {
+		if a.homeless != nil && p.count == 0 {
+			p.exileLocked(a)
+		}
+	}
+}
+
 // rehome brings a, which has lost the link from, to a new one, while a's reader waits:
 //
 //  1. It attaches a to a link, for which it waits as long as the grace period.

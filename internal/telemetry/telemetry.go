@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -79,6 +80,7 @@ type Telemetry struct {
 	Up, Down Direction
 
 	builder *metadata.TelemetryBuilder
+	options sync.Map // from the value of reason or outcome to []metric.AddOption
 }
 
 // New registers the instruments of one component.
@@ -123,12 +125,21 @@ func (t *Telemetry) Shutdown() { t.builder.Shutdown() }
 
 // Fault counts one thing that went wrong.
 func (t *Telemetry) Fault(reason Reason) {
-	t.builder.OpampgatewayFaults.Add(context.Background(), 1,
-		metric.WithAttributes(attribute.String("reason", string(reason))))
+	t.builder.OpampgatewayFaults.Add(context.Background(), 1, t.with("reason", string(reason))...)
 }
 
 // Admission counts how one agent's request to connect ended.
 func (t *Telemetry) Admission(outcome Outcome) {
-	t.builder.OpampgatewayAdmissions.Add(context.Background(), 1,
-		metric.WithAttributes(attribute.String("outcome", string(outcome))))
+	t.builder.OpampgatewayAdmissions.Add(context.Background(), 1, t.with("outcome", string(outcome))...)
+}
+
+// with returns an attribute as a counter takes it. It is made once: what goes wrong may come
+// as a flood.
+func (t *Telemetry) with(key, value string) []metric.AddOption {
+	if options, ok := t.options.Load(value); ok {
+		return options.([]metric.AddOption)
+	}
+	options := []metric.AddOption{metric.WithAttributeSet(attribute.NewSet(attribute.String(key, value)))}
+	t.options.Store(value, options)
+	return options
 }
