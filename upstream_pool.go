@@ -1024,10 +1024,12 @@ func (l *link) answer(frame []byte, f *wire.Fields, data []byte, taken int64) {
 		asker <- connect.ParseResult(data)
 	case relayed:
 		a := below.gateway
+		a.deliver(frame, taken)
+		// After the answer, which shows that questions are answered even if the server does not
+		// list the capability, and before anything that the agent it lets in could be told.
 		if caps := l.caps.Load(); caps != nil && a.told.Swap(caps) != caps && !f.Has(wire.FieldCustomCapabilities) {
 			a.sendOwn(wire.Format{Header: true}.CustomCapabilities(wire.UID{}, caps.names))
 		}
-		a.deliver(frame, taken)
 	default:
 		l.pool.tel.Fault(telemetry.ServerStray)
 	}
