@@ -6,10 +6,12 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -250,10 +252,7 @@ func refuseForNow(w http.ResponseWriter, reason string) {
 func (s *downstreamServer) stop(ctx context.Context) {
 	s.mu.Lock()
 	s.closing = true
-	agents := make([]*agentConn, 0, len(s.agents))
-	for a := range s.agents {
-		agents = append(agents, a)
-	}
+	agents := slices.Collect(maps.Keys(s.agents))
 	s.mu.Unlock()
 	_ = s.http.Close() // the listener's error concerns nobody any more
 	for _, a := range agents {
@@ -300,10 +299,7 @@ func (s *downstreamServer) count() int {
 // offended a while ago, and asks those that changed links for their state once more.
 func (s *downstreamServer) sweep(now time.Time, keepAlive sweepLimits) {
 	s.mu.Lock()
-	agents := make([]*agentConn, 0, len(s.agents))
-	for a := range s.agents {
-		agents = append(agents, a)
-	}
+	agents := slices.Collect(maps.Keys(s.agents))
 	s.mu.Unlock()
 	for _, a := range agents {
 		a.sweep(now, keepAlive)
