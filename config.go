@@ -15,6 +15,8 @@ import (
 	"go.opentelemetry.io/collector/config/configretry"
 	"go.opentelemetry.io/collector/config/configtls"
 	"golang.org/x/net/http/httpguts"
+
+	"github.com/opampgateway/opampgateway/internal/memory"
 )
 
 // Config is what a user writes below extensions::opampgateway.
@@ -30,6 +32,9 @@ type Config struct {
 
 	// MaxMessageSize is the largest OpAMP message relayed in either direction, in bytes.
 	MaxMessageSize int `mapstructure:"max_message_size"`
+
+	// MaxBufferedSize bounds the memory of messages on their way, over all connections, in bytes.
+	MaxBufferedSize int `mapstructure:"max_buffered_size"`
 
 	// prevent unkeyed literal initialization
 	_ struct{}
@@ -82,6 +87,12 @@ type AgentsConfig struct {
 	// MaxRequestHeaderSize is the largest header of an upgrade request, in bytes; larger ones are answered 431.
 	MaxRequestHeaderSize int `mapstructure:"max_request_header_size"`
 
+	// MaxQueueSize bounds what waits for one agent, in bytes; one larger message fits, too.
+	MaxQueueSize int `mapstructure:"max_queue_size"`
+
+	// WriteTimeout is how long a write to an agent may go without progress.
+	WriteTimeout time.Duration `mapstructure:"write_timeout"`
+
 	// prevent unkeyed literal initialization
 	_ struct{}
 }
@@ -120,6 +131,9 @@ const (
 	// from both.
 	minMessageSize, maxMessageSize = 1 << 10, 1 << 30
 
+	// minBufferedSize has room for what waits for the default number of links.
+	minBufferedSize = 32 << 20
+
 	// minKeepAlive is the finest a keep-alive can be: all connections are looked at as often.
 	minKeepAlive = time.Second
 
@@ -154,8 +168,11 @@ func createDefaultConfig() component.Config {
 			KeepAlive:            KeepAliveConfig{Interval: 30 * time.Second, Timeout: time.Minute},
 			SendDisconnect:       true,
 			MaxRequestHeaderSize: 32 << 10,
+			MaxQueueSize:         4 << 20,
+			WriteTimeout:         30 * time.Second,
 		},
-		MaxMessageSize: 64 << 20,
+		MaxMessageSize:  64 << 20,
+		MaxBufferedSize: 256 << 20,
 	}
 }
 
@@ -164,6 +181,8 @@ func (c *Config) Validate() error {
 	var errs []error
 	if c.MaxMessageSize < minMessageSize || c.MaxMessageSize > maxMessageSize {
 		errs = append(errs, fmt.Errorf("max_message_size: must be from %d to %d bytes, is %d", minMessageSize, maxMessageSize, c.MaxMessageSize))
+	} else if least := max(minBufferedSize, memory.MinLimit(c.MaxMessageSize)); c.MaxBufferedSize < least {
+		errs = append(errs, fmt.Errorf("max_buffered_size: must be at least %d bytes with max_message_size %d, is %d", least, c.MaxMessageSize, c.MaxBufferedSize))
 	}
 	if c.Listener.NetAddr.Endpoint == "" {
 		errs = append(errs, errors.New("listener::endpoint: must not be empty"))
@@ -249,10 +268,17 @@ func (c *ServerConfig) validateHeaders() error {
 
 // Validate reports every mistake below agents.
 func (c *AgentsConfig) Validate() error {
+	var errs []error
 	if c.MaxRequestHeaderSize < 1<<10 {
-		return fmt.Errorf("max_request_header_size: must be at least 1024 bytes, is %d", c.MaxRequestHeaderSize)
+		errs = append(errs, fmt.Errorf("max_request_header_size: must be at least 1024 bytes, is %d", c.MaxRequestHeaderSize))
 	}
-	return nil
+	if c.MaxQueueSize < 64<<10 {
+		errs = append(errs, fmt.Errorf("max_queue_size: must be at least 65536 bytes, is %d", c.MaxQueueSize))
+	}
+	if c.WriteTimeout < time.Second {
+		errs = append(errs, fmt.Errorf("write_timeout: must be at least 1s, is %s", c.WriteTimeout))
+	}
+	return errors.Join(errs...)
 }
 
 // Validate reports a keep-alive that could not work.

@@ -1,11 +1,13 @@
 package opampgateway
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/base64"
 	"errors"
 	"fmt"
+	stdlog "log"
 	"maps"
 	"math/rand/v2"
 	"net"
@@ -23,6 +25,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/opampgateway/opampgateway/internal/connect"
+	"github.com/opampgateway/opampgateway/internal/memory"
 	"github.com/opampgateway/opampgateway/internal/outbox"
 	"github.com/opampgateway/opampgateway/internal/socket"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
@@ -30,12 +33,8 @@ import (
 )
 
 const (
-	// agentOutboxSize bounds what waits for one agent, in bytes; one larger message fits too. It
-	// is 4 MiB of messages, with room for what they cost besides.
-	agentOutboxSize = 4<<20 + 256<<10
-
-	// writeTimeout is how long a write may go without progress.
-	writeTimeout = 30 * time.Second
+	// handshakeTimeout bounds the writing of an answer to an upgrade request.
+	handshakeTimeout = 30 * time.Second
 
 	// maxHandshakes bounds the agents waiting to be let in: a full gateway's worth, since all
 	// of them come at once after a reload.
@@ -56,6 +55,17 @@ const (
 	// its full state: a server may notice the end of the old link late, and then forget the
 	// agent again. Up to half as much is added, at random.
 	fullStateAgain = 60 * time.Second
+
+	// While others wait for memory, an agent whose turn it is has to send this much between two
+	// sweeps: 200 KiB/s.
+	leastProgress = 1 << 20
+
+	// When memory is used up, an agent for which less waits than this is left in peace.
+	worthShedding = 8 << 10
+
+	// heldUpLimit is how long a reader may go on waiting to hand on what its agent said last, when
+	// the agent's connection has ended.
+	heldUpLimit = 3 * time.Second
 )
 
 // entry is what waits in an outbox: of a link, with the agent it came from, or of an agent.
@@ -67,9 +77,11 @@ type downstreamServer struct {
 	// Set once.
 	cfg      *Config
 	log      *zap.Logger
+	events   *zap.Logger // log for what may happen to many agents at once: only the first of each kind
 	tel      *telemetry.Telemetry
 	router   *router
 	pool     *upstreamPool
+	memory   *memory.Budget
 	ctx      context.Context // ends when the gateway has nothing more to do
 	upgrader websocket.Upgrader
 	http     *http.Server // by prepare
@@ -79,6 +91,7 @@ type downstreamServer struct {
 	requests  sync.WaitGroup // upgrade requests being answered
 	readers   sync.WaitGroup // one per agent
 	farewells sync.WaitGroup // goodbyes that wait to be said
+	shedding  sync.WaitGroup // who makes room when memory is used up
 
 	waiting atomic.Int64 // upgrade requests being answered
 
@@ -88,12 +101,12 @@ type downstreamServer struct {
 	closing bool
 }
 
-func newDownstreamServer(ctx context.Context, cfg *Config, log *zap.Logger, tel *telemetry.Telemetry, r *router, p *upstreamPool) *downstreamServer {
+func newDownstreamServer(ctx context.Context, cfg *Config, log *zap.Logger, tel *telemetry.Telemetry, r *router, p *upstreamPool, budget *memory.Budget) *downstreamServer {
 	return &downstreamServer{
-		cfg: cfg, log: log, tel: tel, router: r, pool: p, ctx: ctx,
+		cfg: cfg, log: log, events: sampled(log), tel: tel, router: r, pool: p, memory: budget, ctx: ctx,
 		agents: map[*agentConn]struct{}{},
 		upgrader: websocket.Upgrader{
-			HandshakeTimeout: writeTimeout,
+			HandshakeTimeout: handshakeTimeout,
 			ReadBufferSize:   socket.ReadBufferSize,
 			// We write past gorilla; the pool only keeps it from holding a buffer per agent.
 			WriteBufferPool: &sync.Pool{},
@@ -121,6 +134,7 @@ func (s *downstreamServer) prepare(ctx context.Context, host component.Host, set
 	}
 	server.MaxHeaderBytes = s.cfg.Agents.MaxRequestHeaderSize
 	server.BaseContext = func(net.Listener) context.Context { return s.ctx }
+	server.ErrorLog = stdlog.New(failedHandshakes{s.events}, "", 0)
 	s.http = server
 	return nil
 }
@@ -136,6 +150,15 @@ func (s *downstreamServer) serve(listener net.Listener, failed func(error)) {
 			failed(fmt.Errorf("listener: %w", err))
 		}
 	})
+	s.shedding.Go(s.makeRoom)
+}
+
+// failedHandshakes logs what the HTTP server has to say: mostly that a TLS handshake failed.
+type failedHandshakes struct{ events *zap.Logger }
+
+func (f failedHandshakes) Write(line []byte) (int, error) {
+	f.events.Warn("connection failed before it was an agent's", zap.String("reason", strings.TrimSpace(string(line))))
+	return len(line), nil
 }
 
 // ServeHTTP answers one agent's upgrade request:
@@ -287,6 +310,7 @@ func (s *downstreamServer) wait() {
 	s.requests.Wait()
 	s.readers.Wait()
 	s.farewells.Wait()
+	s.shedding.Wait()
 }
 
 func (s *downstreamServer) count() int {
@@ -306,6 +330,51 @@ func (s *downstreamServer) sweep(now time.Time, keepAlive sweepLimits) {
 	}
 }
 
+// makeRoom lets agents go when memory is used up, until the gateway has nothing more to do. No
+// link's reader waits for that.
+func (s *downstreamServer) makeRoom() {
+	for {
+		select {
+		case <-s.memory.Exceeded():
+			s.shed()
+		case <-s.ctx.Done():
+			return
+		}
+	}
+}
+
+// shed closes those agents for which most waits, at once, so that what they are not reading
+// makes room for others.
+func (s *downstreamServer) shed() {
+	type load struct {
+		agent  *agentConn
+		memory int
+	}
+	s.mu.Lock()
+	loads := make([]load, 0, len(s.agents))
+	for a := range s.agents {
+		if n := a.outbox.Memory(); n >= worthShedding {
+			loads = append(loads, load{a, n})
+		}
+	}
+	s.mu.Unlock()
+	slices.SortFunc(loads, func(a, b load) int { return cmp.Compare(b.memory, a.memory) })
+	excess := s.memory.Excess()
+	for _, l := range loads {
+		if excess <= 0 {
+			return
+		}
+		excess -= l.memory // of those already closed, too: it is about to be free
+		if l.agent.shed.Swap(true) {
+			continue
+		}
+		s.tel.Fault(telemetry.MemoryFull)
+		s.events.Warn("memory for messages is used up, see max_buffered_size; closing the connection of the agent that most waits for",
+			zap.String("remote_address", l.agent.remote), zap.Int("bytes", l.memory))
+		l.agent.Close()
+	}
+}
+
 // agentConn is the connection of one agent, or of another gateway with many behind it.
 type agentConn struct {
 	// Set once, before the reader starts.
@@ -317,17 +386,20 @@ type agentConn struct {
 	outbox   *outbox.Outbox[*agentConn]
 
 	// Owned by the reader.
-	uid  wire.UID // of its last message
-	hold *hold    // of uid; nil when it has to be claimed
-	bad  int      // unreadable messages in a row
+	memory memory.Reader // what it holds
+	uid    wire.UID      // of its last message
+	hold   *hold         // of uid; nil when it has to be claimed
+	bad    int           // unreadable messages in a row
 
 	// Shared.
 	link      atomic.Pointer[link]         // where its messages go; ended, or nil, while it has none
 	told      atomic.Pointer[capabilities] // what a gateway has heard, see hold.told
 	offence   atomic.Pointer[offence]
-	paused    atomic.Bool  // the reader waits for the link, so silence proves nothing
-	muted     atomic.Bool  // no goodbye is said for it
-	fullState atomic.Int64 // when it is asked for its state once more, Unix seconds; 0 for not
+	paused    atomic.Pointer[context.CancelFunc] // set while the reader waits for others than its agent: ends that
+	closing   atomic.Int64                       // when the connection was closed from our side, Unix nanoseconds; 0 for not
+	shed      atomic.Bool                        // closed to make room
+	muted     atomic.Bool                        // no goodbye is said for it
+	fullState atomic.Int64                       // when it is asked for its state once more, Unix seconds; 0 for not
 
 	// Guarded by router.mu: one hold for each agent that speaks here.
 	held map[*hold]struct{}
@@ -365,8 +437,11 @@ func (s *downstreamServer) newAgent(r *http.Request) (*agentConn, error) {
 // start turns a into a connected agent, which can be found and written to, and reads from it.
 func (a *agentConn) start(ws *websocket.Conn) {
 	s := a.server
-	a.outbox = outbox.New(a, agentOutboxSize)
-	a.sock = socket.New(ws, false, s.cfg.MaxMessageSize, writeTimeout, a.pong)
+	a.memory = s.memory.NewReader()
+	// A queue full of small messages may take some more than their bytes.
+	queueSize := s.cfg.Agents.MaxQueueSize
+	a.outbox = outbox.New(a, queueSize+queueSize/16, &s.memory.Down)
+	a.sock = socket.New(ws, false, s.cfg.MaxMessageSize, s.cfg.Agents.WriteTimeout, a, a.pong)
 	s.mu.Lock()
 	s.agents[a] = struct{}{}
 	closing := s.closing
@@ -456,14 +531,16 @@ func (a *agentConn) claim(f *wire.Fields) error {
 	if err != nil {
 		return err
 	}
-	h, conflict, err := a.server.router.claim(a, uid, wire.FormatOf(f, uid))
+	h, rival, err := a.server.router.claim(a, uid, wire.FormatOf(f, uid))
 	if err != nil {
 		return err
 	}
-	if conflict {
+	if rival != nil {
 		a.server.tel.Fault(telemetry.UIDConflict)
-		a.server.log.Debug("instance UID is in use on two connections; the one that spoke last gets the replies",
-			zap.Stringer("agent", uid), zap.String("remote_address", a.remote))
+		if rival.fresh {
+			a.server.events.Info("instance UID is in use on two connections: an agent has reconnected, or was cloned; the one that spoke last gets the replies",
+				zap.Stringer("agent", uid), zap.String("remote_address", a.remote), zap.String("other_address", rival.agent.remote))
+		}
 	}
 	a.uid, a.hold = uid, h
 	return nil
@@ -502,22 +579,47 @@ func (a *agentConn) send(e entry) error {
 		if l != nil {
 			err := l.outbox.Try(e)
 			if errors.Is(err, outbox.ErrFull) {
-				a.paused.Store(true)
-				err = l.outbox.Put(a.server.ctx, e)
-				a.paused.Store(false)
+				ctx, over := a.pause()
+				err = l.outbox.Put(ctx, e)
+				over()
 			}
 			if !errors.Is(err, outbox.ErrClosed) {
 				return err
 			}
 		}
-		a.paused.Store(true)
-		err := a.server.pool.awaitHome(a, l)
-		a.paused.Store(false)
+		ctx, over := a.pause()
+		err := a.server.pool.awaitHome(ctx, a, l)
+		over()
 		if err != nil {
 			return err
 		}
 	}
 }
+
+// pause is for the reader to wait, in the context returned, for others than its agent; over is to
+// be called afterwards. Meanwhile the agent's silence proves nothing.
+func (a *agentConn) pause() (ctx context.Context, over func()) {
+	ctx, cancel := context.WithCancel(a.server.ctx)
+	a.paused.Store(&cancel)
+	return ctx, func() {
+		a.paused.Store(nil)
+		cancel()
+	}
+}
+
+// Reserve counts memory that the reader needs for a large message, and waits for it when there is
+// none; the socket calls it.
+func (a *agentConn) Reserve(n int) error {
+	return a.memory.Reserve(n, func() (context.Context, func()) {
+		a.server.tel.Fault(telemetry.MemoryFull)
+		a.server.events.Warn("memory for messages is used up, see max_buffered_size; agents with large messages wait",
+			zap.String("remote_address", a.remote))
+		return a.pause()
+	})
+}
+
+// Release counts memory no longer; the socket calls it.
+func (a *agentConn) Release(n int) { a.memory.Release(n) }
 
 // reject counts a message that is not relayed and, where the agent is known, says why. After
 // too many in a row the connection offends.
@@ -543,7 +645,7 @@ func (a *agentConn) offend(reason telemetry.Reason, code int, text string) {
 	if reason != "" {
 		a.server.tel.Fault(reason)
 	}
-	a.server.log.Info("agent's connection will be closed", zap.String("reason", text),
+	a.server.events.Info("agent's connection will be closed", zap.String("reason", text),
 		zap.Stringer("agent", a.uid), zap.String("remote_address", a.remote))
 	a.offence.Store(&offence{code: code, text: text, due: time.Now().Add(offenceDelay + rand.N(offenceDelay)), released: make(chan struct{})})
 }
@@ -565,7 +667,7 @@ func (a *agentConn) deliver(frame []byte, taken int64) {
 	err := a.outbox.Try(entry{Frame: frame, Kind: outbox.Message, Taken: taken})
 	if errors.Is(err, outbox.ErrFull) {
 		a.server.tel.Fault(telemetry.AgentSlow)
-		a.server.log.Info("agent reads too slowly; closing its connection", zap.String("remote_address", a.remote))
+		a.server.events.Info("agent reads too slowly; closing its connection", zap.String("remote_address", a.remote))
 		a.close(websocket.CloseTryAgainLater, "agent reads too slowly")
 	}
 }
@@ -601,11 +703,15 @@ func (a *agentConn) WriteBatch(batch []entry) (int, error) {
 func (a *agentConn) Hurry() { a.sock.Hurry() }
 
 // Close ends the connection; the outbox calls it.
-func (a *agentConn) Close() { a.sock.Close() }
+func (a *agentConn) Close() {
+	a.closing.CompareAndSwap(0, time.Now().UnixNano())
+	a.sock.Close()
+}
 
 // close lets the agent go: what waits for it, and a close frame, are written if that takes
 // but a moment. It never waits.
 func (a *agentConn) close(code int, text string) {
+	a.closing.CompareAndSwap(0, time.Now().UnixNano())
 	a.outbox.Close(websocket.FormatCloseMessage(code, text))
 	if off := a.offence.Load(); off != nil {
 		off.once.Do(func() { close(off.released) })
@@ -619,13 +725,22 @@ func (a *agentConn) sweep(now time.Time, limits sweepLimits) {
 		}
 		return
 	}
-	if a.paused.Load() {
+	if cancel := a.paused.Load(); cancel != nil {
 		a.sock.Excuse()
+		_ = a.outbox.Try(entry{Kind: outbox.Ping}) // nobody reads, so only writing tells that the agent is gone
+		if closing := a.closing.Load(); closing != 0 && now.Sub(time.Unix(0, closing)) > heldUpLimit {
+			(*cancel)()
+		}
+	} else if a.memory.Overdue(a.sock.Received(), leastProgress) {
+		a.server.tel.Fault(telemetry.MemoryFull)
+		a.server.events.Warn("memory for messages is used up, see max_buffered_size; closing the connection of an agent that sends a large one too slowly",
+			zap.String("remote_address", a.remote))
+		a.close(websocket.CloseTryAgainLater, "sends too slowly")
 	}
 	switch quiet := a.sock.Sweep(); {
 	case quiet >= limits.close && !a.muted.Swap(true): // it may be elsewhere already
 		a.server.tel.Fault(telemetry.AgentSilent)
-		a.server.log.Info("no sign of life from agent; closing its connection", zap.String("remote_address", a.remote))
+		a.server.events.Info("no sign of life from agent; closing its connection", zap.String("remote_address", a.remote))
 		a.close(websocket.CloseGoingAway, "no sign of life")
 	case quiet >= limits.ping:
 		_ = a.outbox.Try(entry{Kind: outbox.Ping})
@@ -647,6 +762,7 @@ func (a *agentConn) end(err error) {
 		a.outbox.Drain(s.ctx) // for a moment at most
 	}
 	a.outbox.Abort()
+	a.sock.Release()
 	s.mu.Lock()
 	delete(s.agents, a)
 	s.mu.Unlock()

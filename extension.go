@@ -31,7 +31,10 @@ import (
 	"go.opentelemetry.io/collector/component/componentstatus"
 	"go.opentelemetry.io/collector/extension"
 	"go.opentelemetry.io/collector/extension/extensioncapabilities"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 
+	"github.com/opampgateway/opampgateway/internal/memory"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
 )
 
@@ -141,8 +144,9 @@ type dialFunc func(ctx context.Context, network, address string) (net.Conn, erro
 func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel *telemetry.Telemetry, host component.Host, listener net.Listener, dial dialFunc) (*gateway, error) {
 	background, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	g := &gateway{cfg: cfg, router: newRouter(), cancel: cancel}
+	budget := memory.New(cfg.MaxBufferedSize, cfg.MaxMessageSize)
 	var err error
-	g.pool, err = newUpstreamPool(ctx, cfg, set.BuildInfo, set.Logger, tel, g.router, func(err error) { reportLink(host, err) })
+	g.pool, err = newUpstreamPool(ctx, cfg, set.BuildInfo, set.Logger, tel, g.router, budget, func(err error) { reportLink(host, err) })
 	if err != nil {
 		cancel()
 		return nil, err
@@ -150,7 +154,7 @@ func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel 
 	if dial != nil {
 		g.pool.netDial = dial
 	}
-	g.server = newDownstreamServer(background, cfg, set.Logger, tel, g.router, g.pool)
+	g.server = newDownstreamServer(background, cfg, set.Logger, tel, g.router, g.pool, budget)
 	if err := g.server.prepare(ctx, host, set.TelemetrySettings); err != nil {
 		cancel()
 		return nil, err
@@ -222,6 +226,15 @@ func (g *gateway) shutdown(ctx context.Context) {
 	g.server.wait()
 	g.pool.homing.Wait()
 	g.sweeps.Wait()
+}
+
+// sampled returns a logger that writes only the first few of each message in a while: for
+// what may happen to thousands of agents at once. The metrics have the numbers.
+func sampled(log *zap.Logger) *zap.Logger {
+	const while, first = 10 * time.Second, 5
+	return log.WithOptions(zap.WrapCore(func(core zapcore.Core) zapcore.Core {
+		return zapcore.NewSamplerWithOptions(core, while, first, 0)
+	}))
 }
 
 // started is when this process's clock began.

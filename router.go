@@ -36,6 +36,13 @@ type route struct {
 	uid     wire.UID
 	current atomic.Pointer[hold] // the last of holds, to be read without the lock
 	holds   []*hold              // in the order in which they spoke last; never empty while in the table
+	shared  bool                 // two have held it at a time
+}
+
+// rival is whom a route was taken from that has not left.
+type rival struct {
+	agent *agentConn
+	fresh bool // it is the first time that two hold the route
 }
 
 // hold is one connection's hold of one route: one agent, as long as it is connected there.
@@ -70,8 +77,8 @@ func (r *router) find(uid []byte) *hold {
 }
 
 // claim makes a the connection to which frames for uid go, because it has just spoken under
-// that UID, in this format. It reports whether another connection had it.
-func (r *router) claim(a *agentConn, uid wire.UID, format wire.Format) (h *hold, conflict bool, err error) {
+// that UID, in this format. It returns who else has it, if anybody.
+func (r *router) claim(a *agentConn, uid wire.UID, format wire.Format) (h *hold, other *rival, err error) {
 	// Behind a gateway, each frame is of another agent, but nothing changes.
 	r.mu.RLock()
 	if way := r.routes[uid]; way != nil {
@@ -80,20 +87,20 @@ func (r *router) claim(a *agentConn, uid wire.UID, format wire.Format) (h *hold,
 	settled := h != nil && h.agent == a && !h.departed && h.replaces == nil
 	r.mu.RUnlock()
 	if settled {
-		return h, false, nil
+		return h, nil, nil
 	}
 
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	h, conflict, err = r.holdLocked(a, uid, format)
+	h, other, err = r.holdLocked(a, uid, format)
 	if err != nil {
-		return nil, false, err
+		return nil, nil, err
 	}
 	if old := h.replaces; old != nil {
 		h.replaces = nil
 		r.dropLocked(old)
 	}
-	return h, conflict, nil
+	return h, other, nil
 }
 
 // rename prepares for the agent of h to speak as uid from its next frame on: frames for uid
@@ -114,8 +121,8 @@ func (r *router) rename(h *hold, uid wire.UID) error {
 }
 
 // holdLocked makes a the current holder of uid's route. Those who said goodbye elsewhere are
-// there no more, so the only conflict is with one who did not.
-func (r *router) holdLocked(a *agentConn, uid wire.UID, format wire.Format) (h *hold, conflict bool, err error) {
+// there no more, so the only rival is one who did not.
+func (r *router) holdLocked(a *agentConn, uid wire.UID, format wire.Format) (h *hold, last *rival, err error) {
 	way := r.routes[uid]
 	if way != nil {
 		for _, other := range slices.Clone(way.holds) {
@@ -125,7 +132,7 @@ func (r *router) holdLocked(a *agentConn, uid wire.UID, format wire.Format) (h *
 			case other.departed:
 				r.dropLocked(other)
 			default:
-				conflict = true
+				last = &rival{agent: other.agent, fresh: !way.shared}
 			}
 		}
 	}
@@ -134,7 +141,7 @@ func (r *router) holdLocked(a *agentConn, uid wire.UID, format wire.Format) (h *
 			r.forgetDepartedLocked(a)
 		}
 		if len(a.held) >= a.maxUIDs() {
-			return nil, false, errTooManyUIDs
+			return nil, nil, errTooManyUIDs
 		}
 		if way = r.routes[uid]; way == nil { // it may have gone with those who said goodbye
 			way = &route{uid: uid}
@@ -147,9 +154,10 @@ func (r *router) holdLocked(a *agentConn, uid wire.UID, format wire.Format) (h *
 		a.held[h] = struct{}{}
 	}
 	h.departed = false // whoever speaks after a goodbye is back
+	way.shared = way.shared || last != nil
 	way.holds = append(without(way.holds, h), h)
 	way.current.Store(h)
-	return h, conflict, nil
+	return h, last, nil
 }
 
 // dropLocked ends h, unless it has ended; the connection that held the route before is

@@ -22,9 +22,9 @@ func uidOf(t testing.TB, name string) wire.UID {
 // wantClaim has a speak as uid.
 func wantClaim(t testing.TB, r *router, a *agentConn, uid wire.UID, conflict bool) *hold {
 	t.Helper()
-	h, conflicts, err := r.claim(a, uid, today)
+	h, other, err := r.claim(a, uid, today)
 	require.NoError(t, err)
-	require.Equal(t, conflict, conflicts, "conflict")
+	require.Equal(t, conflict, other != nil, "conflict")
 	require.Same(t, h, r.find(uid.Bytes()))
 	require.Same(t, a, h.agent)
 	return h

@@ -78,9 +78,9 @@ func TestSlowAgent(t *testing.T) {
 			for range 3 {
 				link.Push(gatewaytest.Offer(alice.UID, "x", gatewaytest.BufferSize))
 			}
-			time.Sleep(writeTimeout - time.Second)
+			time.Sleep(29 * time.Second)
 			s.wantConnections(1)
-			time.Sleep(writeTimeout + 2*time.Second) // a write that took something at first is given the time once more
+			time.Sleep(7 * time.Second) // what moved first may have done so at any time in the first part
 			s.wantConnections(0)
 			s.wantFaults(map[telemetry.Reason]int{telemetry.AgentSlow: 1})
 			s.server.WantGoodbye(alice.UID)

@@ -152,6 +152,7 @@ func startRunning(t *testing.T, network *gatewaytest.Network, server, listen str
 	cancel() // the context is for starting only
 	t.Cleanup(func() {
 		defer time.Sleep(time.Second) // net/http is slow to let go of a connection that it refused
+		defer r.wantNothingHeld()
 		defer r.stop()
 		if !t.Failed() {
 			r.wantConsistent()
@@ -170,6 +171,13 @@ func (r *running) stop() (took time.Duration) {
 		r.tel.Shutdown()
 	})
 	return took
+}
+
+// wantNothingHeld checks that no memory is counted for messages any more.
+func (r *running) wantNothingHeld() {
+	r.t.Helper()
+	require.Zero(r.t, r.server.memory.Up.Held(), "bytes of agents' messages")
+	require.Zero(r.t, r.server.memory.Down.Held(), "bytes of the server's messages")
 }
 
 // wantConsistent checks that the structures of the gateway agree with each other, once it is quiet.

@@ -25,6 +25,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/opampgateway/opampgateway/internal/connect"
+	"github.com/opampgateway/opampgateway/internal/memory"
 	"github.com/opampgateway/opampgateway/internal/outbox"
 	"github.com/opampgateway/opampgateway/internal/socket"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
@@ -34,6 +35,10 @@ import (
 const (
 	// linkOutboxSize bounds what waits for one link, in bytes; one larger message fits too.
 	linkOutboxSize = 8 << 20
+
+	// linkWriteTimeout is how long a write to the server may go without progress. Keep-alive is
+	// mostly sooner.
+	linkWriteTimeout = 30 * time.Second
 
 	// linkReadBuffer is gorilla's read buffer for a link, which many agents' frames share.
 	linkReadBuffer = 64 << 10
@@ -68,6 +73,9 @@ const (
 	// the server does not say.
 	introduceAgain = 5 * time.Second
 
+	// maxStated is how many lists of capabilities are remembered; more than one is rare.
+	maxStated = 16
+
 	// maxRelayedQuestions bounds the questions of other gateways in flight on one link.
 	maxRelayedQuestions = 20_000
 )
@@ -91,6 +99,7 @@ type upstreamPool struct {
 	log     *zap.Logger
 	tel     *telemetry.Telemetry
 	router  *router
+	memory  *memory.Budget
 	headers http.Header
 	tls     *tls.Config
 	netDial func(ctx context.Context, network, address string) (net.Conn, error)
@@ -118,7 +127,7 @@ type upstreamPool struct {
 // agents that come to another link are told again only of other ones.
 type capabilities struct{ names []string }
 
-func newUpstreamPool(ctx context.Context, cfg *Config, build component.BuildInfo, log *zap.Logger, tel *telemetry.Telemetry, r *router, status func(error)) (*upstreamPool, error) {
+func newUpstreamPool(ctx context.Context, cfg *Config, build component.BuildInfo, log *zap.Logger, tel *telemetry.Telemetry, r *router, budget *memory.Budget, status func(error)) (*upstreamPool, error) {
 	tlsConfig, err := cfg.Server.TLS.LoadTLSConfig(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("server::tls: %w", err)
@@ -129,7 +138,7 @@ func newUpstreamPool(ctx context.Context, cfg *Config, build component.BuildInfo
 		headers.Set(name, string(value))
 	}
 	p := &upstreamPool{
-		cfg: cfg, log: log.With(zap.String("server", serverName(cfg.Server.Endpoint))), tel: tel, router: r,
+		cfg: cfg, log: log.With(zap.String("server", serverName(cfg.Server.Endpoint))), tel: tel, router: r, memory: budget,
 		headers: headers, tls: tlsConfig, netDial: (&net.Dialer{}).DialContext, status: status,
 		live: make([]*link, cfg.Server.Connections), changed: make(chan struct{}), back: make(chan struct{}),
 		report: make(chan struct{}, 1), failure: errNoLink,
@@ -477,7 +486,7 @@ func (p *upstreamPool) detachLocked(a *agentConn) {
 }
 
 // awaitHome has a's reader wait until a has another home than ended.
-func (p *upstreamPool) awaitHome(a *agentConn, ended *link) error {
+func (p *upstreamPool) awaitHome(ctx context.Context, a *agentConn, ended *link) error {
 	p.mu.Lock()
 	if a.homeless == nil && a.link.Load() == ended && !a.exiled {
 		a.homeless = make(chan struct{})
@@ -487,8 +496,8 @@ func (p *upstreamPool) awaitHome(a *agentConn, ended *link) error {
 	if homeless != nil {
 		select {
 		case <-homeless:
-		case <-p.ctx.Done():
-			return p.ctx.Err()
+		case <-ctx.Done():
+			return ctx.Err()
 		}
 	}
 	p.mu.Lock()
@@ -536,6 +545,8 @@ func (p *upstreamPool) rehome(a *agentConn, from *link) {
 	ctx, cancel := context.WithTimeout(p.ctx, grace+rand.N(grace/2+1))
 	defer cancel()
 	pending, lost := from.unwritten[a], time.Now()
+	p.hold(pending)
+	defer func() { p.letLoose(pending) }()
 	for {
 		l, err := p.attach(ctx, a, from, lost)
 		if errors.Is(err, errAgentEnded) {
@@ -559,6 +570,7 @@ func (p *upstreamPool) rehome(a *agentConn, from *link) {
 			continue
 		}
 		for len(pending) > 0 && l.outbox.Put(ctx, pending[0]) == nil {
+			p.letLoose(pending[:1])
 			pending = pending[1:]
 		}
 		if len(pending) == 0 && p.settle(a, l) {
@@ -571,10 +583,24 @@ func (p *upstreamPool) rehome(a *agentConn, from *link) {
 		}
 		select { // so l has ended, or a's time is over
 		case <-l.ended:
+			p.hold(l.unwritten[a])
 			pending = append(l.unwritten[a], pending...) // what l did not write comes first
 			from, lost = l, time.Now()
 		case <-ctx.Done():
 		}
+	}
+}
+
+// hold counts the memory of entries that are in no outbox, until letLoose.
+func (p *upstreamPool) hold(entries []entry) {
+	for i := range entries {
+		p.memory.Up.Take(entries[i].Memory())
+	}
+}
+
+func (p *upstreamPool) letLoose(entries []entry) {
+	for i := range entries {
+		p.memory.Up.Give(entries[i].Memory())
 	}
 }
 
@@ -741,8 +767,8 @@ func newLink(p *upstreamPool, slot int, ws *websocket.Conn) *link {
 		asked:       map[string]chan<- connect.Result{}, relayed: map[string]relayedQuestion{},
 		deaf: make(chan struct{}),
 	}
-	l.outbox = outbox.New(l, linkOutboxSize)
-	l.sock = socket.New(ws, true, p.cfg.MaxMessageSize, writeTimeout, func(payload []byte) {
+	l.outbox = outbox.New(l, linkOutboxSize, &p.memory.Up)
+	l.sock = socket.New(ws, true, p.cfg.MaxMessageSize, linkWriteTimeout, l, func(payload []byte) {
 		_ = l.outbox.Try(entry{Frame: payload, Kind: outbox.Pong})
 	})
 	return l
@@ -848,7 +874,7 @@ func (p *upstreamPool) intern(names []string) *capabilities {
 		}
 	}
 	caps := &capabilities{names: names}
-	p.stated = append(p.stated, caps)
+	p.stated = append(p.stated[max(0, len(p.stated)+1-maxStated):], caps)
 	return caps
 }
 
@@ -1057,6 +1083,15 @@ func (l *link) forgetOldQuestions(now time.Time) {
 		}
 	}
 }
+
+// Reserve counts memory for a large message from the server, and never waits; the socket calls it.
+func (l *link) Reserve(n int) error {
+	l.pool.memory.Down.Take(n)
+	return nil
+}
+
+// Release counts memory no longer; the socket calls it.
+func (l *link) Release(n int) { l.pool.memory.Down.Give(n) }
 
 // WriteBatch writes to the link's socket; the outbox calls it.
 func (l *link) WriteBatch(batch []entry) (int, error) {

@@ -10,6 +10,8 @@ import (
 	"errors"
 	"slices"
 	"sync"
+
+	"github.com/opampgateway/opampgateway/internal/memory"
 )
 
 var (
@@ -50,6 +52,9 @@ const overhead = 128
 
 func (e *Entry[S]) size() int { return len(e.Frame) + overhead }
 
+// Memory is what the entry takes, in bytes.
+func (e *Entry[S]) Memory() int { return cap(e.Frame) + overhead }
+
 // Socket is what an outbox writes to.
 type Socket[S any] interface {
 	// WriteBatch writes the entries in order and flushes, under a deadline. It returns how
@@ -65,13 +70,15 @@ type Socket[S any] interface {
 // Outbox holds the entries for one socket.
 type Outbox[S any] struct {
 	// Set once.
-	socket Socket[S]
-	limit  int
+	socket  Socket[S]
+	limit   int
+	account *memory.Account
 
 	// mu guards what follows. It is never held while the socket is written to.
 	mu      sync.Mutex
 	queue   []Entry[S]   // waits to be written
 	size    int          // of the queue and of the batch being written
+	taken   int          // what they take, of the account
 	waiting []*waiter[S] // callers of Put for whom there is no room yet, longest wait first
 	closed  bool         // nothing more is taken
 	writing bool         // the writer runs
@@ -84,9 +91,11 @@ type waiter[S any] struct {
 	done  chan error // buffered; decided once, under mu
 }
 
-// New returns an outbox for socket that holds up to limit bytes, or one entry of any size.
-func New[S any](socket Socket[S], limit int) *Outbox[S] {
-	o := &Outbox[S]{socket: socket, limit: limit}
+// New returns an outbox for socket that holds up to limit bytes, or one entry of any size. What
+// it holds is counted in account. A frame is the outbox's own from when it is taken: once
+// written, its memory is used again.
+func New[S any](socket Socket[S], limit int, account *memory.Account) *Outbox[S] {
+	o := &Outbox[S]{socket: socket, limit: limit, account: account}
 	o.left.L = &o.mu
 	return o
 }
@@ -195,8 +204,16 @@ func (o *Outbox[S]) Abort() (unwritten []Entry[S]) {
 		o.left.Wait()
 	}
 	unwritten = slices.Concat(o.aside, o.queue)
-	o.aside, o.queue, o.size = nil, nil, 0
+	o.account.Give(o.taken)
+	o.aside, o.queue, o.size, o.taken = nil, nil, 0, 0
 	return unwritten
+}
+
+// Memory returns what the outbox takes now, in bytes.
+func (o *Outbox[S]) Memory() int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.taken
 }
 
 func (o *Outbox[S]) fitsLocked(e *Entry[S]) bool {
@@ -207,6 +224,8 @@ func (o *Outbox[S]) fitsLocked(e *Entry[S]) bool {
 func (o *Outbox[S]) addLocked(e Entry[S]) {
 	o.queue = append(o.queue, e)
 	o.size += e.size()
+	o.taken += e.Memory()
+	o.account.Take(e.Memory())
 	if !o.writing {
 		o.writing = true
 		go o.write()
@@ -254,9 +273,14 @@ func (o *Outbox[S]) write() {
 func (o *Outbox[S]) next(written []Entry[S]) []Entry[S] {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	given := 0
 	for i := range written {
 		o.size -= written[i].size()
+		given += written[i].Memory()
+		memory.Recycle(written[i].Frame)
 	}
+	o.taken -= given
+	o.account.Give(given)
 	o.admitLocked()
 	if len(o.queue) == 0 {
 		o.queue = nil

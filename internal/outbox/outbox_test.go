@@ -18,6 +18,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
+
+	"github.com/opampgateway/opampgateway/internal/memory"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -44,12 +46,19 @@ func newSocket() *fakeSocket { return &fakeSocket{breaksAt: -1, ended: make(chan
 func start(t *testing.T, limit int) (*Outbox[string], *fakeSocket) {
 	t.Helper()
 	sock := newSocket()
-	o := New(sock, limit)
+	account := newAccount()
+	o := New(sock, limit, account)
 	t.Cleanup(func() {
 		o.Abort()
 		assert.Empty(t, sock.violation)
+		assert.Zero(t, account.Held(), "bytes counted for an outbox that has ended")
 	})
 	return o, sock
+}
+
+func newAccount() *memory.Account {
+	const largest = 1 << 20
+	return &memory.New(memory.MinLimit(largest), largest).Up
 }
 
 func (s *fakeSocket) WriteBatch(batch []Entry[string]) (int, error) {
@@ -623,7 +632,7 @@ func (r *released) want(t *testing.T) {
 func TestAnIdleOutboxHoldsNoMemory(t *testing.T) {
 	var said released
 	sock := newSocket()
-	o := New[string](forgetful{sock}, 8<<10)
+	o := New[string](forgetful{sock}, 8<<10, newAccount())
 	resume := sock.stall()
 	for full := false; !full; {
 		full = o.Try(said.entry()) != nil
@@ -659,7 +668,7 @@ func TestAnIdleOutboxHoldsNoMemory(t *testing.T) {
 func TestABusyOutboxHoldsOnlyWhatWaits(t *testing.T) {
 	var said released
 	sock := newSocket()
-	o := New[string](forgetful{sock}, 1<<20)
+	o := New[string](forgetful{sock}, 1<<20, newAccount())
 	inWrites := func(n int) func() bool {
 		return func() bool {
 			sock.mu.Lock()
@@ -764,7 +773,7 @@ func TestManySendersAtOnce(t *testing.T) {
 		t.Run(fmt.Sprintf("breaks at %d", breaksAt), func(t *testing.T) {
 			sock := newSocket()
 			sock.breakAt(breaksAt)
-			o := New(sock, 2000)
+			o := New(sock, 2000, newAccount())
 			taken := make([][]string, senders)
 			var sending sync.WaitGroup
 			for sender := range senders {
@@ -828,7 +837,7 @@ func TestManySendersAtOnce(t *testing.T) {
 func BenchmarkPut(b *testing.B) {
 	for _, size := range []int{25, 2 << 10, 100 << 10} {
 		b.Run(fmt.Sprintf("%dB", size), func(b *testing.B) {
-			o := New[string](discard{}, 8<<20)
+			o := New[string](discard{}, 8<<20, newAccount())
 			e := Entry[string]{Kind: Message, Frame: make([]byte, size)}
 			b.ReportAllocs()
 			b.RunParallel(func(pb *testing.PB) {

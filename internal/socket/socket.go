@@ -19,6 +19,7 @@ import (
 
 	"github.com/gorilla/websocket"
 
+	"github.com/opampgateway/opampgateway/internal/memory"
 	"github.com/opampgateway/opampgateway/internal/outbox"
 )
 
@@ -46,6 +47,9 @@ const (
 	// write that timed out cannot be taken up again, it is one record.
 	chunkSize, tlsChunkSize = 128 << 10, 16 << 10
 
+	// stallParts is into how many parts the write timeout is divided.
+	stallParts = 6
+
 	// moment is how long the last words of a connection may take: this much to write them,
 	// and as much again to hear the peer's.
 	moment = time.Second
@@ -55,6 +59,15 @@ var (
 	batchPool   = sync.Pool{New: func() any { b := make([]byte, 0, batchSize); return &b }}
 	scratchPool = sync.Pool{New: func() any { b := make([]byte, 4<<10); return &b }}
 )
+
+// Memory counts what a socket's reader holds: the message that it is reading, or has read last.
+// What fits into the reader's scratch is not counted.
+type Memory interface {
+	// Reserve counts n bytes more. It may wait until there is room; an error ends the reading.
+	Reserve(n int) error
+	// Release counts n bytes no longer.
+	Release(n int)
+}
 
 // Socket is one WebSocket.
 type Socket struct {
@@ -66,19 +79,22 @@ type Socket struct {
 	chunk        int      // chunkSize, or tlsChunkSize
 	limit        int      // of one message read, in bytes
 	writeTimeout time.Duration
+	memory       Memory
 
 	// Owned by the reader.
 	unread io.Reader // the rest of a message that was skipped; nil when there is none
+	held   int       // what is reserved of memory
 
 	// Owned by the writer.
 	batch   *[]byte // what is put together; nil when nothing is
 	pending int     // frames of which a part is in the batch, and those left out among them
 
 	// Shared.
-	heard   atomic.Bool   // something came since the last sweep
-	written atomic.Uint64 // calls to write that have made progress
-	inWrite atomic.Bool   // a call to write has not returned
-	hurry   atomic.Int64  // when all writing has to be over, Unix nanoseconds; 0 for not yet
+	heard    atomic.Bool   // something came since the last sweep
+	received atomic.Uint64 // bytes of messages that memory was reserved for
+	written  atomic.Uint64 // calls to write that have made progress
+	inWrite  atomic.Bool   // a call to write has not returned
+	hurry    atomic.Int64  // when all writing has to be over, Unix nanoseconds; 0 for not yet
 
 	// Owned by the sweeper.
 	quiet       int    // sweeps in a row without a sign of life
@@ -87,10 +103,13 @@ type Socket struct {
 }
 
 // New takes over ws. Messages above limit bytes are not read; a write that makes no progress
-// for writeTimeout fails. pong is called by the reader for each ping of the peer, to queue
-// the answer; like Read's callers it must not wait.
-func New(ws *websocket.Conn, client bool, limit int, writeTimeout time.Duration, pong func(payload []byte)) *Socket {
-	s := &Socket{ws: ws, conn: ws.NetConn(), raw: ws.NetConn(), client: client, chunk: chunkSize, limit: limit, writeTimeout: writeTimeout}
+// for writeTimeout fails. What is read is counted in mem. pong is called by the reader for each
+// ping of the peer, to queue the answer; it must not wait.
+func New(ws *websocket.Conn, client bool, limit int, writeTimeout time.Duration, mem Memory, pong func(payload []byte)) *Socket {
+	s := &Socket{
+		ws: ws, conn: ws.NetConn(), raw: ws.NetConn(), client: client, chunk: chunkSize,
+		limit: limit, writeTimeout: writeTimeout, memory: mem,
+	}
 	if tls, ok := s.conn.(interface{ NetConn() net.Conn }); ok {
 		s.raw, s.chunk = tls.NetConn(), tlsChunkSize
 	}
@@ -108,9 +127,11 @@ func New(ws *websocket.Conn, client bool, limit int, writeTimeout time.Duration,
 	return s
 }
 
-// Read returns the next message, in memory of its own. After a Skippable error reading can
-// go on; any other error is the end of the connection.
+// Read returns the next message, in memory of its own, which stays reserved until the next call,
+// or Release. After a Skippable error reading can go on; any other error is the end of the
+// connection.
 func (s *Socket) Read() ([]byte, error) {
+	s.Release()
 	if err := s.readPast(); err != nil {
 		return nil, err
 	}
@@ -125,33 +146,85 @@ func (s *Socket) Read() ([]byte, error) {
 	}
 	scratch := scratchPool.Get().(*[]byte)
 	defer scratchPool.Put(scratch)
-	buf, n := *scratch, 0
-	for {
-		if n == len(buf) {
-			if n > s.limit {
+	n, err := s.fill((*scratch)[:min(len(*scratch), s.limit+1)], 0, message)
+	switch {
+	case n > s.limit:
+		s.unread = message
+		return nil, ErrTooLarge
+	case err == nil:
+		return s.readLarge(*scratch, message)
+	case err != io.EOF:
+		return nil, err
+	}
+	// Most messages are small; they leave the scratch for memory of just their size.
+	return append(make([]byte, 0, n), (*scratch)[:n]...), nil
+}
+
+// readLarge reads the rest of a message that begins with start.
+func (s *Socket) readLarge(start []byte, message io.Reader) ([]byte, error) {
+	piece, err := s.grow(nil, start)
+	for n := len(start); err == nil; piece, err = s.grow(piece, piece) {
+		n, err = s.fill(piece[:min(len(piece), s.limit)], n, message)
+		if err == nil && n == s.limit {
+			if _, err = io.ReadFull(message, make([]byte, 1)); err == nil {
 				s.unread = message
-				return nil, ErrTooLarge
+				err = ErrTooLarge
 			}
-			larger := make([]byte, min(2*len(buf), s.limit+1))
-			copy(larger, buf)
-			buf = larger
 		}
+		if err == io.EOF {
+			return piece[:n], nil
+		}
+		if err != nil {
+			break
+		}
+	}
+	memory.Recycle(piece)
+	s.Release()
+	return nil, err
+}
+
+// grow returns a larger piece that starts with start, and gives the old one back.
+func (s *Socket) grow(old, start []byte) ([]byte, error) {
+	size := memory.PieceSize(len(start) + 1)
+	if err := s.memory.Reserve(size); err != nil {
+		return old, err
+	}
+	s.held += size
+	piece := memory.Piece(size)
+	copy(piece, start)
+	if old != nil {
+		s.memory.Release(len(old))
+		s.held -= len(old)
+		memory.Recycle(old)
+	}
+	return piece, nil
+}
+
+// fill reads into what is left of buf behind its first n bytes, and returns how many there are
+// then. The error is nil when buf is full, and io.EOF when the message has ended.
+func (s *Socket) fill(buf []byte, n int, message io.Reader) (int, error) {
+	for n < len(buf) {
 		m, err := message.Read(buf[n:])
 		n += m
-		switch {
-		case err == io.EOF && n > s.limit:
-			return nil, ErrTooLarge
-		case err == io.EOF && n <= len(*scratch):
-			// Most messages are small; they leave the scratch for memory of just their size.
-			return append(make([]byte, 0, n), buf[:n]...), nil
-		case err == io.EOF:
-			return buf[:n:n], nil
-		case err != nil:
-			return nil, err
+		if err != nil {
+			return n, err
 		}
 		s.alive()
+		s.received.Add(uint64(m))
+	}
+	return n, nil
+}
+
+// Release gives back what the message that was read last has reserved.
+func (s *Socket) Release() {
+	if s.held > 0 {
+		s.memory.Release(s.held)
+		s.held = 0
 	}
 }
+
+// Received returns how many bytes of messages were read.
+func (s *Socket) Received() uint64 { return s.received.Load() }
 
 // readPast reads the rest of a message that was skipped. gorilla would do so by itself, but
 // without a sign of life, however long that takes.
@@ -269,13 +342,18 @@ func WriteBatch[S any](s *Socket, batch []outbox.Entry[S]) (written int, err err
 	return len(batch), nil
 }
 
-// write hands b to the connection. It fails when nothing moves for the write timeout, at the
-// latest after twice that: what moved is only known when a call returns.
+// write hands b to the connection. It fails when nothing moves for the write timeout. What moved
+// is only known when a call returns, so on a plain connection, where a write that timed out
+// can go on, a call gets a part of that time.
 func (s *Socket) write(b []byte) error {
 	s.inWrite.Store(true)
 	defer s.inWrite.Store(false)
-	for len(b) > 0 {
-		if err := s.conn.SetWriteDeadline(time.Now().Add(s.writeTimeout)); err != nil {
+	parts := time.Duration(1)
+	if s.conn == s.raw {
+		parts = stallParts
+	}
+	for idle := time.Duration(0); len(b) > 0; {
+		if err := s.conn.SetWriteDeadline(time.Now().Add(s.writeTimeout / parts)); err != nil {
 			return err
 		}
 		if hurry := s.hurry.Load(); hurry != 0 { // Hurry was first, or came in between: its deadline stands
@@ -285,14 +363,17 @@ func (s *Socket) write(b []byte) error {
 		}
 		n, err := s.conn.Write(b[:min(len(b), s.chunk)])
 		b = b[n:]
+		idle++
 		if n > 0 {
 			s.written.Add(1)
+			idle = 0
 		}
-		// A plain connection can go on after a time-out; TLS cannot, and says so at the next write.
-		switch stalled := s.hurry.Load() == 0 && errors.Is(err, os.ErrDeadlineExceeded); {
-		case stalled && n == 0:
+		hurry := s.hurry.Load()
+		late := hurry != 0 && time.Now().UnixNano() >= hurry
+		switch paused := errors.Is(err, os.ErrDeadlineExceeded) && !late; {
+		case paused && (idle == parts || parts == 1): // a TLS record cannot be taken up again
 			return ErrStalled
-		case err != nil && !stalled:
+		case err != nil && !paused:
 			return err
 		}
 	}

@@ -25,6 +25,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
+	"github.com/opampgateway/opampgateway/internal/memory"
 	"github.com/opampgateway/opampgateway/internal/outbox"
 )
 
@@ -38,7 +39,19 @@ const (
 )
 
 // fixture is a Socket and its peer, which is gorilla's.
+// counted is memory without end; it counts what is held.
+type counted struct{ held, most int }
+
+func (c *counted) Reserve(n int) error {
+	c.held += n
+	c.most = max(c.most, c.held)
+	return nil
+}
+
+func (c *counted) Release(n int) { c.held -= n }
+
 type fixture struct {
+	memory counted
 	*Socket
 	conn     *memConn // of the Socket
 	pinged   []string // what the Socket was pinged with
@@ -60,7 +73,7 @@ func newFixture(tb testing.TB, client bool, limit, capacity int) *fixture {
 	}
 	f.conn.out.capacity, f.conn.in.capacity = capacity, capacity
 	f.conn.out.writes = 0
-	f.Socket = New(ws, client, limit, writeTimeout, func(payload []byte) { f.pinged = append(f.pinged, string(payload)) })
+	f.Socket = New(ws, client, limit, writeTimeout, &f.memory, func(payload []byte) { f.pinged = append(f.pinged, string(payload)) })
 	tb.Cleanup(func() {
 		f.conn.Close()
 		f.peerConn.Close()
@@ -291,7 +304,7 @@ func (l link) WriteBatch(batch []entry) (int, error) { return WriteBatch(l.Socke
 func TestStaleEntriesGiveTheirRoomBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture(t, true, unlimited, 1<<20)
-		o := outbox.New[string](link{f}, 10_000)
+		o := outbox.New[string](link{f}, 10_000, &memory.New(memory.MinLimit(1<<20), 1<<20).Up)
 		defer o.Abort()
 		for range 100 {
 			require.NoError(t, o.Try(entry{Kind: outbox.Message, Frame: make([]byte, 1000), Stale: func() bool { return true }}))
@@ -639,7 +652,7 @@ func TestCloseDoesNotWaitForTLS(t *testing.T) {
 		// InsecureSkipVerify: what is tested is how the connection ends.
 		theirs := tls.Client(peerConn, &tls.Config{InsecureSkipVerify: true})
 		peer, ws := handshake(t, theirs, ours)
-		s := New(ws, false, unlimited, writeTimeout, func([]byte) {})
+		s := New(ws, false, unlimited, writeTimeout, &counted{}, func([]byte) {})
 
 		_, err := WriteBatch(s, []entry{{Kind: outbox.Message, Frame: []byte("hello")}})
 		require.NoError(t, err)
@@ -664,7 +677,7 @@ func TestATLSPeerThatStallsIsNoticed(t *testing.T) {
 		ours := tls.Server(conn, &tls.Config{Certificates: []tls.Certificate{certificate}})
 		theirs := tls.Client(peerConn, &tls.Config{InsecureSkipVerify: true})
 		_, ws := handshake(t, theirs, ours)
-		s := New(ws, false, unlimited, writeTimeout, func([]byte) {})
+		s := New(ws, false, unlimited, writeTimeout, &counted{}, func([]byte) {})
 		defer s.Close()
 		start := time.Now()
 		_, err := WriteBatch(s, []entry{{Kind: outbox.Message, Frame: payload(1, 1<<20)}})

@@ -40,6 +40,7 @@ const (
 	LinkSilent       Reason = "link_silent"        // no sign of life from the server
 	LinkLost         Reason = "link_lost"          // a link ended
 	GraceOver        Reason = "grace_over"         // an agent let go because no link came back in time
+	MemoryFull       Reason = "memory_full"        // an agent waits, or is closed, because messages take all the memory they may
 	FrameLost        Reason = "frame_lost"         // an agent's message that could no longer be delivered
 )
 

@@ -1,0 +1,213 @@
+// Package memory bounds what messages take while they are on their way, over all connections
+// of a gateway together, and uses large pieces of it again.
+//
+// A message is counted while it is read, by its Reader, and while it waits to be written, by
+// the Account of its direction. Going up, a reader has to wait until there is room: TCP then
+// slows the agent, and nothing is lost. Going down nobody may wait; when all is used up,
+// Exceeded says so to whoever can make room.
+package memory
+
+import (
+	"context"
+	"math"
+	"slices"
+	"sync"
+	"sync/atomic"
+)
+
+// Budget is what the messages of one gateway may take.
+type Budget struct {
+	// Up is what agents said, Down what the server said.
+	Up, Down Account
+
+	// Set once.
+	limit    int64 // of both together
+	share    int64 // of Down, whatever Up takes
+	room     int64 // of Up, but for the reader whose turn it is
+	exceeded chan struct{}
+
+	// mu guards what follows, and what each Reader holds. It is never taken for a small message.
+	mu       sync.Mutex
+	waiting  []*waiter // longest wait first
+	turn     *Reader   // the one that may exceed the room; nil when none has to
+	received uint64    // by turn, when Overdue was last asked; notYet until then
+}
+
+const notYet = math.MaxUint64
+
+// MinLimit is the least limit with which messages of the given size can be relayed.
+func MinLimit(largest int) int { return 4 * PieceSize(largest) }
+
+// New returns a budget of limit bytes for messages of at most largest bytes each; limit is at
+// least MinLimit(largest).
+//
+//   - What goes down may take a quarter in any case, and whatever else is free.
+//   - What goes up may take three quarters. Of these, the reader whose turn it is may take what
+//     the largest message needs while its memory grows: the old piece, and one of twice its size.
+func New(limit, largest int) *Budget {
+	b := &Budget{limit: int64(limit), share: int64(limit) / 4, exceeded: make(chan struct{}, 1)}
+	b.room = b.limit - b.share - int64(PieceSize(largest))*3/2
+	b.Up.budget, b.Down.budget = b, b
+	b.Up.wakeAt.Store(math.MinInt64)
+	b.Down.wakeAt.Store(math.MinInt64)
+	return b
+}
+
+// Account counts what is taken in one direction.
+type Account struct {
+	budget *Budget
+	held   atomic.Int64
+	wakeAt atomic.Int64 // with no more held than that, somebody who waits can go on
+}
+
+// Take counts n bytes. It never waits.
+func (a *Account) Take(n int) {
+	a.held.Add(int64(n))
+	if b := a.budget; b.Excess() > 0 {
+		select {
+		case b.exceeded <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// Give counts n bytes no longer.
+func (a *Account) Give(n int) {
+	if a.held.Add(-int64(n)) <= a.wakeAt.Load() {
+		a.budget.mu.Lock()
+		defer a.budget.mu.Unlock()
+		a.budget.grantLocked()
+	}
+}
+
+// Held returns how many bytes are counted now.
+func (a *Account) Held() int { return int(a.held.Load()) }
+
+// Exceeded receives something when more is taken than the limit, and Down has more than its share.
+func (b *Budget) Exceeded() <-chan struct{} { return b.exceeded }
+
+// Excess returns how many bytes of Down are too many; none if it is not positive.
+func (b *Budget) Excess() int {
+	up, down := b.Up.held.Load(), b.Down.held.Load()
+	return int(min(up+down-b.limit, down-b.share))
+}
+
+// Reader is what one reader of agents' messages holds. Its methods but Overdue are its owner's.
+type Reader struct {
+	budget *Budget
+	held   int64
+}
+
+// NewReader returns a reader that holds nothing.
+func (b *Budget) NewReader() Reader { return Reader{budget: b} }
+
+type waiter struct {
+	reader  *Reader
+	n       int64
+	granted chan struct{}
+}
+
+// Reserve counts n bytes for the reader, waiting until there is room. wait is called when it
+// has to: it returns the context of the wait, and what is to be called afterwards. The
+// error is the context's.
+func (r *Reader) Reserve(n int, wait func() (context.Context, func())) error {
+	b := r.budget
+	b.mu.Lock()
+	if b.reserveLocked(r, int64(n)) {
+		b.mu.Unlock()
+		return nil
+	}
+	w := &waiter{reader: r, n: int64(n), granted: make(chan struct{})}
+	b.waiting = append(b.waiting, w)
+	b.grantLocked()
+	b.mu.Unlock()
+
+	ctx, over := wait()
+	defer over()
+	select {
+	case <-w.granted:
+		return nil
+	case <-ctx.Done():
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	i := slices.Index(b.waiting, w)
+	if i < 0 { // granted in the meantime
+		return nil
+	}
+	b.waiting = slices.Delete(b.waiting, i, i+1)
+	return ctx.Err()
+}
+
+// Release counts n bytes of the reader's no longer. When it holds nothing, its turn is over.
+func (r *Reader) Release(n int) {
+	b := r.budget
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	r.held -= int64(n)
+	b.Up.held.Add(-int64(n))
+	if b.turn == r && r.held == 0 {
+		b.turn = nil
+	}
+	b.grantLocked()
+}
+
+// Overdue reports whether it is the turn of r while others wait, and r makes too little of it:
+// less than progress bytes since Overdue was last asked of it, which is told how many it has
+// received in all.
+func (r *Reader) Overdue(received uint64, progress uint64) bool {
+	b := r.budget
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.turn != r {
+		return false
+	}
+	before := b.received
+	b.received = received
+	return before != notYet && len(b.waiting) > 0 && received-before < progress
+}
+
+// reserveLocked grants n bytes if as much again stays free, so that what is large never takes
+// the last room from what is small; or else, if it is nobody's turn, to r as its turn. A
+// turn gets the message in, whatever the others hold that cannot go on.
+func (b *Budget) reserveLocked(r *Reader, n int64) bool {
+	general := b.Up.held.Load()
+	if b.turn != nil {
+		general -= b.turn.held
+	}
+	switch {
+	case b.turn == r, general+2*n <= b.room:
+	case b.turn == nil && general <= b.room:
+		b.turn, b.received = r, notYet
+	default:
+		return false
+	}
+	r.held += n
+	b.Up.Take(int(n))
+	return true
+}
+
+// grantLocked lets go on who can, and notes at what point somebody else can.
+func (b *Budget) grantLocked() {
+	for {
+		least := int64(math.MaxInt64)
+		b.waiting = slices.DeleteFunc(b.waiting, func(w *waiter) bool {
+			if b.reserveLocked(w.reader, w.n) {
+				close(w.granted)
+				return true
+			}
+			least = min(least, w.n)
+			return false
+		})
+		wakeAt := int64(math.MinInt64)
+		if len(b.waiting) > 0 {
+			if wakeAt = b.room; b.turn != nil {
+				wakeAt = b.turn.held + b.room - 2*least
+			}
+		}
+		b.Up.wakeAt.Store(wakeAt)
+		if b.Up.held.Load() > wakeAt { // nothing was given between the look and the note
+			return
+		}
+	}
+}

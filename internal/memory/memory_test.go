@@ -1,0 +1,311 @@
+package memory
+
+import (
+	"context"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const (
+	mib     = 1 << 20
+	largest = 64 * mib
+)
+
+// dontWait is how a reader waits that is not to wait at all.
+func dontWait() (context.Context, func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx, func() {}
+}
+
+// try reserves n bytes, if they can be had at once.
+func try(r *Reader, n int) bool { return r.Reserve(n, dontWait) == nil }
+
+// waiting reserves n bytes in the background, until cancelled.
+type waiting struct {
+	granted chan error
+	cancel  context.CancelFunc
+}
+
+func wait(r *Reader, n int) waiting {
+	ctx, cancel := context.WithCancel(context.Background())
+	w := waiting{make(chan error, 1), cancel}
+	go func() { w.granted <- r.Reserve(n, func() (context.Context, func()) { return ctx, cancel }) }()
+	synctest.Wait()
+	return w
+}
+
+func (w waiting) wantWaiting(t *testing.T) {
+	t.Helper()
+	synctest.Wait()
+	require.Empty(t, w.granted, "it has not waited")
+}
+
+func (w waiting) wantGranted(t *testing.T) {
+	t.Helper()
+	synctest.Wait()
+	require.Len(t, w.granted, 1, "it still waits")
+	require.NoError(t, <-w.granted)
+}
+
+// hoggers returns readers that hold all that can be had in steps of n bytes, one of them with its turn.
+func hoggers(t *testing.T, b *Budget, n int) (turn *Reader, others []*Reader) {
+	t.Helper()
+	for range 20_000 {
+		r := b.NewReader()
+		if !try(&r, n) {
+			require.NotNil(t, b.turn)
+			return b.turn, others
+		}
+		others = append(others, &r)
+	}
+	t.Fatal("there is no end to it")
+	return nil, nil
+}
+
+func TestNothingWaitsWhileThereIsRoom(t *testing.T) {
+	b := New(256*mib, largest)
+	r := b.NewReader()
+	for size := MinPiece; size <= largest; size *= 2 { // as a message grows
+		require.True(t, try(&r, size), size)
+		if size > MinPiece {
+			r.Release(size / 2)
+		}
+	}
+	require.Equal(t, largest, b.Up.Held())
+	r.Release(largest)
+	require.Zero(t, b.Up.Held())
+}
+
+// However much the large take, something is left for the small.
+func TestRoomForTheSmall(t *testing.T) {
+	for size := MinPiece; size <= largest; size *= 2 {
+		b := New(256*mib, largest)
+		hoggers(t, b, size)
+		for small := size / 4; small >= MinPiece; small /= 2 {
+			r := b.NewReader()
+			require.True(t, try(&r, small), "%d while others want %d", small, size)
+		}
+		require.LessOrEqual(t, b.Up.Held(), 192*mib)
+	}
+}
+
+func TestWhatGoesUpStaysInItsShare(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := New(256*mib, largest)
+		var all []waiting
+		for i := range 300 {
+			r := b.NewReader()
+			all = append(all, wait(&r, MinPiece<<(i%14)))
+		}
+		assert.LessOrEqual(t, b.Up.Held(), 192*mib)
+		for _, w := range all {
+			w.cancel()
+		}
+	})
+}
+
+func TestTurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := New(256*mib, largest)
+		turn, _ := hoggers(t, b, mib)
+		require.True(t, try(turn, largest/2), "with the turn, a message gets in")
+		require.True(t, try(turn, largest))
+		turn.Release(largest / 2)
+
+		second, third := b.NewReader(), b.NewReader()
+		first := wait(&second, mib)
+		then := wait(&third, mib)
+		first.wantWaiting(t)
+		turn.Release(largest)
+		first.wantWaiting(t) // it is not over yet
+		turn.Release(mib)
+		first.wantGranted(t)
+		then.wantWaiting(t)
+		require.True(t, try(&second, largest))
+		second.Release(largest + mib)
+		then.wantGranted(t)
+		third.Release(mib)
+	})
+}
+
+// A turn has to be used while others wait.
+func TestOverdueTurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := New(256*mib, largest)
+		turn, others := hoggers(t, b, mib)
+		for received := range uint64(5) {
+			require.False(t, turn.Overdue(received, 1000), "nobody waits")
+		}
+		r := b.NewReader()
+		w := wait(&r, mib)
+		require.False(t, turn.Overdue(2004, 1000))
+		require.False(t, others[0].Overdue(0, 1000), "it is not its turn")
+		require.False(t, turn.Overdue(3004, 1000))
+		require.True(t, turn.Overdue(4003, 1000))
+		turn.Release(mib)
+		w.wantGranted(t)
+		second := b.NewReader()
+		w = wait(&second, mib)
+		require.False(t, r.Overdue(0, 1000), "its turn has just begun")
+		require.True(t, r.Overdue(999, 1000))
+		w.cancel()
+	})
+}
+
+func TestWaitThatIsGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := New(256*mib, largest)
+		turn, _ := hoggers(t, b, mib)
+		impatient, patient := b.NewReader(), b.NewReader()
+		w, next := wait(&impatient, mib), wait(&patient, mib)
+		held := b.Up.Held()
+		w.cancel()
+		synctest.Wait()
+		require.ErrorIs(t, <-w.granted, context.Canceled)
+		require.Equal(t, held, b.Up.Held())
+		turn.Release(mib)
+		next.wantGranted(t)
+	})
+}
+
+// What waits in a link's outbox makes readers wait, and its writing lets them go on.
+func TestQueuesAndReaders(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := New(256*mib, largest)
+		b.Up.Take(100 * mib)
+		r := b.NewReader()
+		w := wait(&r, mib)
+		b.Up.Give(3 * mib)
+		w.wantWaiting(t)
+		b.Up.Give(mib) // as much as fits but for a turn
+		w.wantGranted(t)
+		second := b.NewReader()
+		w = wait(&second, 2*mib)
+		b.Up.Give(4*mib - 1)
+		w.wantWaiting(t)
+		b.Up.Give(1)
+		w.wantGranted(t)
+	})
+}
+
+func TestExceeded(t *testing.T) {
+	b := New(256*mib, largest)
+	b.Down.Take(256 * mib)
+	require.Empty(t, b.Exceeded())
+	b.Down.Take(1)
+	require.Len(t, b.Exceeded(), 1)
+	require.Equal(t, 1, b.Excess())
+	b.Down.Take(mib) // nobody has taken note yet
+	<-b.Exceeded()
+	b.Down.Give(2 * mib)
+	b.Up.Take(10 * mib)
+	require.Len(t, b.Exceeded(), 1, "what goes up needs room, too")
+	require.Equal(t, 9*mib+1, b.Excess())
+	<-b.Exceeded()
+	b.Down.Give(200 * mib)
+	b.Up.Take(300 * mib)
+	require.Empty(t, b.Exceeded(), "what goes down has its share in any case")
+	require.LessOrEqual(t, b.Excess(), 0)
+	b.Down.Take(20 * mib)
+	require.Len(t, b.Exceeded(), 1)
+	require.Equal(t, 11*mib+1, b.Excess())
+}
+
+// Everybody gets their message in, in the end, and nothing stays counted.
+func TestCrowd(t *testing.T) {
+	const readers, messages = 50, 200
+	b := New(MinLimit(mib), mib)
+	var done sync.WaitGroup
+	var most, got atomic.Int64
+	for seed := range uint64(readers) {
+		done.Go(func() {
+			random := rand.New(rand.NewPCG(seed, 0))
+			r := b.NewReader()
+			for range messages {
+				size := MinPiece << random.IntN(8)
+				held := 0
+				for n := MinPiece; n <= size; n *= 2 {
+					if !assert.NoError(t, r.Reserve(n, func() (context.Context, func()) {
+						return context.WithTimeout(context.Background(), time.Minute)
+					})) {
+						return
+					}
+					r.Release(held)
+					held = n
+					most.Store(max(most.Load(), int64(b.Up.Held())))
+				}
+				b.Up.Take(size) // in an outbox
+				r.Release(held)
+				b.Up.Give(size)
+				got.Add(1)
+			}
+		})
+	}
+	done.Wait()
+	require.EqualValues(t, readers*messages, got.Load())
+	require.Zero(t, b.Up.Held())
+	require.Less(t, most.Load(), int64(readers*mib), "it was no crowd at all")
+	require.Empty(t, b.waiting)
+}
+
+func TestPieces(t *testing.T) {
+	for _, test := range []struct{ n, size int }{
+		{0, MinPiece}, {1, MinPiece}, {MinPiece, MinPiece}, {MinPiece + 1, 2 * MinPiece}, {64 * mib, 64 * mib}, {64*mib + 1, 128 * mib},
+	} {
+		require.Equal(t, test.size, PieceSize(test.n))
+	}
+	piece := Piece(10_000)
+	require.Len(t, piece, 16<<10)
+	Recycle(piece[:10])
+	for range 10 {
+		require.Len(t, Piece(10_000), 16<<10, "of its full length again")
+	}
+	for _, odd := range [][]byte{nil, {}, make([]byte, 100), make([]byte, 4096), make([]byte, 10_000)} {
+		Recycle(odd)
+	}
+	for range 10 {
+		require.Len(t, Piece(MinPiece), MinPiece)
+	}
+}
+
+// What is given back is not handed out twice.
+func TestPiecesAreNotShared(t *testing.T) {
+	var done sync.WaitGroup
+	for id := range byte(8) {
+		done.Go(func() {
+			for range 2000 {
+				piece := Piece(MinPiece)
+				for i := 0; i < len(piece); i += 512 {
+					piece[i] = id
+				}
+				for i := 0; i < len(piece); i += 512 {
+					if piece[i] != id {
+						t.Error("somebody else writes to it")
+						return
+					}
+				}
+				Recycle(piece)
+			}
+		})
+	}
+	done.Wait()
+}
+
+func BenchmarkAccount(b *testing.B) {
+	budget := New(256*mib, largest)
+	for b.Loop() {
+		budget.Up.Take(300)
+		budget.Up.Give(300)
+	}
+}
