@@ -1,6 +1,7 @@
 package opampgateway
 
 import (
+	"bufio"
 	"cmp"
 	"context"
 	"crypto/tls"
@@ -33,6 +34,10 @@ import (
 )
 
 const (
+	// agentReadBuffer is enough for the header of a frame and most of a heartbeat, in bytes; longer
+	// reads go past it.
+	agentReadBuffer = 1 << 10
+
 	// handshakeTimeout bounds the writing of an answer to an upgrade request.
 	handshakeTimeout = 30 * time.Second
 
@@ -107,8 +112,8 @@ func newDownstreamServer(ctx context.Context, cfg *Config, log *zap.Logger, tel 
 		agents: map[*agentConn]struct{}{},
 		upgrader: websocket.Upgrader{
 			HandshakeTimeout: handshakeTimeout,
-			ReadBufferSize:   socket.ReadBufferSize,
-			// We write past gorilla; the pool only keeps it from holding a buffer per agent.
+			// gorilla only shakes hands; these keep it from making buffers that nobody uses.
+			ReadBufferSize:  1,
 			WriteBufferPool: &sync.Pool{},
 			Error: func(w http.ResponseWriter, _ *http.Request, status int, reason error) {
 				http.Error(w, reason.Error(), status)
@@ -220,7 +225,7 @@ func (s *downstreamServer) admit(w http.ResponseWriter, r *http.Request) telemet
 		s.log.Debug("agent left before it was let in", zap.String("remote_address", a.remote), zap.Error(err))
 		return telemetry.Abandoned
 	}
-	a.start(ws)
+	a.start(ws.NetConn())
 	return telemetry.Accepted
 }
 
@@ -435,13 +440,14 @@ func (s *downstreamServer) newAgent(r *http.Request) (*agentConn, error) {
 }
 
 // start turns a into a connected agent, which can be found and written to, and reads from it.
-func (a *agentConn) start(ws *websocket.Conn) {
+func (a *agentConn) start(conn net.Conn) {
 	s := a.server
 	a.memory = s.memory.NewReader()
 	// A queue full of small messages may take some more than their bytes.
 	queueSize := s.cfg.Agents.MaxQueueSize
 	a.outbox = outbox.New(a, queueSize+queueSize/16, &s.memory.Down)
-	a.sock = socket.New(ws, false, s.cfg.MaxMessageSize, s.cfg.Agents.WriteTimeout, a, a.pong)
+	// gorilla has seen to it that nothing was read beyond the request.
+	a.sock = socket.New(conn, bufio.NewReaderSize(conn, agentReadBuffer), false, s.cfg.MaxMessageSize, s.cfg.Agents.WriteTimeout, a, a.pong)
 	s.mu.Lock()
 	s.agents[a] = struct{}{}
 	closing := s.closing
@@ -483,6 +489,8 @@ func (a *agentConn) relayAll() error {
 			return err
 		case errors.Is(err, socket.ErrText):
 			err = a.reject(telemetry.BadFrame, &wire.Fields{}, "text message; OpAMP messages are binary")
+		case errors.Is(err, socket.ErrProtocol):
+			a.offend(telemetry.BadFrame, websocket.CloseProtocolError, err.Error())
 		}
 		if err != nil {
 			return err
@@ -609,8 +617,8 @@ func (a *agentConn) pause() (ctx context.Context, over func()) {
 
 // Reserve counts memory that the reader needs for a large message, and waits for it when there is
 // none; the socket calls it.
-func (a *agentConn) Reserve(n int) error {
-	return a.memory.Reserve(n, func() (context.Context, func()) {
+func (a *agentConn) Reserve(n, message int) error {
+	return a.memory.Reserve(n, message, func() (context.Context, func()) {
 		a.server.tel.Fault(telemetry.MemoryFull)
 		a.server.events.Warn("memory for messages is used up, see max_buffered_size; agents with large messages wait",
 			zap.String("remote_address", a.remote))
@@ -620,6 +628,10 @@ func (a *agentConn) Reserve(n int) error {
 
 // Release counts memory no longer; the socket calls it.
 func (a *agentConn) Release(n int) { a.memory.Release(n) }
+
+// Piece returns memory for a message, and Recycle takes it back; the socket calls them.
+func (a *agentConn) Piece(n int) []byte   { return a.server.memory.Piece(n) }
+func (a *agentConn) Recycle(piece []byte) { a.server.memory.Recycle(piece) }
 
 // reject counts a message that is not relayed and, where the agent is known, says why. After
 // too many in a row the connection offends.
@@ -761,7 +773,9 @@ func (a *agentConn) end(err error) {
 		a.outbox.Reply(closeReply(closed.Code))
 		a.outbox.Drain(s.ctx) // for a moment at most
 	}
-	a.outbox.Abort()
+	for _, e := range a.outbox.Abort() {
+		s.memory.Recycle(e.Frame)
+	}
 	a.sock.Release()
 	s.mu.Lock()
 	delete(s.agents, a)

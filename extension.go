@@ -124,6 +124,7 @@ func (e *gatewayExtension) Shutdown(ctx context.Context) error {
 type gateway struct {
 	cfg    *Config
 	router *router
+	memory *memory.Budget
 	pool   *upstreamPool
 	server *downstreamServer
 	cancel context.CancelFunc // ends all background work
@@ -143,10 +144,9 @@ type dialFunc func(ctx context.Context, network, address string) (net.Conn, erro
 // ctx is for starting only. dial is nil but in tests.
 func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel *telemetry.Telemetry, host component.Host, listener net.Listener, dial dialFunc) (*gateway, error) {
 	background, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	g := &gateway{cfg: cfg, router: newRouter(), cancel: cancel}
-	budget := memory.New(cfg.MaxBufferedSize, cfg.MaxMessageSize)
+	g := &gateway{cfg: cfg, router: newRouter(), memory: memory.New(cfg.MaxBufferedSize, cfg.MaxMessageSize), cancel: cancel}
 	var err error
-	g.pool, err = newUpstreamPool(ctx, cfg, set.BuildInfo, set.Logger, tel, g.router, budget, func(err error) { reportLink(host, err) })
+	g.pool, err = newUpstreamPool(ctx, cfg, set.BuildInfo, set.Logger, tel, g.router, g.memory, func(err error) { reportLink(host, err) })
 	if err != nil {
 		cancel()
 		return nil, err
@@ -154,7 +154,7 @@ func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel 
 	if dial != nil {
 		g.pool.netDial = dial
 	}
-	g.server = newDownstreamServer(background, cfg, set.Logger, tel, g.router, g.pool, budget)
+	g.server = newDownstreamServer(background, cfg, set.Logger, tel, g.router, g.pool, g.memory)
 	if err := g.server.prepare(ctx, host, set.TelemetrySettings); err != nil {
 		cancel()
 		return nil, err
@@ -198,6 +198,7 @@ func (g *gateway) sweep(ctx context.Context) {
 		now := time.Now()
 		g.pool.sweep(now, links.sweepLimits(interval))
 		g.server.sweep(now, agents.sweepLimits(interval))
+		g.memory.Trim()
 	}
 }
 

@@ -1,6 +1,7 @@
 package opampgateway
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -40,7 +41,7 @@ const (
 	// mostly sooner.
 	linkWriteTimeout = 30 * time.Second
 
-	// linkReadBuffer is gorilla's read buffer for a link, which many agents' frames share.
+	// linkReadBuffer is what is read at once from a link, which many agents' frames share.
 	linkReadBuffer = 64 << 10
 
 	// dialTimeout bounds one attempt to dial a link, handshakes included.
@@ -95,20 +96,21 @@ var (
 // upstreamPool keeps a fixed number of links to the server, and the agents attached to them.
 type upstreamPool struct {
 	// Set once.
-	cfg     *Config
-	log     *zap.Logger
-	tel     *telemetry.Telemetry
-	router  *router
-	memory  *memory.Budget
-	headers http.Header
-	tls     *tls.Config
-	netDial func(ctx context.Context, network, address string) (net.Conn, error)
-	status  func(err error)    // told why there is no link, and with nil that there is one
-	ctx     context.Context    // ends when the gateway has nothing more to do
-	stop    context.CancelFunc // ends dialing; what lives goes on
-	dialing context.Context    // until stop
-	slots   sync.WaitGroup
-	homing  sync.WaitGroup // agents on their way to a new link
+	cfg      *Config
+	log      *zap.Logger
+	tel      *telemetry.Telemetry
+	router   *router
+	memory   *memory.Budget
+	endpoint *url.URL
+	headers  http.Header
+	tls      *tls.Config
+	netDial  func(ctx context.Context, network, address string) (net.Conn, error)
+	status   func(err error)    // told why there is no link, and with nil that there is one
+	ctx      context.Context    // ends when the gateway has nothing more to do
+	stop     context.CancelFunc // ends dialing; what lives goes on
+	dialing  context.Context    // until stop
+	slots    sync.WaitGroup
+	homing   sync.WaitGroup // agents on their way to a new link
 
 	// mu guards which links are live and who is attached to them. It is taken when
 	// connections come and go, never for a frame.
@@ -132,14 +134,18 @@ func newUpstreamPool(ctx context.Context, cfg *Config, build component.BuildInfo
 	if err != nil {
 		return nil, fmt.Errorf("server::tls: %w", err)
 	}
+	endpoint, err := url.Parse(cfg.Server.Endpoint)
+	if err != nil {
+		return nil, errors.New("server::endpoint: is not a URL") // Validate says more
+	}
 	headers := http.Header{}
 	headers.Set("User-Agent", fmt.Sprintf("opampgateway %s/%s (%s/%s)", build.Command, build.Version, runtime.GOOS, runtime.GOARCH))
 	for name, value := range cfg.Server.Headers.Iter {
 		headers.Set(name, string(value))
 	}
 	p := &upstreamPool{
-		cfg: cfg, log: log.With(zap.String("server", serverName(cfg.Server.Endpoint))), tel: tel, router: r, memory: budget,
-		headers: headers, tls: tlsConfig, netDial: (&net.Dialer{}).DialContext, status: status,
+		cfg: cfg, log: log.With(zap.String("server", serverName(endpoint))), tel: tel, router: r, memory: budget,
+		endpoint: endpoint, headers: headers, tls: tlsConfig, netDial: (&net.Dialer{}).DialContext, status: status,
 		live: make([]*link, cfg.Server.Connections), changed: make(chan struct{}), back: make(chan struct{}),
 		report: make(chan struct{}, 1), failure: errNoLink,
 	}
@@ -194,7 +200,7 @@ func (p *upstreamPool) keep(slot int) {
 	logged := "" // the reason of the last failure logged
 	for dialAtOnce := true; p.dialing.Err() == nil; {
 		back := p.serverBack()
-		ws, retryAfter, err := p.dial(slot)
+		l, retryAfter, err := p.dial(slot)
 		if err != nil {
 			if p.dialing.Err() != nil {
 				return
@@ -219,9 +225,8 @@ func (p *upstreamPool) keep(slot int) {
 		}
 		logged = ""
 		up := time.Now()
-		l := newLink(p, slot, ws)
 		if !p.linkUp(l) {
-			ws.Close()
+			l.outbox.Abort()
 			return
 		}
 		log.Info("connected to the server")
@@ -254,41 +259,24 @@ func (p *upstreamPool) linkName(slot int) string {
 }
 
 // dial connects one link. An error comes with how long the server asks to be left alone.
-func (p *upstreamPool) dial(slot int) (ws *websocket.Conn, retryAfter time.Duration, err error) {
+func (p *upstreamPool) dial(slot int) (l *link, retryAfter time.Duration, err error) {
 	ctx, cancel := context.WithTimeout(p.dialing, dialTimeout)
 	defer cancel()
-	// gorilla heeds the context's deadline while it shakes hands, but not its end.
-	stop := func() bool { return true }
-	dialer := websocket.Dialer{
-		Proxy: http.ProxyFromEnvironment,
-		NetDialContext: func(_ context.Context, network, address string) (net.Conn, error) {
-			conn, err := p.netDial(ctx, network, address)
-			if err == nil {
-				stop = context.AfterFunc(ctx, func() { conn.Close() })
-			}
-			return conn, err
-		},
-		TLSClientConfig: p.tls,
-		ReadBufferSize:  linkReadBuffer,
-		WriteBufferPool: &sync.Pool{}, // we write past gorilla
-	}
 	headers := p.headers.Clone()
 	headers.Set(connectionIDHeader, p.linkName(slot))
-	ws, resp, err := dialer.DialContext(ctx, p.cfg.Server.Endpoint, headers)
+	dialer := socket.Dialer{NetDial: p.netDial, TLS: p.tls, ReadBufferSize: linkReadBuffer}
+	conn, in, answer, err := dialer.Dial(ctx, p.endpoint, headers) //nolint:bodyclose // it is in memory
 	switch {
-	case err != nil && resp != nil:
-		err = fmt.Errorf("server answered %s", resp.Status)
-		if resp.StatusCode == http.StatusUnauthorized || resp.StatusCode == http.StatusForbidden {
+	case err != nil && answer != nil:
+		err = fmt.Errorf("server answered %s", answer.Status)
+		if answer.StatusCode == http.StatusUnauthorized || answer.StatusCode == http.StatusForbidden {
 			err = fmt.Errorf("%w: it does not take the gateway's own credentials, see server::headers", err)
 		}
-		return nil, parseRetryAfter(resp.Header.Get("Retry-After")), err
+		return nil, parseRetryAfter(answer.Header.Get("Retry-After")), err
 	case err != nil:
 		return nil, 0, err
-	case !stop():
-		ws.Close()
-		return nil, 0, ctx.Err()
 	}
-	return ws, 0, nil
+	return newLink(p, slot, conn, in), 0, nil
 }
 
 // reportLocked has the status told if it has changed, with the reason if there is no link.
@@ -757,7 +745,7 @@ type relayedQuestion struct {
 	expires time.Time
 }
 
-func newLink(p *upstreamPool, slot int, ws *websocket.Conn) *link {
+func newLink(p *upstreamPool, slot int, conn net.Conn, in *bufio.Reader) *link {
 	l := &link{
 		pool: p, slot: slot,
 		ended:     make(chan struct{}),
@@ -768,7 +756,7 @@ func newLink(p *upstreamPool, slot int, ws *websocket.Conn) *link {
 		deaf: make(chan struct{}),
 	}
 	l.outbox = outbox.New(l, linkOutboxSize, &p.memory.Up)
-	l.sock = socket.New(ws, true, p.cfg.MaxMessageSize, linkWriteTimeout, l, func(payload []byte) {
+	l.sock = socket.New(conn, in, true, p.cfg.MaxMessageSize, linkWriteTimeout, l, func(payload []byte) {
 		_ = l.outbox.Try(entry{Frame: payload, Kind: outbox.Pong})
 	})
 	return l
@@ -1085,13 +1073,17 @@ func (l *link) forgetOldQuestions(now time.Time) {
 }
 
 // Reserve counts memory for a large message from the server, and never waits; the socket calls it.
-func (l *link) Reserve(n int) error {
+func (l *link) Reserve(n, _ int) error {
 	l.pool.memory.Down.Take(n)
 	return nil
 }
 
 // Release counts memory no longer; the socket calls it.
 func (l *link) Release(n int) { l.pool.memory.Down.Give(n) }
+
+// Piece returns memory for a message, and Recycle takes it back; the socket calls them.
+func (l *link) Piece(n int) []byte   { return l.pool.memory.Piece(n) }
+func (l *link) Recycle(piece []byte) { l.pool.memory.Recycle(piece) }
 
 // WriteBatch writes to the link's socket; the outbox calls it.
 func (l *link) WriteBatch(batch []entry) (int, error) {
@@ -1145,10 +1137,6 @@ func parseRetryAfter(value string) time.Duration {
 }
 
 // serverName is the endpoint as it may be logged: a query may hold a token.
-func serverName(endpoint string) string {
-	u, err := url.Parse(endpoint)
-	if err != nil {
-		return ""
-	}
-	return u.Scheme + "://" + u.Host + u.Path
+func serverName(endpoint *url.URL) string {
+	return endpoint.Scheme + "://" + endpoint.Host + endpoint.Path
 }

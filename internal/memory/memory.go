@@ -26,11 +26,14 @@ type Budget struct {
 	room     int64 // of Up, but for the reader whose turn it is
 	exceeded chan struct{}
 
+	free atomic.Int64 // bytes of the pieces that wait to be used again
+
 	// mu guards what follows, and what each Reader holds. It is never taken for a small message.
 	mu       sync.Mutex
-	waiting  []*waiter // longest wait first
-	turn     *Reader   // the one that may exceed the room; nil when none has to
-	received uint64    // by turn, when Overdue was last asked; notYet until then
+	waiting  []*waiter       // longest wait first
+	turn     *Reader         // the one that may exceed the room; nil when none has to
+	received uint64          // by turn, when Overdue was last asked; notYet until then
+	pieces   [sizes][][]byte // that wait to be used again, by size
 }
 
 const notYet = math.MaxUint64
@@ -63,11 +66,10 @@ type Account struct {
 // Take counts n bytes. It never waits.
 func (a *Account) Take(n int) {
 	a.held.Add(int64(n))
-	if b := a.budget; b.Excess() > 0 {
-		select {
-		case b.exceeded <- struct{}{}:
-		default:
-		}
+	if b := a.budget; b.taken() > b.limit {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.makeRoomLocked()
 	}
 }
 
@@ -80,8 +82,27 @@ func (a *Account) Give(n int) {
 	}
 }
 
+// Recycle takes back a piece; see Budget.Recycle.
+func (a *Account) Recycle(piece []byte) { a.budget.Recycle(piece) }
+
 // Held returns how many bytes are counted now.
 func (a *Account) Held() int { return int(a.held.Load()) }
+
+// taken is what is counted, and what waits to be used again.
+func (b *Budget) taken() int64 { return b.Up.held.Load() + b.Down.held.Load() + b.free.Load() }
+
+// makeRoomLocked lets go of what waits to be used again, and calls for help if that is not enough.
+func (b *Budget) makeRoomLocked() {
+	if over := b.taken() - b.limit; over > 0 {
+		b.dropLocked(max(0, b.free.Load()-over))
+	}
+	if b.Excess() > 0 {
+		select {
+		case b.exceeded <- struct{}{}:
+		default:
+		}
+	}
+}
 
 // Exceeded receives something when more is taken than the limit, and Down has more than its share.
 func (b *Budget) Exceeded() <-chan struct{} { return b.exceeded }
@@ -102,22 +123,22 @@ type Reader struct {
 func (b *Budget) NewReader() Reader { return Reader{budget: b} }
 
 type waiter struct {
-	reader  *Reader
-	n       int64
-	granted chan struct{}
+	reader     *Reader
+	n, message int64
+	granted    chan struct{}
 }
 
-// Reserve counts n bytes for the reader, waiting until there is room. wait is called when it
-// has to: it returns the context of the wait, and what is to be called afterwards. The
-// error is the context's.
-func (r *Reader) Reserve(n int, wait func() (context.Context, func())) error {
+// Reserve counts n bytes for the reader, on the way to a message of a size that may be known
+// already, waiting until there is room. wait is called when it has to: it returns the context of
+// the wait, and what is to be called afterwards. The error is the context's.
+func (r *Reader) Reserve(n, message int, wait func() (context.Context, func())) error {
 	b := r.budget
+	w := &waiter{reader: r, n: int64(n), message: int64(max(n, message)), granted: make(chan struct{})}
 	b.mu.Lock()
-	if b.reserveLocked(r, int64(n)) {
+	if b.reserveLocked(w) {
 		b.mu.Unlock()
 		return nil
 	}
-	w := &waiter{reader: r, n: int64(n), granted: make(chan struct{})}
 	b.waiting = append(b.waiting, w)
 	b.grantLocked()
 	b.mu.Unlock()
@@ -167,23 +188,24 @@ func (r *Reader) Overdue(received uint64, progress uint64) bool {
 	return before != notYet && len(b.waiting) > 0 && received-before < progress
 }
 
-// reserveLocked grants n bytes if as much again stays free, so that what is large never takes
-// the last room from what is small; or else, if it is nobody's turn, to r as its turn. A
-// turn gets the message in, whatever the others hold that cannot go on.
-func (b *Budget) reserveLocked(r *Reader, n int64) bool {
+// reserveLocked grants what w wants if twice the message would fit, so that large ones, however
+// many stop halfway, never take the last room from smaller ones; or else, if it is nobody's
+// turn, as the reader's turn. A turn gets the message in, whatever the others hold that cannot go on.
+func (b *Budget) reserveLocked(w *waiter) bool {
 	general := b.Up.held.Load()
 	if b.turn != nil {
 		general -= b.turn.held
 	}
 	switch {
-	case b.turn == r, general+2*n <= b.room:
+	case b.turn == w.reader, general+2*w.message <= b.room:
 	case b.turn == nil && general <= b.room:
-		b.turn, b.received = r, notYet
+		b.turn, b.received = w.reader, notYet
 	default:
 		return false
 	}
-	r.held += n
-	b.Up.Take(int(n))
+	w.reader.held += w.n
+	b.Up.held.Add(w.n)
+	b.makeRoomLocked()
 	return true
 }
 
@@ -192,11 +214,11 @@ func (b *Budget) grantLocked() {
 	for {
 		least := int64(math.MaxInt64)
 		b.waiting = slices.DeleteFunc(b.waiting, func(w *waiter) bool {
-			if b.reserveLocked(w.reader, w.n) {
+			if b.reserveLocked(w) {
 				close(w.granted)
 				return true
 			}
-			least = min(least, w.n)
+			least = min(least, w.message)
 			return false
 		})
 		wakeAt := int64(math.MinInt64)

@@ -29,7 +29,7 @@ func dontWait() (context.Context, func()) {
 }
 
 // try reserves n bytes, if they can be had at once.
-func try(r *Reader, n int) bool { return r.Reserve(n, dontWait) == nil }
+func try(r *Reader, n int) bool { return r.Reserve(n, n, dontWait) == nil }
 
 // waiting reserves n bytes in the background, until cancelled.
 type waiting struct {
@@ -40,7 +40,7 @@ type waiting struct {
 func wait(r *Reader, n int) waiting {
 	ctx, cancel := context.WithCancel(context.Background())
 	w := waiting{make(chan error, 1), cancel}
-	go func() { w.granted <- r.Reserve(n, func() (context.Context, func()) { return ctx, cancel }) }()
+	go func() { w.granted <- r.Reserve(n, n, func() (context.Context, func()) { return ctx, cancel }) }()
 	synctest.Wait()
 	return w
 }
@@ -236,7 +236,7 @@ func TestCrowd(t *testing.T) {
 				size := MinPiece << random.IntN(8)
 				held := 0
 				for n := MinPiece; n <= size; n *= 2 {
-					if !assert.NoError(t, r.Reserve(n, func() (context.Context, func()) {
+					if !assert.NoError(t, r.Reserve(n, n, func() (context.Context, func()) {
 						return context.WithTimeout(context.Background(), time.Minute)
 					})) {
 						return
@@ -259,47 +259,79 @@ func TestCrowd(t *testing.T) {
 	require.Empty(t, b.waiting)
 }
 
-func TestPieces(t *testing.T) {
-	for _, test := range []struct{ n, size int }{
-		{0, MinPiece}, {1, MinPiece}, {MinPiece, MinPiece}, {MinPiece + 1, 2 * MinPiece}, {64 * mib, 64 * mib}, {64*mib + 1, 128 * mib},
-	} {
-		require.Equal(t, test.size, PieceSize(test.n))
+// Who announces a large message and stops does not stand in the way of a smaller one, whatever it holds.
+func TestAnnouncedMessages(t *testing.T) {
+	b := New(256*mib, largest)
+	for range 1000 {
+		r := b.NewReader()
+		_ = r.Reserve(mib, 20*mib, dontWait)
 	}
-	piece := Piece(10_000)
-	require.Len(t, piece, 16<<10)
-	Recycle(piece[:10])
-	for range 10 {
-		require.Len(t, Piece(10_000), 16<<10, "of its full length again")
-	}
-	for _, odd := range [][]byte{nil, {}, make([]byte, 100), make([]byte, 4096), make([]byte, 10_000)} {
-		Recycle(odd)
-	}
-	for range 10 {
-		require.Len(t, Piece(MinPiece), MinPiece)
+	require.LessOrEqual(t, b.Up.Held(), 96*mib-2*19*mib)
+	small := b.NewReader()
+	for _, n := range []int{mib / 16, mib / 4, mib} {
+		require.NoError(t, small.Reserve(n, 5*mib, dontWait))
 	}
 }
 
-// What is given back is not handed out twice.
-func TestPiecesAreNotShared(t *testing.T) {
-	var done sync.WaitGroup
-	for id := range byte(8) {
-		done.Go(func() {
-			for range 2000 {
-				piece := Piece(MinPiece)
-				for i := 0; i < len(piece); i += 512 {
-					piece[i] = id
-				}
-				for i := 0; i < len(piece); i += 512 {
-					if piece[i] != id {
-						t.Error("somebody else writes to it")
-						return
-					}
-				}
-				Recycle(piece)
-			}
-		})
+func TestPieceSize(t *testing.T) {
+	for _, test := range []struct{ n, size int }{
+		{0, MinPiece}, {1, MinPiece}, {MinPiece, MinPiece}, {MinPiece + 1, 10 << 10}, {10 << 10, 10 << 10},
+		{15 << 10, 16 << 10}, {16 << 10, 16 << 10}, {64 * mib, 64 * mib}, {64*mib + 1, 80 * mib},
+	} {
+		require.Equal(t, test.size, PieceSize(test.n), test.n)
+		require.Equal(t, test.size, PieceSize(test.size), test.n)
 	}
-	done.Wait()
+	last := -1
+	for size := MinPiece; size < 1<<30; size = PieceSize(size + 1) {
+		require.Equal(t, sizeIndex(MinPiece)+last+1, sizeIndex(size), size)
+		require.Less(t, PieceSize(size+1), size+size/4+2)
+		last++
+	}
+}
+
+func TestPieces(t *testing.T) {
+	b := New(256*mib, largest)
+	piece := b.Piece(10_000)
+	require.Len(t, piece, 10<<10)
+	piece[0] = 42
+	b.Recycle(piece[:10])
+	require.EqualValues(t, 10<<10, b.free.Load())
+	require.Len(t, b.Piece(12_000), 12<<10)
+	again := b.Piece(9_000)
+	require.Len(t, again, 10<<10, "of its full length again")
+	require.EqualValues(t, 42, again[0], "not used again")
+	require.Zero(t, b.free.Load())
+	for _, odd := range [][]byte{nil, {}, make([]byte, 100), make([]byte, 4096), make([]byte, 10_000)} {
+		b.Recycle(odd)
+	}
+	require.Zero(t, b.free.Load())
+
+	for i := range 8 {
+		b.Recycle(make([]byte, MinPiece<<i))
+	}
+	free := b.free.Load()
+	b.Trim()
+	require.LessOrEqual(t, b.free.Load(), free/2)
+	for range 20 {
+		b.Trim()
+	}
+	require.Zero(t, b.free.Load())
+}
+
+// What waits to be used again goes when memory is short.
+func TestFreePiecesMakeRoom(t *testing.T) {
+	b := New(256*mib, largest)
+	for range 10 {
+		b.Recycle(make([]byte, 8*mib))
+	}
+	b.Down.Take(200 * mib)
+	require.EqualValues(t, 56*mib, b.free.Load())
+	require.Empty(t, b.Exceeded())
+	b.Recycle(make([]byte, 8*mib))
+	require.EqualValues(t, 56*mib, b.free.Load(), "there is no room for it")
+	b.Down.Take(60 * mib)
+	require.Zero(t, b.free.Load())
+	require.Len(t, b.Exceeded(), 1)
 }
 
 func BenchmarkAccount(b *testing.B) {

@@ -1,35 +1,78 @@
 package memory
 
-import (
-	"math/bits"
-	"sync"
+import "math/bits"
+
+const (
+	// MinPiece is the smallest piece of memory that is used again, in bytes.
+	MinPiece = 8 << 10
+	// steps is into how many sizes each doubling is divided, so that little is wasted.
+	steps = 4
+	// sizes is how many there are.
+	sizes = steps * bits.UintSize
 )
 
-// MinPiece is the smallest piece that is used again, in bytes; a smaller one is no burden.
-const MinPiece = 8 << 10
-
-// pools hold pieces that wait to be used again, by the exponent of their size.
-var pools [bits.UintSize]sync.Pool
-
-// PieceSize is the size of the piece that holds n bytes: a power of two.
-func PieceSize(n int) int { return 1 << bits.Len(uint(max(n, MinPiece)-1)) }
-
-// Piece returns a piece for at least n bytes, of its full length. What is in it is left from others.
-func Piece(n int) []byte {
-	size := PieceSize(n)
-	if b, ok := pools[bits.TrailingZeros(uint(size))].Get().(*[]byte); ok {
-		return *b
+// PieceSize is the size of the piece that holds n bytes: at most a quarter more.
+func PieceSize(n int) int {
+	if n <= MinPiece {
+		return MinPiece
 	}
-	return make([]byte, size)
+	step := 1 << (bits.Len(uint(n-1)) - 1) / steps
+	return (n + step - 1) / step * step
 }
 
-// Recycle takes back a piece that nobody uses any more. It may be anything: what did not come
-// from Piece and cannot be used is left to the garbage collector.
-func Recycle(b []byte) {
-	size := cap(b)
-	if size < MinPiece || size&(size-1) != 0 {
+// sizeIndex numbers the sizes of pieces.
+func sizeIndex(size int) int {
+	exponent := bits.Len(uint(size)) - 1
+	return steps*exponent + (size-1<<exponent)*steps>>exponent
+}
+
+// Piece returns memory for at least n bytes, of its full length. What is in it is left from others.
+func (b *Budget) Piece(n int) []byte {
+	size := PieceSize(n)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	pieces := b.pieces[sizeIndex(size)]
+	if len(pieces) == 0 {
+		return make([]byte, size)
+	}
+	last := len(pieces) - 1
+	piece := pieces[last]
+	pieces[last] = nil
+	b.pieces[sizeIndex(size)] = pieces[:last]
+	b.free.Add(-int64(size))
+	return piece
+}
+
+// Recycle takes back a piece that nobody uses any more, unless memory is short. It may be given
+// anything: what is no piece is left to the garbage collector.
+func (b *Budget) Recycle(piece []byte) {
+	size := cap(piece)
+	if size < MinPiece || PieceSize(size) != size || b.taken()+int64(size) > b.limit {
 		return
 	}
-	b = b[:size]
-	pools[bits.TrailingZeros(uint(size))].Put(&b)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.pieces[sizeIndex(size)] = append(b.pieces[sizeIndex(size)], piece[:size])
+	b.free.Add(int64(size))
+}
+
+// Trim lets half of the pieces go that wait to be used again. To be called now and then, it leaves
+// those that are.
+func (b *Budget) Trim() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.dropLocked(b.free.Load() / 2)
+}
+
+// dropLocked leaves pieces to the garbage collector until no more than keep bytes are free, the
+// largest first.
+func (b *Budget) dropLocked(keep int64) {
+	for i := sizes - 1; i >= 0 && b.free.Load() > keep; i-- {
+		for pieces := b.pieces[i]; len(pieces) > 0 && b.free.Load() > keep; pieces = b.pieces[i] {
+			last := len(pieces) - 1
+			b.free.Add(-int64(len(pieces[last])))
+			pieces[last] = nil
+			b.pieces[i] = pieces[:last]
+		}
+	}
 }

@@ -277,7 +277,7 @@ func (o *Outbox[S]) next(written []Entry[S]) []Entry[S] {
 	for i := range written {
 		o.size -= written[i].size()
 		given += written[i].Memory()
-		memory.Recycle(written[i].Frame)
+		o.account.Recycle(written[i].Frame)
 	}
 	o.taken -= given
 	o.account.Give(given)

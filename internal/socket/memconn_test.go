@@ -216,14 +216,13 @@ func handshake(tb testing.TB, client, server net.Conn) (clientEnd, serverEnd *we
 		in := bufio.NewReader(server)
 		request, err := http.ReadRequest(in)
 		if err == nil {
-			upgrader := websocket.Upgrader{ReadBufferSize: ReadBufferSize, WriteBufferPool: &sync.Pool{}}
+			upgrader := websocket.Upgrader{WriteBufferPool: &sync.Pool{}}
 			serverEnd, err = upgrader.Upgrade(&hijacked{conn: server, in: in}, request, nil)
 		}
 		upgraded <- err
 	}()
 	dialer := websocket.Dialer{
 		NetDial:         func(string, string) (net.Conn, error) { return client, nil },
-		ReadBufferSize:  ReadBufferSize,
 		WriteBufferPool: &sync.Pool{},
 	}
 	clientEnd, _, err := dialer.DialContext(tb.Context(), "ws://memory/", nil)

@@ -1,15 +1,17 @@
-// Package socket is one WebSocket as the relay uses it, whichever end of it this is:
-// gorilla/websocket shakes hands and reads; writing puts whole batches of frames together
-// and hands them over in as few calls as possible.
+// Package socket is one WebSocket as the relay uses it, whichever end of it this is.
+// gorilla/websocket shakes hands. Then reading takes a message into memory of just its size,
+// as far as there is some; writing puts whole batches of frames together and hands them over in
+// as few calls as possible; and what is to be said about a violation of the protocol is the
+// caller's to say.
 //
 // One goroutine reads, one at a time writes (an outbox sees to that); Sweep belongs to one
 // more. Hurry and Close may be called by anyone.
 package socket
 
 import (
+	"bufio"
 	"encoding/binary"
 	"errors"
-	"io"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -17,9 +19,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/gorilla/websocket"
-
-	"github.com/opampgateway/opampgateway/internal/memory"
 	"github.com/opampgateway/opampgateway/internal/outbox"
 )
 
@@ -30,16 +29,14 @@ var (
 	ErrStalled = errors.New("write made no progress")
 	// ErrTooLarge means that the peer's message is above the limit. It is not read to its end.
 	ErrTooLarge = errors.New("message above the size limit")
+	// ErrProtocol means that the peer does not keep to RFC 6455. Nothing more can be read.
+	ErrProtocol = errors.New("violation of the WebSocket protocol")
 )
 
 // Skippable reports whether err concerns one message only, so that reading can go on.
 func Skippable(err error) bool { return errors.Is(err, ErrText) || errors.Is(err, ErrTooLarge) }
 
 const (
-	// ReadBufferSize is gorilla's buffer for an agent: enough for the header of a frame and
-	// most of a heartbeat; longer reads go past it.
-	ReadBufferSize = 1 << 10
-
 	// batchSize is how much is put together before it is handed to the socket.
 	batchSize = 16 << 10
 
@@ -55,35 +52,39 @@ const (
 	moment = time.Second
 )
 
-var (
-	batchPool   = sync.Pool{New: func() any { b := make([]byte, 0, batchSize); return &b }}
-	scratchPool = sync.Pool{New: func() any { b := make([]byte, 4<<10); return &b }}
-)
+var batchPool = sync.Pool{New: func() any { b := make([]byte, 0, batchSize); return &b }}
 
 // Memory counts what a socket's reader holds: the message that it is reading, or has read last.
-// What fits into the reader's scratch is not counted.
+// Small messages are not counted.
 type Memory interface {
-	// Reserve counts n bytes more. It may wait until there is room; an error ends the reading.
-	Reserve(n int) error
+	// Reserve counts n bytes more, on the way to a message that will have at least as many as
+	// the second says. It may wait until there is room; an error ends the reading.
+	Reserve(n, message int) error
 	// Release counts n bytes no longer.
 	Release(n int)
+	// Piece returns memory for at least n bytes, Recycle takes it back; see the package memory.
+	Piece(n int) []byte
+	Recycle(piece []byte)
 }
 
 // Socket is one WebSocket.
 type Socket struct {
 	// Set once.
-	ws           *websocket.Conn
-	conn         net.Conn // what is written to: plain, or TLS
+	conn         net.Conn // plain, or TLS
 	raw          net.Conn // what is below TLS; its Close never waits
 	client       bool     // masks what it writes (RFC 6455, section 5.3)
 	chunk        int      // chunkSize, or tlsChunkSize
 	limit        int      // of one message read, in bytes
 	writeTimeout time.Duration
 	memory       Memory
+	pong         func(payload []byte)
 
 	// Owned by the reader.
-	unread io.Reader // the rest of a message that was skipped; nil when there is none
-	held   int       // what is reserved of memory
+	in       *bufio.Reader
+	frame    frame // what is left of the one being read
+	skipping bool  // the message that frame is of
+	broken   bool  // the peer has violated the protocol
+	held     int   // what is reserved of memory
 
 	// Owned by the writer.
 	batch   *[]byte // what is put together; nil when nothing is
@@ -102,148 +103,19 @@ type Socket struct {
 	lastInWrite bool   // inWrite at the last sweep
 }
 
-// New takes over ws. Messages above limit bytes are not read; a write that makes no progress
-// for writeTimeout fails. What is read is counted in mem. pong is called by the reader for each
-// ping of the peer, to queue the answer; it must not wait.
-func New(ws *websocket.Conn, client bool, limit int, writeTimeout time.Duration, mem Memory, pong func(payload []byte)) *Socket {
+// New takes over conn after the handshake, with what in has read of it already. Messages above
+// limit bytes are not read; a write that makes no progress for writeTimeout fails. What is
+// read is counted in mem. pong is called by the reader for each ping of the peer, to queue the
+// answer; it must not wait.
+func New(conn net.Conn, in *bufio.Reader, client bool, limit int, writeTimeout time.Duration, mem Memory, pong func(payload []byte)) *Socket {
 	s := &Socket{
-		ws: ws, conn: ws.NetConn(), raw: ws.NetConn(), client: client, chunk: chunkSize,
-		limit: limit, writeTimeout: writeTimeout, memory: mem,
+		conn: conn, raw: conn, in: in, client: client, chunk: chunkSize,
+		limit: limit, writeTimeout: writeTimeout, memory: mem, pong: pong,
 	}
-	if tls, ok := s.conn.(interface{ NetConn() net.Conn }); ok {
+	if tls, ok := conn.(interface{ NetConn() net.Conn }); ok {
 		s.raw, s.chunk = tls.NetConn(), tlsChunkSize
 	}
-	ws.SetPingHandler(func(payload string) error {
-		s.heard.Store(true)
-		pong([]byte(payload))
-		return nil
-	})
-	ws.SetPongHandler(func(string) error {
-		s.heard.Store(true)
-		return nil
-	})
-	// The reader's clean-up answers a close frame, through the outbox.
-	ws.SetCloseHandler(func(int, string) error { return nil })
 	return s
-}
-
-// Read returns the next message, in memory of its own, which stays reserved until the next call,
-// or Release. After a Skippable error reading can go on; any other error is the end of the
-// connection.
-func (s *Socket) Read() ([]byte, error) {
-	s.Release()
-	if err := s.readPast(); err != nil {
-		return nil, err
-	}
-	kind, message, err := s.ws.NextReader()
-	if err != nil {
-		return nil, err
-	}
-	s.alive()
-	if kind != websocket.BinaryMessage {
-		s.unread = message
-		return nil, ErrText
-	}
-	scratch := scratchPool.Get().(*[]byte)
-	defer scratchPool.Put(scratch)
-	n, err := s.fill((*scratch)[:min(len(*scratch), s.limit+1)], 0, message)
-	switch {
-	case n > s.limit:
-		s.unread = message
-		return nil, ErrTooLarge
-	case err == nil:
-		return s.readLarge(*scratch, message)
-	case err != io.EOF:
-		return nil, err
-	}
-	// Most messages are small; they leave the scratch for memory of just their size.
-	return append(make([]byte, 0, n), (*scratch)[:n]...), nil
-}
-
-// readLarge reads the rest of a message that begins with start.
-func (s *Socket) readLarge(start []byte, message io.Reader) ([]byte, error) {
-	piece, err := s.grow(nil, start)
-	for n := len(start); err == nil; piece, err = s.grow(piece, piece) {
-		n, err = s.fill(piece[:min(len(piece), s.limit)], n, message)
-		if err == nil && n == s.limit {
-			if _, err = io.ReadFull(message, make([]byte, 1)); err == nil {
-				s.unread = message
-				err = ErrTooLarge
-			}
-		}
-		if err == io.EOF {
-			return piece[:n], nil
-		}
-		if err != nil {
-			break
-		}
-	}
-	memory.Recycle(piece)
-	s.Release()
-	return nil, err
-}
-
-// grow returns a larger piece that starts with start, and gives the old one back.
-func (s *Socket) grow(old, start []byte) ([]byte, error) {
-	size := memory.PieceSize(len(start) + 1)
-	if err := s.memory.Reserve(size); err != nil {
-		return old, err
-	}
-	s.held += size
-	piece := memory.Piece(size)
-	copy(piece, start)
-	if old != nil {
-		s.memory.Release(len(old))
-		s.held -= len(old)
-		memory.Recycle(old)
-	}
-	return piece, nil
-}
-
-// fill reads into what is left of buf behind its first n bytes, and returns how many there are
-// then. The error is nil when buf is full, and io.EOF when the message has ended.
-func (s *Socket) fill(buf []byte, n int, message io.Reader) (int, error) {
-	for n < len(buf) {
-		m, err := message.Read(buf[n:])
-		n += m
-		if err != nil {
-			return n, err
-		}
-		s.alive()
-		s.received.Add(uint64(m))
-	}
-	return n, nil
-}
-
-// Release gives back what the message that was read last has reserved.
-func (s *Socket) Release() {
-	if s.held > 0 {
-		s.memory.Release(s.held)
-		s.held = 0
-	}
-}
-
-// Received returns how many bytes of messages were read.
-func (s *Socket) Received() uint64 { return s.received.Load() }
-
-// readPast reads the rest of a message that was skipped. gorilla would do so by itself, but
-// without a sign of life, however long that takes.
-func (s *Socket) readPast() error {
-	if s.unread == nil {
-		return nil
-	}
-	scratch := scratchPool.Get().(*[]byte)
-	defer scratchPool.Put(scratch)
-	for {
-		switch _, err := s.unread.Read(*scratch); {
-		case err == io.EOF:
-			s.unread = nil
-			return nil
-		case err != nil:
-			return err
-		}
-		s.alive()
-	}
 }
 
 // alive notes a sign of life. It mostly only looks, since writing costs the other core its cache line.

@@ -1,6 +1,7 @@
 package socket
 
 import (
+	"bufio"
 	"bytes"
 	"crypto/ed25519"
 	"crypto/tls"
@@ -39,22 +40,27 @@ const (
 )
 
 // fixture is a Socket and its peer, which is gorilla's.
+const readBufferSize = 1 << 10
+
 // counted is memory without end; it counts what is held.
 type counted struct{ held, most int }
 
-func (c *counted) Reserve(n int) error {
+func (c *counted) Reserve(n, _ int) error {
 	c.held += n
 	c.most = max(c.most, c.held)
 	return nil
 }
 
-func (c *counted) Release(n int) { c.held -= n }
+func (c *counted) Release(n int)      { c.held -= n }
+func (c *counted) Piece(n int) []byte { return make([]byte, memory.PieceSize(n)) }
+func (c *counted) Recycle([]byte)     {}
 
 type fixture struct {
 	memory counted
 	*Socket
-	conn     *memConn // of the Socket
-	pinged   []string // what the Socket was pinged with
+	conn     *memConn        // of the Socket
+	pinged   []string        // what the Socket was pinged with
+	ws       *websocket.Conn // of the same end
 	peer     *websocket.Conn
 	peerConn *memConn
 }
@@ -65,15 +71,14 @@ func newFixture(tb testing.TB, client bool, limit, capacity int) *fixture {
 	f := &fixture{}
 	// The handshake must not depend on how little is taken later.
 	f.conn, f.peerConn = memPipe(max(capacity, 4<<10))
-	var ws *websocket.Conn
 	if client {
-		ws, f.peer = handshake(tb, f.conn, f.peerConn)
+		f.ws, f.peer = handshake(tb, f.conn, f.peerConn)
 	} else {
-		f.peer, ws = handshake(tb, f.peerConn, f.conn)
+		f.peer, f.ws = handshake(tb, f.peerConn, f.conn)
 	}
 	f.conn.out.capacity, f.conn.in.capacity = capacity, capacity
 	f.conn.out.writes = 0
-	f.Socket = New(ws, client, limit, writeTimeout, &f.memory, func(payload []byte) { f.pinged = append(f.pinged, string(payload)) })
+	f.Socket = New(f.ws.NetConn(), bufio.NewReaderSize(f.ws.NetConn(), readBufferSize), client, limit, writeTimeout, &f.memory, func(payload []byte) { f.pinged = append(f.pinged, string(payload)) })
 	tb.Cleanup(func() {
 		f.conn.Close()
 		f.peerConn.Close()
@@ -423,7 +428,7 @@ func TestReadTakesNoMoreThanTheLimitOfAMessage(t *testing.T) {
 			sent := f.peerConn.unread()
 			_, err := f.Read()
 			require.ErrorIs(t, err, ErrTooLarge)
-			assert.LessOrEqual(t, sent-f.peerConn.unread(), limit+2*ReadBufferSize)
+			assert.LessOrEqual(t, sent-f.peerConn.unread(), limit+2*readBufferSize)
 		}
 	})
 }
@@ -652,7 +657,7 @@ func TestCloseDoesNotWaitForTLS(t *testing.T) {
 		// InsecureSkipVerify: what is tested is how the connection ends.
 		theirs := tls.Client(peerConn, &tls.Config{InsecureSkipVerify: true})
 		peer, ws := handshake(t, theirs, ours)
-		s := New(ws, false, unlimited, writeTimeout, &counted{}, func([]byte) {})
+		s := New(ws.NetConn(), bufio.NewReaderSize(ws.NetConn(), readBufferSize), false, unlimited, writeTimeout, &counted{}, func([]byte) {})
 
 		_, err := WriteBatch(s, []entry{{Kind: outbox.Message, Frame: []byte("hello")}})
 		require.NoError(t, err)
@@ -677,7 +682,7 @@ func TestATLSPeerThatStallsIsNoticed(t *testing.T) {
 		ours := tls.Server(conn, &tls.Config{Certificates: []tls.Certificate{certificate}})
 		theirs := tls.Client(peerConn, &tls.Config{InsecureSkipVerify: true})
 		_, ws := handshake(t, theirs, ours)
-		s := New(ws, false, unlimited, writeTimeout, &counted{}, func([]byte) {})
+		s := New(ws.NetConn(), bufio.NewReaderSize(ws.NetConn(), readBufferSize), false, unlimited, writeTimeout, &counted{}, func([]byte) {})
 		defer s.Close()
 		start := time.Now()
 		_, err := WriteBatch(s, []entry{{Kind: outbox.Message, Frame: payload(1, 1<<20)}})
@@ -942,21 +947,30 @@ func FuzzWriteBatch(f *testing.F) {
 	})
 }
 
-// FuzzRead has a server send anything at all. What gorilla takes for messages are messages, text
+// FuzzRead has a peer send anything at all. What gorilla takes for messages are messages, text
 // and what is above the limit is skipped, and nothing else happens.
 func FuzzRead(f *testing.F) {
 	frame := func(opcode byte, payload string) []byte {
 		return append(appendHeader(nil, opcode, len(payload), false, [4]byte{}), payload...)
 	}
-	f.Add(slices.Concat(frame(2, "binary"), frame(9, "ping"), frame(1, "text"), frame(2, "again"), frame(8, "\x03\xe8bye")), 100, 1)
-	f.Add(slices.Concat([]byte("\x02\x03abc\x89\x00\x00\x03def\x80\x03ghi"), frame(2, strings.Repeat("x", 300)), frame(2, "")), 8, 1000)
-	f.Add(frame(2, strings.Repeat("y", 70_000)), 70_000, 5000)
-	f.Add([]byte("\x81\x7e\xff\xffthe start of a long text"), 100, 7)
-	f.Add([]byte("\x82\x7f\xff\xff\xff\xff\xff\xff\xff\xffhello"), 1<<20, 3)
-	f.Fuzz(func(t *testing.T, sent []byte, limit, piece int) {
+	masked := func(opcode byte, payload string) []byte {
+		key := [4]byte{1, 2, 3, 4}
+		b := []byte(payload)
+		mask(b, key, 0)
+		return append(appendHeader(nil, opcode, len(payload), true, key), b...)
+	}
+	f.Add(slices.Concat(masked(2, "binary"), masked(9, "ping"), masked(1, "text"), masked(2, strings.Repeat("x", 5000))), 10_000, 7, false)
+	f.Add(slices.Concat(masked(2, "binary"), frame(2, "not masked")), 100, 10, false)
+	f.Add(slices.Concat([]byte("\x02\x83\x00\x00\x00\x00abc\x89\x80\x00\x00\x00\x00\x80\x83\x01\x02\x03\x04ghi"), masked(2, "")), 100, 10, false)
+	f.Add(slices.Concat(frame(2, "binary"), frame(9, "ping"), frame(1, "text"), frame(2, "again"), frame(8, "\x03\xe8bye")), 100, 1, true)
+	f.Add(slices.Concat([]byte("\x02\x03abc\x89\x00\x00\x03def\x80\x03ghi"), frame(2, strings.Repeat("x", 300)), frame(2, "")), 8, 1000, true)
+	f.Add(frame(2, strings.Repeat("y", 70_000)), 70_000, 5000, true)
+	f.Add([]byte("\x81\x7e\xff\xffthe start of a long text"), 100, 7, true)
+	f.Add([]byte("\x82\x7f\xff\xff\xff\xff\xff\xff\xff\xffhello"), 1<<20, 3, true)
+	f.Fuzz(func(t *testing.T, sent []byte, limit, piece int, client bool) {
 		limit, piece = max(1, min(limit, 1<<20)), max(1, min(piece, 1<<20))
 		open := func() *fixture {
-			f := newFixture(t, true, limit, 1<<30)
+			f := newFixture(t, client, limit, 1<<30)
 			f.peerConn.inPieces(piece)
 			_, err := f.peerConn.Write(sent)
 			require.NoError(t, err)
