@@ -56,6 +56,9 @@ func TestConfigDefaults(t *testing.T) {
 	require.Equal(t, time.Minute, cfg.Server.GracePeriod)
 	require.Equal(t, 64<<20, cfg.MaxMessageSize)
 	require.Equal(t, 32<<10, cfg.Agents.MaxRequestHeaderSize)
+	require.Equal(t, 4<<20, cfg.Agents.MaxQueueSize)
+	require.Equal(t, 30*time.Second, cfg.Agents.WriteTimeout)
+	require.Equal(t, 256<<20, cfg.MaxBufferedSize)
 	require.True(t, cfg.Agents.SendDisconnect)
 }
 
@@ -239,6 +242,10 @@ func TestConfigMistakes(t *testing.T) {
 		{"negative grace", server("grace_period", "-1m"), []string{"server", "grace_period"}},
 		{"TLS version from the past", server("tls", m{"min_version": "0.9"}), []string{"server::tls", "min_version"}},
 		{"no header size", agents("max_request_header_size", 0), []string{"agents", "max_request_header_size"}},
+		{"no queue", agents("max_queue_size", 1000), []string{"agents", "max_queue_size"}},
+		{"no time to write", agents("write_timeout", "10ms"), []string{"agents", "write_timeout"}},
+		{"no memory", m{"server": m{"endpoint": "ws://localhost"}, "max_buffered_size": 1 << 20}, []string{"max_buffered_size", "at least 268435456 bytes"}},
+		{"less memory than messages need", m{"server": m{"endpoint": "ws://localhost"}, "max_message_size": 128 << 20}, []string{"max_buffered_size", "at least 536870912 bytes"}},
 		{"no message size", m{"server": m{"endpoint": "ws://localhost"}, "max_message_size": 0}, []string{"max_message_size"}},
 		{"negative message size", m{"server": m{"endpoint": "ws://localhost"}, "max_message_size": -1}, []string{"max_message_size"}},
 		{"no listener endpoint", listener("endpoint", ""), []string{"listener::endpoint"}},

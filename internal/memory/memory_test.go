@@ -236,9 +236,11 @@ func TestCrowd(t *testing.T) {
 				size := MinPiece << random.IntN(8)
 				held := 0
 				for n := MinPiece; n <= size; n *= 2 {
-					if !assert.NoError(t, r.Reserve(n, n, func() (context.Context, func()) {
+					err := r.Reserve(n, n, func() (context.Context, func()) {
 						return context.WithTimeout(context.Background(), time.Minute)
-					})) {
+					})
+					if err != nil {
+						t.Error(err)
 						return
 					}
 					r.Release(held)
@@ -275,8 +277,15 @@ func TestAnnouncedMessages(t *testing.T) {
 
 func TestPieceSize(t *testing.T) {
 	for _, test := range []struct{ n, size int }{
-		{0, MinPiece}, {1, MinPiece}, {MinPiece, MinPiece}, {MinPiece + 1, 10 << 10}, {10 << 10, 10 << 10},
-		{15 << 10, 16 << 10}, {16 << 10, 16 << 10}, {64 * mib, 64 * mib}, {64*mib + 1, 80 * mib},
+		{0, MinPiece},
+		{1, MinPiece},
+		{MinPiece, MinPiece},
+		{MinPiece + 1, 10 << 10},
+		{10 << 10, 10 << 10},
+		{15 << 10, 16 << 10},
+		{16 << 10, 16 << 10},
+		{64 * mib, 64 * mib},
+		{64*mib + 1, 80 * mib},
 	} {
 		require.Equal(t, test.size, PieceSize(test.n), test.n)
 		require.Equal(t, test.size, PieceSize(test.size), test.n)

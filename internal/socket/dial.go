@@ -61,7 +61,7 @@ func (d *Dialer) Dial(ctx context.Context, endpoint *url.URL, headers http.Heade
 		NetDialContext: func(context.Context, string, string) (net.Conn, error) { return handshaking{conn, in}, nil },
 	}
 	// TLS is done; the scheme says no more than that.
-	_, answer, err = dialer.DialContext(ctx, withScheme(endpoint, "ws", false).String(), headers) //nolint:bodyclose // it is in memory
+	_, answer, err = dialer.DialContext(ctx, withScheme(endpoint, "ws", false).String(), headers)
 	return conn, in, answer, err
 }
 
