@@ -236,8 +236,10 @@ func TestOutboxIsBoundedInBytes(t *testing.T) {
 
 		// All of the room is back, however often it was used.
 		for range 10 {
+			resume := sock.stall()
 			require.NoError(t, o.Try(ofSize(1000, "all")))
 			require.ErrorIs(t, o.Try(message("", "")), ErrFull)
+			resume()
 			synctest.Wait()
 		}
 	})
