@@ -68,6 +68,9 @@ const (
 	// When memory is used up, an agent for which less waits than this is left in peace.
 	worthShedding = 8 << 10
 
+	// An agent that has taken nothing for this long while something waits is not reading.
+	stallMoment = 100 * time.Millisecond
+
 	// heldUpLimit is how long a reader may go on waiting to hand on what its agent said last, when
 	// the agent's connection has ended.
 	heldUpLimit = 3 * time.Second
@@ -349,21 +352,30 @@ func (s *downstreamServer) makeRoom() {
 }
 
 // shed closes those agents for which most waits, at once, so that what they are not reading
-// makes room for others.
+// makes room for others: first those that have not read anything for a moment.
 func (s *downstreamServer) shed() {
 	type load struct {
-		agent  *agentConn
-		memory int
+		agent   *agentConn
+		memory  int
+		stalled bool
 	}
 	s.mu.Lock()
 	loads := make([]load, 0, len(s.agents))
 	for a := range s.agents {
 		if n := a.outbox.Memory(); n >= worthShedding {
-			loads = append(loads, load{a, n})
+			loads = append(loads, load{a, n, a.sock.Stalled() > stallMoment})
 		}
 	}
 	s.mu.Unlock()
-	slices.SortFunc(loads, func(a, b load) int { return cmp.Compare(b.memory, a.memory) })
+	slices.SortFunc(loads, func(a, b load) int {
+		if a.stalled != b.stalled {
+			if a.stalled {
+				return -1
+			}
+			return 1
+		}
+		return cmp.Compare(b.memory, a.memory)
+	})
 	excess := s.memory.Excess()
 	for _, l := range loads {
 		if excess <= 0 {

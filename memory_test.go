@@ -14,9 +14,9 @@ import (
 	"github.com/opampgateway/opampgateway/internal/telemetry"
 )
 
-// tight leaves 32 MiB for messages of at most 8 MiB.
+// tight leaves 4 MiB for messages of at most 1 MiB.
 func tight(cfg *Config) {
-	cfg.MaxBufferedSize, cfg.MaxMessageSize = 32<<20, 8<<20
+	cfg.MaxBufferedSize, cfg.MaxMessageSize = 4<<20, 1<<20
 }
 
 // frameOf is a WebSocket frame with a message of an agent, masked with zeros.
@@ -37,18 +37,19 @@ func TestStalledAgents(t *testing.T) {
 			link.Push(gatewaytest.Offer(a.UID, "small", 10)) // which its reader is waiting for already
 			stalled = append(stalled, a)
 		}
-		begin := time.Now()
 		for i, a := range stalled {
-			link.Push(gatewaytest.Offer(a.UID, "large", 3<<20)) // 60 MiB in all, in pieces of 4 MiB
-			link.Push(gatewaytest.Offer(bob.UID, fmt.Sprint(i), 3<<20))
-			bob.WantFrame(gatewaytest.Offer(bob.UID, fmt.Sprint(i), 3<<20))
-			require.LessOrEqual(t, s.running.server.memory.Down.Held(), 32<<20+16<<20, "and what is just being read")
+			begin := time.Now()
+			link.Push(gatewaytest.Offer(a.UID, "large", 400_000)) // 8 MB in all
+			link.Push(gatewaytest.Offer(bob.UID, fmt.Sprint(i), 400_000))
+			bob.WantFrame(gatewaytest.Offer(bob.UID, fmt.Sprint(i), 400_000))
+			require.LessOrEqual(t, s.running.server.memory.Down.Held(), 4<<20+1<<20, "and what is just being read")
+			require.Zero(t, time.Since(begin), "somebody waited for them")
+			time.Sleep(2 * stallMoment)
 		}
-		require.Zero(t, time.Since(begin), "somebody waited for them")
 		synctest.Wait()
-		require.LessOrEqual(t, s.running.server.memory.Down.Held(), 32<<20)
+		require.LessOrEqual(t, s.running.server.memory.Down.Held(), 4<<20)
 		closed := int(s.counted("faults", string(telemetry.MemoryFull)))
-		require.Greater(t, closed, 10)
+		require.Greater(t, closed, 5)
 		require.Less(t, closed, 20)
 		s.wantConnections(21 - closed)
 		require.NotEmpty(t, s.logged(zap.WarnLevel, "memory for messages is used up"))
@@ -62,7 +63,7 @@ func TestStalledAgents(t *testing.T) {
 // there is: others get theirs through, small and large.
 func TestHalfMessages(t *testing.T) {
 	play(t, func(t *testing.T, s *stage) {
-		const size = 7 << 20
+		const size = 900_000
 		bob, cathy := s.introduce("bob"), s.introduce("cathy")
 		for i := range 50 {
 			a := s.introduce(fmt.Sprint("half", i))
@@ -70,10 +71,10 @@ func TestHalfMessages(t *testing.T) {
 			go a.SendRaw(frame[:len(frame)/2])
 		}
 		synctest.Wait()
-		require.LessOrEqual(t, s.running.server.memory.Up.Held(), 24<<20)
+		require.LessOrEqual(t, s.running.server.memory.Up.Held(), 3<<20)
 		for i := 1; i < 10; i++ {
 			s.server.WantFrame(bob.UID, bob.Say(i))
-			report := gatewaytest.Report(cathy.UID, i, 100<<10)
+			report := gatewaytest.Report(cathy.UID, i, 20<<10)
 			cathy.Send(report)
 			s.server.WantFrame(cathy.UID, report)
 		}
@@ -92,7 +93,7 @@ func TestHalfMessages(t *testing.T) {
 // TestManyLarge has many agents send large messages at once, for which there is no memory at once.
 func TestManyLarge(t *testing.T) {
 	play(t, func(t *testing.T, s *stage) {
-		const size = 7 << 20
+		const size = 900_000
 		agents := s.crowd(30)
 		for _, a := range agents {
 			go a.Send(gatewaytest.Report(a.UID, 1, size))
@@ -115,20 +116,20 @@ func TestLinkLostWithFullMemory(t *testing.T) {
 		}
 		for _, a := range agents {
 			go func() {
-				for sequence := 1; sequence <= 5; sequence++ {
-					a.Send(gatewaytest.Report(a.UID, sequence, 1<<20))
+				for sequence := 1; sequence <= 4; sequence++ {
+					a.Send(gatewaytest.Report(a.UID, sequence, 500_000))
 				}
 			}()
 		}
 		synctest.Wait()
-		require.LessOrEqual(t, s.running.server.memory.Up.Held(), 3*linkOutboxSize+24<<20)
+		require.LessOrEqual(t, s.running.server.memory.Up.Held(), 3*linkOutboxSize+3<<20)
 		for _, link := range s.server.Links() {
 			link.Reset()
 		}
 		s.server.WantLinks(3)
 		for _, a := range agents {
 			for {
-				if received := s.server.Next(a.UID); received.Message.SequenceNum == 5 {
+				if received := s.server.Next(a.UID); received.Message.SequenceNum == 4 {
 					break
 				}
 			}

@@ -94,13 +94,13 @@ type Socket struct {
 	heard    atomic.Bool   // something came since the last sweep
 	received atomic.Uint64 // bytes of messages that memory was reserved for
 	written  atomic.Uint64 // calls to write that have made progress
-	inWrite  atomic.Bool   // a call to write has not returned
+	writing  atomic.Int64  // when the call to write began that has not returned, Unix nanoseconds; 0 for none
 	hurry    atomic.Int64  // when all writing has to be over, Unix nanoseconds; 0 for not yet
 
 	// Owned by the sweeper.
 	quiet       int    // sweeps in a row without a sign of life
 	lastWritten uint64 // written at the last sweep
-	lastInWrite bool   // inWrite at the last sweep
+	lastWriting bool   // a call to write had not returned at the last sweep
 }
 
 // New takes over conn after the handshake, with what in has read of it already. Messages above
@@ -218,14 +218,17 @@ func WriteBatch[S any](s *Socket, batch []outbox.Entry[S]) (written int, err err
 // is only known when a call returns, so on a plain connection, where a write that timed out
 // can go on, a call gets a part of that time.
 func (s *Socket) write(b []byte) error {
-	s.inWrite.Store(true)
-	defer s.inWrite.Store(false)
+	defer s.writing.Store(0)
 	parts := time.Duration(1)
 	if s.conn == s.raw {
 		parts = stallParts
 	}
 	for idle := time.Duration(0); len(b) > 0; {
-		if err := s.conn.SetWriteDeadline(time.Now().Add(s.writeTimeout / parts)); err != nil {
+		now := time.Now()
+		if idle == 0 {
+			s.writing.Store(now.UnixNano())
+		}
+		if err := s.conn.SetWriteDeadline(now.Add(s.writeTimeout / parts)); err != nil {
 			return err
 		}
 		if hurry := s.hurry.Load(); hurry != 0 { // Hurry was first, or came in between: its deadline stands
@@ -269,16 +272,24 @@ func (s *Socket) Close() { _ = s.raw.Close() }
 // kernel takes it whether or not there still is a peer.
 func (s *Socket) Sweep() (quiet int) {
 	alive := s.heard.Swap(false)
-	written, inWrite := s.written.Load(), s.inWrite.Load()
-	if inWrite && s.lastInWrite && written != s.lastWritten {
+	written, writing := s.written.Load(), s.writing.Load() != 0
+	if writing && s.lastWriting && written != s.lastWritten {
 		alive = true
 	}
-	s.lastWritten, s.lastInWrite = written, inWrite
+	s.lastWritten, s.lastWriting = written, writing
 	s.quiet++
 	if alive {
 		s.quiet = 0
 	}
 	return s.quiet
+}
+
+// Stalled returns for how long what is being written has made no progress; 0 when nothing is.
+func (s *Socket) Stalled() time.Duration {
+	if since := s.writing.Load(); since != 0 {
+		return time.Since(time.Unix(0, since))
+	}
+	return 0
 }
 
 // Excuse counts as a sign of life: it is not the peer's silence when we do not read.
