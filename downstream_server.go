@@ -336,6 +336,7 @@ func (s *downstreamServer) sweep(now time.Time, keepAlive sweepLimits) {
 	for _, a := range agents {
 		a.sweep(now, keepAlive)
 	}
+	s.memory.Trim()
 }
 
 // makeRoom lets agents go when memory is used up, until the gateway has nothing more to do. No
@@ -376,12 +377,15 @@ func (s *downstreamServer) shed() {
 		}
 		return cmp.Compare(b.memory, a.memory)
 	})
-	excess := s.memory.Excess()
+	toFree := 0
+	if s.memory.Excess() > 0 {
+		toFree = s.memory.ToFree()
+	}
 	for _, l := range loads {
-		if excess <= 0 {
+		if toFree <= 0 {
 			return
 		}
-		excess -= l.memory // of those already closed, too: it is about to be free
+		toFree -= l.memory // of those already closed, too: it is about to be free
 		if l.agent.shed.Swap(true) {
 			continue
 		}

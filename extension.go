@@ -39,8 +39,9 @@ import (
 )
 
 const (
-	// sweepInterval is how often the connections are looked after.
-	sweepInterval = 5 * time.Second
+	// agentSweepInterval and linkSweepInterval are how often the connections are looked after. There
+	// are few links, and much hangs on each.
+	agentSweepInterval, linkSweepInterval = 5 * time.Second, time.Second
 
 	// shutdownTimeout bounds Shutdown, whatever its context allows.
 	shutdownTimeout = 4 * time.Second
@@ -139,7 +140,7 @@ type dialFunc func(ctx context.Context, network, address string) (net.Conn, erro
 //  1. What can fail is done first: certificates, the listener's middleware, metrics.
 //  2. The slots of the pool start to dial.
 //  3. Agents are served; those that come before the first link is up wait for it.
-//  4. The sweep starts.
+//  4. The sweeps start.
 //
 // ctx is for starting only. dial is nil but in tests.
 func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel *telemetry.Telemetry, host component.Host, listener net.Listener, dial dialFunc) (*gateway, error) {
@@ -167,7 +168,8 @@ func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel 
 	g.server.serve(listener, func(err error) {
 		componentstatus.ReportStatus(host, componentstatus.NewFatalErrorEvent(err))
 	})
-	g.sweeps.Go(func() { g.sweep(background) })
+	g.sweeps.Go(func() { sweep(background, cfg.Server.KeepAlive, linkSweepInterval, g.pool.sweep) })
+	g.sweeps.Go(func() { sweep(background, cfg.Agents.KeepAlive, agentSweepInterval, g.server.sweep) })
 	return g, nil
 }
 
@@ -184,21 +186,15 @@ func reportLink(host component.Host, err error) {
 // after how many it is closed.
 type sweepLimits struct{ ping, close int }
 
-func (k KeepAliveConfig) sweepLimits(interval time.Duration) sweepLimits {
-	sweeps := func(d time.Duration) int { return int((d + interval - 1) / interval) }
-	return sweepLimits{ping: sweeps(k.Interval), close: sweeps(k.Timeout)}
-}
-
-// sweep looks after all connections until ctx ends. No connection has a timer of its own.
-func (g *gateway) sweep(ctx context.Context) {
-	links, agents := g.cfg.Server.KeepAlive, g.cfg.Agents.KeepAlive
+// sweep looks after all connections of one side until ctx ends, with look. No connection has a
+// timer of its own.
+func sweep(ctx context.Context, k KeepAliveConfig, interval time.Duration, look func(now time.Time, limits sweepLimits)) {
 	// A ping needs time to be answered between two sweeps.
-	interval := min(sweepInterval, links.Interval, agents.Interval, links.Timeout-links.Interval, agents.Timeout-agents.Interval)
+	interval = min(interval, k.Interval, k.Timeout-k.Interval)
+	sweeps := func(d time.Duration) int { return int((d + interval - 1) / interval) }
+	limits := sweepLimits{ping: sweeps(k.Interval), close: sweeps(k.Timeout)}
 	for sleep(ctx, interval) == nil {
-		now := time.Now()
-		g.pool.sweep(now, links.sweepLimits(interval))
-		g.server.sweep(now, agents.sweepLimits(interval))
-		g.memory.Trim()
+		look(time.Now(), limits)
 	}
 }
 

@@ -108,9 +108,17 @@ func (b *Budget) makeRoomLocked() {
 func (b *Budget) Exceeded() <-chan struct{} { return b.exceeded }
 
 // Excess returns how many bytes of Down are too many; none if it is not positive.
-func (b *Budget) Excess() int {
+func (b *Budget) Excess() int { return b.beyond(b.limit) }
+
+// ToFree returns how many bytes of Down are to be given when there is excess: somewhat more, so that
+// their memory is there to be used again. Otherwise all that comes next would take new memory,
+// and what was given would wait for the garbage collector, which lets it double first.
+func (b *Budget) ToFree() int { return b.beyond(b.limit - b.limit/8) }
+
+// beyond returns by how much limit is exceeded, of what is not the share of Down.
+func (b *Budget) beyond(limit int64) int {
 	up, down := b.Up.held.Load(), b.Down.held.Load()
-	return int(min(up+down-b.limit, down-b.share))
+	return int(min(up+down-limit, down-b.share))
 }
 
 // Reader is what one reader of agents' messages holds. Its methods but Overdue are its owner's.

@@ -277,10 +277,12 @@ func (o *Outbox[S]) next(written []Entry[S]) []Entry[S] {
 	for i := range written {
 		o.size -= written[i].size()
 		given += written[i].Memory()
-		o.account.Recycle(written[i].Frame)
 	}
 	o.taken -= given
 	o.account.Give(given)
+	for i := range written {
+		o.account.Recycle(written[i].Frame)
+	}
 	o.admitLocked()
 	if len(o.queue) == 0 {
 		o.queue = nil

@@ -16,7 +16,7 @@ const (
 	smallMessage = 4 << 10
 	// firstPiece is how much memory a large message gets before any of it has come: who only
 	// announces something takes little.
-	firstPiece = 64 << 10
+	firstPiece = 128 << 10
 
 	// The opcodes of RFC 6455, section 5.2.
 	continuation, text, binaryMessage = 0x0, 0x1, 0x2
