@@ -41,13 +41,17 @@ type agentOptions struct {
 	headers   http.Header
 	tls       *tls.Config
 	heartbeat time.Duration // 0 for none
+	uid       uuid.UUID     // one of its own unless set
 }
 
 // startAgent starts an agent; it does not wait until it is connected. It is stopped at the
 // end of the test.
 func startAgent(t *testing.T, name, url string, opts agentOptions) *Agent {
 	t.Helper()
-	a := &Agent{name: name, uid: uuid.New(), heard: map[string]int{}, news: make(chan struct{})}
+	if opts.uid == uuid.Nil {
+		opts.uid = uuid.New()
+	}
+	a := &Agent{name: name, uid: opts.uid, heard: map[string]int{}, news: make(chan struct{})}
 	a.client = client.NewWebSocket(a)
 	attribute := func(key, value string) *protobufs.KeyValue {
 		return &protobufs.KeyValue{Key: key, Value: &protobufs.AnyValue{Value: &protobufs.AnyValue_StringValue{StringValue: value}}}

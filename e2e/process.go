@@ -3,6 +3,7 @@ package e2e
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -110,6 +111,16 @@ func (p *Process) wantLog(t *testing.T, parts ...string) (line string) {
 		return "no line in the log of " + p.name + " with " + strings.Join(parts, " … ")
 	})
 	return line
+}
+
+// usage is what a process has of the machine's.
+type usage struct {
+	memory, peak int // resident, in bytes: now, and at most so far
+	files        int // open ones, sockets among them
+}
+
+func (u usage) String() string {
+	return fmt.Sprintf("%d MiB, at most %d MiB, %d files", u.memory>>20, u.peak>>20, u.files)
 }
 
 // logBuffer is what a process has written so far.

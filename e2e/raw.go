@@ -3,6 +3,7 @@ package e2e
 import (
 	"crypto/tls"
 	"fmt"
+	"net"
 	"net/http"
 	"slices"
 	"sync"
@@ -43,14 +44,39 @@ func connectRaw(t *testing.T, url string, headers http.Header) *rawAgent {
 	t.Helper()
 	ws, resp, err := dialRaw(url, headers, nil)
 	require.NoError(t, err, "connect to %s: %s", url, status(resp))
+	a := newRaw(t, ws)
+	a.listen()
+	return a
+}
+
+// connectDeaf connects an agent that does not read until it is told to listen, and whose
+// system takes but little for it.
+func connectDeaf(t *testing.T, url string) *rawAgent {
+	t.Helper()
+	dialer := websocket.Dialer{HandshakeTimeout: ceiling, NetDial: func(network, address string) (net.Conn, error) {
+		conn, err := net.Dial(network, address)
+		if tcp, ok := conn.(*net.TCPConn); ok {
+			_ = tcp.SetReadBuffer(128 << 10) // less than two segments on loopback would make it crawl
+		}
+		return conn, err
+	}}
+	ws, resp, err := dialer.Dial(url, nil)
+	require.NoError(t, err, "connect to %s: %s", url, status(resp))
+	return newRaw(t, ws)
+}
+
+func newRaw(t *testing.T, ws *websocket.Conn) *rawAgent {
+	t.Helper()
 	a := &rawAgent{uid: uuid.New(), ws: ws, news: make(chan struct{}, 1)}
-	a.read.Go(a.readAll)
 	t.Cleanup(func() {
 		ws.Close()
 		a.read.Wait()
 	})
 	return a
 }
+
+// listen has the agent read, until the connection ends.
+func (a *rawAgent) listen() { a.read.Go(a.readAll) }
 
 // readAll ends with the connection.
 func (a *rawAgent) readAll() {
@@ -108,33 +134,60 @@ func (a *rawAgent) wantMessage(t *testing.T, what string, is func(*protobufs.Ser
 	})
 }
 
-// wantClosed waits for the end of the connection, which has to be a close frame with this code.
-func (a *rawAgent) wantClosed(t *testing.T, code int) {
+// ended returns how the connection ended; nil while it lasts.
+func (a *rawAgent) ended() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.end
+}
+
+// chats returns what the server has told the agent so far, in order.
+func (a *rawAgent) chats() (texts []string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, m := range a.messages {
+		if m.CustomMessage != nil {
+			texts = append(texts, string(m.CustomMessage.GetData()))
+		}
+	}
+	return texts
+}
+
+// wantEnded waits for the end of the connection, and returns it.
+func (a *rawAgent) wantEnded(t *testing.T) (end error) {
 	t.Helper()
 	eventually(t, func() string {
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		if a.end == nil {
+		if end = a.ended(); end == nil {
 			return "the agent is still connected"
 		}
 		return ""
 	})
+	return end
+}
+
+// wantClosed waits for the end of the connection, which has to be a close frame with this code.
+func (a *rawAgent) wantClosed(t *testing.T, code int) {
+	t.Helper()
 	var closed *websocket.CloseError
-	require.ErrorAs(t, a.end, &closed, "the connection ended without a close frame")
+	require.ErrorAs(t, a.wantEnded(t), &closed, "the connection ended without a close frame")
 	require.Equal(t, code, closed.Code, "the close frame was: %v", closed)
 }
 
 // talk says something as soon as the server has answered, until the connection ends.
 func (a *rawAgent) talk() {
 	for i := 0; ; i++ {
-		frame := fmt.Appendf(nil, "\x00\x0a\x10%s\x10%c", a.uid[:], 1+i%100) // a heartbeat
-		if a.ws.WriteMessage(websocket.BinaryMessage, frame) != nil {
+		if a.ws.WriteMessage(websocket.BinaryMessage, heartbeat(a.uid, i)) != nil {
 			return
 		}
 		if _, open := <-a.news; !open {
 			return
 		}
 	}
+}
+
+// heartbeat is a message with nothing in it.
+func heartbeat(uid uuid.UUID, sequence int) []byte {
+	return fmt.Appendf(nil, "\x00\x0a\x10%s\x10%c", uid[:], 1+sequence%100)
 }
 
 func status(resp *http.Response) string {
