@@ -10,10 +10,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/gorilla/websocket"
 	"github.com/open-telemetry/opamp-go/protobufs"
 	"github.com/stretchr/testify/require"
-	"google.golang.org/protobuf/proto"
 )
 
 // fasterSweeps has offences punished, and silence noticed, within a few seconds.
@@ -94,10 +94,6 @@ func TestBadFrames(t *testing.T) {
 		server.wantAgent(t, a.uid, "is connected", func(k Known) bool { return k.Connected })
 		return a
 	}
-	question, err := proto.Marshal(&protobufs.AgentToServer{CustomMessage: &protobufs.CustomMessage{
-		Capability: gatewayCapability, Type: "connect", Data: []byte(`{"request_uid":"1","headers":{"Authorization":["guess"]}}`),
-	}})
-	require.NoError(t, err)
 
 	t.Run("each", func(t *testing.T) { // returns when all of them have
 		for _, test := range []struct {
@@ -111,8 +107,14 @@ func TestBadFrames(t *testing.T) {
 			{"garbage", websocket.BinaryMessage, []byte("\x00\xff\xff\xff\xff garbage"), 10, websocket.CloseInvalidFramePayloadData, "bad_frame"},
 			{"text", websocket.TextMessage, []byte("hello"), 10, websocket.CloseInvalidFramePayloadData, "bad_frame"},
 			{"no uid", websocket.BinaryMessage, []byte("\x00\x10\x01"), 10, websocket.CloseInvalidFramePayloadData, "bad_uid"},
-			{"uid of 3 bytes", websocket.BinaryMessage, []byte("\x00\x0a\x03abc"), 10, websocket.CloseInvalidFramePayloadData, "bad_uid"},
-			{"question of a gateway", websocket.BinaryMessage, append([]byte{0}, question...), 1, websocket.ClosePolicyViolation, "foreign_connect"},
+			{"uid of 5 bytes", websocket.BinaryMessage, []byte("\x00\x0a\x05alice"), 10, websocket.CloseInvalidFramePayloadData, "bad_uid"},
+			{"uid of 17 bytes", websocket.BinaryMessage, []byte("\x00\x0a\x11alice and her dog"), 10, websocket.CloseInvalidFramePayloadData, "bad_uid"},
+			{"another header", websocket.BinaryMessage, []byte("\x80\x01\x10\x01"), 10, websocket.CloseInvalidFramePayloadData, "bad_frame"},
+			{"truncated", websocket.BinaryMessage, heartbeat(uuid.New(), 1)[:12], 10, websocket.CloseInvalidFramePayloadData, "bad_frame"},
+			{"empty", websocket.BinaryMessage, nil, 10, websocket.CloseInvalidFramePayloadData, "bad_frame"},
+			{"header only", websocket.BinaryMessage, []byte("\x00"), 10, websocket.CloseInvalidFramePayloadData, "bad_uid"},
+			{"question of a gateway", websocket.BinaryMessage, foreignConnect(t, nil), 1, websocket.ClosePolicyViolation, "foreign_connect"},
+			{"question about an agent with a uid", websocket.BinaryMessage, foreignConnect(t, make([]byte, 16)), 1, websocket.ClosePolicyViolation, "foreign_connect"},
 			{"too large", websocket.BinaryMessage, make([]byte, 65<<10), 1, websocket.CloseMessageTooBig, "too_large"},
 		} {
 			t.Run(test.name, func(t *testing.T) {

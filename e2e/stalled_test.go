@@ -107,8 +107,9 @@ func TestPausedAgent(t *testing.T) {
 	}
 }
 
-// An agent takes nothing of the little that waits for it: it is let go after 30 s, or after
-// as much again if a part of the first write was taken.
+// An agent takes nothing of the little that waits for it: it is let go after 30 s. As much
+// again passes if a part of the first write was taken, and if Linux then takes what it had
+// room for all along.
 func TestAgentTakesNothing(t *testing.T) {
 	t.Parallel()
 	server := startServer(t, serverOptions{})
@@ -147,7 +148,7 @@ func TestAgentTakesNothing(t *testing.T) {
 	}
 	require.Zero(t, faults(t, metrics, "agent_slow"))
 	others := startBystanders(t, gateway, 3)
-	within(t, 100*time.Second, func() string {
+	within(t, 2*time.Minute, func() string {
 		if !server.known(alice.uid).Goodbye {
 			return "the agent has not been let go"
 		}
@@ -156,7 +157,7 @@ func TestAgentTakesNothing(t *testing.T) {
 	after := time.Since(start)
 	t.Logf("let go after %s", after.Round(time.Second))
 	require.Greater(t, after, 29*time.Second)
-	require.Less(t, after, 75*time.Second)
+	require.Less(t, after, 100*time.Second)
 	require.Equal(t, 1, faults(t, metrics, "agent_slow"))
 	others.wantServed(t, promptly)
 }
