@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"crypto/tls"
+	"encoding/binary"
 	"fmt"
 	"net"
 	"net/http"
@@ -188,6 +189,20 @@ func (a *rawAgent) talk() {
 // heartbeat is a message with nothing in it.
 func heartbeat(uid uuid.UUID, sequence int) []byte {
 	return fmt.Appendf(nil, "\x00\x0a\x10%s\x10%c", uid[:], 1+sequence%100)
+}
+
+// report is a message of the agent with a text to chat about.
+func report(t *testing.T, a *rawAgent, text string) []byte {
+	t.Helper()
+	frame, err := proto.MarshalOptions{}.MarshalAppend([]byte{0}, &protobufs.AgentToServer{InstanceUid: a.uid[:], CustomMessage: chatMessage(text)})
+	require.NoError(t, err)
+	return frame
+}
+
+// messageHeader is the header of a binary message of this size, masked with zeros (RFC 6455,
+// section 5.2): what is written behind it is its payload as it is.
+func messageHeader(size uint32) []byte {
+	return append(binary.BigEndian.AppendUint32([]byte{0x82, 0xff, 0, 0, 0, 0}, size), 0, 0, 0, 0)
 }
 
 func status(resp *http.Response) string {

@@ -257,8 +257,7 @@ func TestMemoryOfHalfMessages(t *testing.T) {
 	for _, a := range halves {
 		writing.Go(func() { // ends when half of the message is written, or with the connection
 			conn := a.ws.NetConn()
-			// The header of a binary message of 60 MiB, masked with zeros (RFC 6455, section 5.2).
-			if _, err := conn.Write([]byte{0x82, 0xff, 0, 0, 0, 0, 60 << 20 >> 24, 60 << 20 >> 16 & 0xff, 0, 0, 0, 0, 0, 0}); err != nil {
+			if _, err := conn.Write(messageHeader(60 << 20)); err != nil {
 				return
 			}
 			for range 30 << 20 / len(zeros) {
