@@ -285,5 +285,5 @@ func (a *Agent) id() uuid.UUID {
 func (a *Agent) String() string {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return fmt.Sprintf("uid %s, %d connects, %d failures, heard %d messages, log %q", a.uid, a.connects, len(a.failures), len(a.heard), a.log)
+	return fmt.Sprintf("uid %s, %d connects, %d failures, heard %d messages, end of the log %q", a.uid, a.connects, len(a.failures), len(a.heard), a.log[max(0, len(a.log)-4):])
 }

@@ -74,27 +74,12 @@ func TestReloadUnderLoad(t *testing.T) {
 	}
 	defer talking.Wait()
 	defer close(stop)
-	heardMore := func(t *testing.T) {
-		t.Helper()
-		before := make([]int, len(agents))
-		for i, a := range agents {
-			before[i] = len(a.everHeard())
-		}
-		for i, a := range agents {
-			eventually(t, func() string {
-				if n := len(a.everHeard()); n < before[i]+3 {
-					return fmt.Sprintf("%s has heard %d answers, wants %d: %s", a.name, n, before[i]+3, a)
-				}
-				return ""
-			})
-		}
-	}
-	heardMore(t)
+	wantHeardMore(t, agents)
 
 	gateway.reload(t, func(c config) { c.gateway("server::connections", 5) })
 	gateway.wantReady(t, 2)
 	server.wantLinks(t, "edge/upstream-0", "edge/upstream-1", "edge/upstream-2", "edge/upstream-3", "edge/upstream-4")
-	heardMore(t)
+	wantHeardMore(t, agents)
 	for _, a := range agents {
 		require.True(t, server.known(a.id()).Connected, "%s", a)
 		for _, text := range a.everHeard() {
@@ -109,8 +94,25 @@ func TestReloadUnderLoad(t *testing.T) {
 	// Nothing changed, but somebody wants to be sure.
 	gateway.reload(t, func(config) {})
 	gateway.wantReady(t, 3)
-	heardMore(t)
+	wantHeardMore(t, agents)
 	server.wantLinks(t, "edge/upstream-0", "edge/upstream-1", "edge/upstream-2", "edge/upstream-3", "edge/upstream-4")
+}
+
+// wantHeardMore waits until the server has answered each of them three times more.
+func wantHeardMore(t *testing.T, agents []*Agent) {
+	t.Helper()
+	before := make([]int, len(agents))
+	for i, a := range agents {
+		before[i] = len(a.everHeard())
+	}
+	for i, a := range agents {
+		eventually(t, func() string {
+			if n := len(a.everHeard()); n < before[i]+3 {
+				return fmt.Sprintf("%s has heard %d answers, wants %d: %s", a.name, n, before[i]+3, a)
+			}
+			return ""
+		})
+	}
 }
 
 // A reload with a configuration that is invalid ends the collector: it shuts the old one down

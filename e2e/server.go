@@ -62,6 +62,7 @@ type verdict struct {
 type serverLink struct {
 	name    string // as the gateway announced it
 	headers http.Header
+	tls     *tls.ConnectionState // nil without TLS
 }
 
 // Known is what the server knows of one agent.
@@ -156,7 +157,7 @@ func (s *Server) url() string {
 }
 
 func (s *Server) connecting(r *http.Request) types.ConnectionResponse {
-	l := &serverLink{name: r.Header.Get(connectionIDHeader), headers: r.Header.Clone()}
+	l := &serverLink{name: r.Header.Get(connectionIDHeader), headers: r.Header.Clone(), tls: r.TLS}
 	if l.name == "" { // an agent that came directly
 		if v := s.judge(r.Header); v.refusal != 0 {
 			return types.ConnectionResponse{HTTPStatusCode: v.refusal, HTTPResponseHeader: v.headers}
@@ -305,11 +306,19 @@ func (s *Server) linkNames() []string {
 
 // linkHeaders returns the request headers of an open link.
 func (s *Server) linkHeaders(name string) http.Header {
+	if l := s.link(name); l != nil {
+		return l.headers
+	}
+	return nil
+}
+
+// link returns an open link; nil if there is none of that name.
+func (s *Server) link(name string) *serverLink {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, l := range s.links {
 		if l.name == name {
-			return l.headers
+			return l
 		}
 	}
 	return nil

@@ -19,12 +19,12 @@ const piece = 64 << 10
 
 // Line carries connections to one target.
 type Line struct {
-	target   string
 	listener net.Listener
 	carriers sync.WaitGroup
 
 	// mu guards all below.
 	mu     sync.Mutex
+	target string
 	conns  []*Conn // open, in the order in which they came
 	refuse bool
 	dark   bool
@@ -65,6 +65,13 @@ func (l *Line) Conns() []*Conn {
 	return slices.Clone(l.conns)
 }
 
+// Redirect has new connections lead to another target; those that are open go on.
+func (l *Line) Redirect(target string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.target = target
+}
+
 // Refuse has new connections reset at once, until it is taken back.
 func (l *Line) Refuse(refuse bool) {
 	l.mu.Lock()
@@ -95,13 +102,13 @@ func (l *Line) accept() {
 			return
 		}
 		l.mu.Lock()
-		refuse, dark, slow := l.refuse || l.closed, l.dark, l.slow
+		target, refuse, dark, slow := l.target, l.refuse || l.closed, l.dark, l.slow
 		l.mu.Unlock()
 		if refuse {
 			reset(near)
 			continue
 		}
-		far, err := net.Dial("tcp", l.target)
+		far, err := net.Dial("tcp", target)
 		if err != nil {
 			reset(near)
 			continue
