@@ -4,8 +4,10 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
+	"runtime"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -240,6 +242,28 @@ func TestShutdownOfExtension(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, late.Shutdown(t.Context()))
 	require.Error(t, late.Start(t.Context(), componenttest.NewNopHost()))
+}
+
+// TestShutdownWhileStarting shuts an extension down at some moment of its start: whichever is
+// first, nothing is left of it, and its port is free.
+func TestShutdownWhileStarting(t *testing.T) {
+	for range 200 {
+		cfg := createDefaultConfig().(*Config)
+		cfg.Server.Endpoint = "ws://localhost:9" // where nobody listens
+		cfg.Listener.NetAddr.Endpoint = "localhost:0"
+		e, err := NewFactory().Create(t.Context(), settings(t), cfg)
+		require.NoError(t, err)
+		started := make(chan error)
+		go func() { started <- e.Start(t.Context(), componenttest.NewNopHost()) }()
+		for range rand.IntN(100) {
+			runtime.Gosched()
+		}
+		require.NoError(t, e.Shutdown(t.Context()))
+		if err := <-started; err != nil {
+			require.ErrorContains(t, err, "shut down while starting")
+		}
+		require.Nil(t, e.(*gatewayExtension).gateway)
+	}
 }
 
 // TestStartFails names the key of what is wrong, and leaves nothing behind.

@@ -72,6 +72,9 @@ func (a *Authority) issue(t *testing.T, name string) *Identity {
 	return id
 }
 
+// serial tells certificates of one name apart.
+func serial(cert *x509.Certificate) string { return cert.SerialNumber.String() }
+
 // mutual is a configuration for either end that shows id and trusts only a.
 func (a *Authority) mutual(id *Identity) *tls.Config {
 	pool := x509.NewCertPool()

@@ -161,3 +161,58 @@ func TestStopWhileServerIsAway(t *testing.T) {
 	alice.wantClosed(t, websocket.CloseServiceRestart)
 	require.Contains(t, []int{0, http.StatusServiceUnavailable}, <-waiting)
 }
+
+// Two gateways in one collector, each between agents and a server of its own, have nothing to
+// do with each other; they are reloaded and end together.
+func TestTwoInstances(t *testing.T) {
+	t.Parallel()
+	names := []string{"a", "b"}
+	servers, gateways, agents := map[string]*Server{}, map[string]string{}, map[string]*Agent{}
+	metrics := freeAddress(t)
+	c := newConfig()
+	c.set("service::extensions", []any{"opampgateway/a", "opampgateway/b"})
+	c.metrics(t, metrics)
+	for i, name := range names {
+		servers[name] = startServer(t, serverOptions{})
+		address := freeAddress(t)
+		gateways[name] = "ws://" + address
+		c.set("extensions::opampgateway/"+name+"::server::endpoint", servers[name].url())
+		c.set("extensions::opampgateway/"+name+"::server::agent_id", name)
+		c.set("extensions::opampgateway/"+name+"::server::connections", 2+i)
+		c.set("extensions::opampgateway/"+name+"::listener::endpoint", address)
+	}
+	collector := startCollector(t, "collector", c)
+	wantServed := func(nth int) {
+		collector.wantReady(t, nth)
+		servers["a"].wantLinks(t, "a/upstream-0", "a/upstream-1")
+		servers["b"].wantLinks(t, "b/upstream-0", "b/upstream-1", "b/upstream-2")
+		for _, name := range names {
+			text := fmt.Sprint(name, " ", nth)
+			servers[name].wantAgent(t, agents[name].id(), "is connected", isConnected)
+			agents[name].say(t, text)
+			agents[name].wantHeard(t, text)
+		}
+		require.Zero(t, servers["a"].known(agents["b"].id()).Messages)
+		require.Zero(t, servers["b"].known(agents["a"].id()).Messages)
+	}
+	collector.wantReady(t, 1)
+	for _, name := range names {
+		agents[name] = startAgent(t, name, gateways[name], agentOptions{})
+	}
+	wantServed(1)
+	links := 0.0
+	for name, value := range samples(t, metrics) {
+		if strings.HasPrefix(name, "otelcol_opampgateway_connections{") && strings.Contains(name, `"upstream"`) {
+			links += value
+		}
+	}
+	require.EqualValues(t, 5, links, "links of both on the metric")
+
+	collector.reload(t, func(config) {})
+	wantServed(2)
+	stopAgents([]*Agent{agents["a"], agents["b"]})
+	collector.Signal(t, syscall.SIGTERM)
+	code, _ := collector.wantExit(t)
+	require.Zero(t, code)
+	require.Empty(t, collector.log.with("\terror\t"))
+}

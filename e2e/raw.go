@@ -50,6 +50,16 @@ func connectRaw(t *testing.T, url string, headers http.Header) *rawAgent {
 	return a
 }
 
+// connectTLS is connectRaw over TLS.
+func connectTLS(t *testing.T, url string, config *tls.Config) *rawAgent {
+	t.Helper()
+	ws, resp, err := dialRaw(url, nil, config)
+	require.NoError(t, err, "connect to %s: %s", url, status(resp))
+	a := newRaw(t, ws)
+	a.listen()
+	return a
+}
+
 // connectDeaf connects an agent that does not read until it is told to listen, and whose
 // system takes but little for it.
 func connectDeaf(t *testing.T, url string) *rawAgent {

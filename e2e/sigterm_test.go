@@ -247,11 +247,7 @@ func TestSIGTERMInEveryState(t *testing.T) {
 				_, err = io.WriteString(conn, beginning)
 				require.NoError(t, err)
 			}
-			ws, _, err := dialRaw(gateway.url(), nil, authority.mutual(nil)) // later than they
-			require.NoError(t, err)
-			alice := newRaw(t, ws)
-			alice.listen()
-			terminate(t, gateway, alice)
+			terminate(t, gateway, connectTLS(t, gateway.url(), authority.mutual(nil))) // she came later than they
 		}
 	})
 }
