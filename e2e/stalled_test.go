@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/gorilla/websocket"
 	"github.com/open-telemetry/opamp-go/protobufs"
 	"github.com/stretchr/testify/require"
 )
@@ -320,5 +321,49 @@ func TestMemoryOfHalfMessages(t *testing.T) {
 		a.send(t, &protobufs.AgentToServer{CustomMessage: &protobufs.CustomMessage{Capability: "io.opampgateway.e2e.load", Data: make([]byte, 20<<20)}})
 		server.wantAgent(t, a.uid, "has sent 20 MiB", func(k Known) bool { return k.Messages == 1 })
 	}
+	memory.wantBounded(t)
+}
+
+// Agents send messages above the limit, all at once: none is ever held whole, and the agents are
+// let go, late. One of just the limit is relayed.
+func TestMemoryOfOversizedMessages(t *testing.T) {
+	server := startServer(t, serverOptions{})
+	metrics := freeAddress(t)
+	gateway := startGateway(t, server.url(), func(c config) { c.metrics(t, metrics) })
+	gateway.wantLinks(t, 3)
+	memory := watchHeap(t, gateway)
+	others := startBystanders(t, gateway, 6)
+
+	const limit, n = 64 << 20, 5
+	var writing sync.WaitGroup
+	defer writing.Wait()
+	oversized := make([]*rawAgent, n)
+	for i := range oversized {
+		a := connectRaw(t, gateway.url(), nil)
+		oversized[i] = a
+		defer a.ws.Close()
+		writing.Go(func() { // ends with the connection at the latest
+			conn := a.ws.NetConn()
+			_, err := conn.Write(messageHeader(100 << 20))
+			zeros := make([]byte, 64<<10)
+			for range 100 << 20 / len(zeros) {
+				if err != nil {
+					return
+				}
+				_, err = conn.Write(zeros)
+			}
+		})
+	}
+	for _, a := range oversized {
+		a.wantClosed(t, websocket.CloseMessageTooBig)
+	}
+	require.Equal(t, n, faults(t, metrics, "too_large"))
+	others.wantServed(t, promptly)
+
+	largest := connectRaw(t, gateway.url(), nil)
+	data := make([]byte, limit-100)
+	size := largest.send(t, &protobufs.AgentToServer{CustomMessage: &protobufs.CustomMessage{Capability: "io.opampgateway.e2e.load", Data: data}})
+	require.LessOrEqual(t, size, limit)
+	server.wantAgent(t, largest.uid, "has sent 64 MiB", func(k Known) bool { return k.Messages == 1 })
 	memory.wantBounded(t)
 }
