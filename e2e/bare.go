@@ -21,7 +21,7 @@ import (
 type bareServer struct {
 	address string
 	readers sync.WaitGroup
-	reading sync.RWMutex // held by the test while nothing is to be read
+	reading chan struct{} // full while nothing is to be read
 
 	// mu guards all below.
 	mu     sync.Mutex
@@ -43,7 +43,7 @@ func startBareServer(t *testing.T) *bareServer {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
-	s := &bareServer{address: listener.Addr().String(), heard: map[uuid.UUID]int{}, homes: map[uuid.UUID]*bareLink{}}
+	s := &bareServer{address: listener.Addr().String(), reading: make(chan struct{}, 1), heard: map[uuid.UUID]int{}, homes: map[uuid.UUID]*bareLink{}}
 	web := &http.Server{Handler: http.HandlerFunc(s.take), ReadHeaderTimeout: ceiling}
 	s.readers.Go(func() { _ = web.Serve(listener) }) // until it is closed
 	t.Cleanup(func() {
@@ -75,8 +75,8 @@ func (s *bareServer) take(w http.ResponseWriter, r *http.Request) {
 func (s *bareServer) read(l *bareLink) {
 	defer close(l.ended)
 	for {
-		s.reading.RLock()
-		s.reading.RUnlock() //nolint:staticcheck // it only waits
+		s.reading <- struct{}{}
+		<-s.reading
 		_, frame, err := l.ws.ReadMessage()
 		if err != nil {
 			return
@@ -128,8 +128,8 @@ func (s *bareServer) fallSilent() {
 // stopReading has the server read nothing more, but for one message on each link, until the
 // returned function is called.
 func (s *bareServer) stopReading() (goOn func()) {
-	s.reading.Lock()
-	return s.reading.Unlock
+	s.reading <- struct{}{}
+	return func() { <-s.reading }
 }
 
 func (s *bareServer) all() []*bareLink {

@@ -86,6 +86,13 @@ func newRaw(t *testing.T, ws *websocket.Conn) *rawAgent {
 	return a
 }
 
+// closeAll ends the agents' connections without a word.
+func closeAll(agents []*rawAgent) {
+	for _, a := range agents {
+		a.ws.Close()
+	}
+}
+
 // listen has the agent read, until the connection ends.
 func (a *rawAgent) listen() { a.read.Go(a.readAll) }
 

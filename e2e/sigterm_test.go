@@ -243,7 +243,7 @@ func TestSIGTERMInEveryState(t *testing.T) {
 			} {
 				conn, err := net.Dial("tcp", gateway.address)
 				require.NoError(t, err)
-				defer conn.Close()
+				t.Cleanup(func() { conn.Close() })
 				_, err = io.WriteString(conn, beginning)
 				require.NoError(t, err)
 			}

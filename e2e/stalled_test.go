@@ -225,9 +225,7 @@ func TestMemoryOfStalledAgents(t *testing.T) {
 				faults(t, metrics, "agent_slow"), faults(t, metrics, "memory_full"))
 			others.wantServed(t, promptly)
 
-			for _, a := range stalled {
-				a.ws.Close()
-			}
+			closeAll(stalled)
 			for _, a := range stalled {
 				server.wantAgent(t, a.uid, "has left", func(k Known) bool { return k.Goodbye })
 			}
@@ -263,12 +261,7 @@ func TestMemoryOfHalfMessages(t *testing.T) {
 	var written atomic.Int64
 	var writing sync.WaitGroup
 	defer writing.Wait()
-	end := func() {
-		for _, a := range halves {
-			a.ws.Close()
-		}
-	}
-	defer end()
+	defer closeAll(halves)
 	zeros := make([]byte, 64<<10)
 	for _, a := range halves {
 		writing.Go(func() { // ends when half of the message is written, or with the connection
@@ -312,7 +305,7 @@ func TestMemoryOfHalfMessages(t *testing.T) {
 	others.wantServed(t, promptly)
 
 	// When they are gone, what they had is there for others.
-	end()
+	closeAll(halves)
 	for _, a := range halves {
 		server.wantAgent(t, a.uid, "has left", func(k Known) bool { return k.Goodbye })
 	}
@@ -335,15 +328,13 @@ func TestMemoryOfOversizedMessages(t *testing.T) {
 	others := startBystanders(t, gateway, 6)
 
 	const limit, n = 64 << 20, 5
+	oversized := make([]*rawAgent, n)
 	var writing sync.WaitGroup
 	defer writing.Wait()
-	oversized := make([]*rawAgent, n)
 	for i := range oversized {
-		a := connectRaw(t, gateway.url(), nil)
-		oversized[i] = a
-		defer a.ws.Close()
+		oversized[i] = connectRaw(t, gateway.url(), nil)
+		conn := oversized[i].ws.NetConn()
 		writing.Go(func() { // ends with the connection at the latest
-			conn := a.ws.NetConn()
 			_, err := conn.Write(messageHeader(100 << 20))
 			zeros := make([]byte, 64<<10)
 			for range 100 << 20 / len(zeros) {
@@ -354,6 +345,7 @@ func TestMemoryOfOversizedMessages(t *testing.T) {
 			}
 		})
 	}
+	defer closeAll(oversized)
 	for _, a := range oversized {
 		a.wantClosed(t, websocket.CloseMessageTooBig)
 	}
