@@ -95,73 +95,79 @@ func TestBadFrames(t *testing.T) {
 		return a
 	}
 
-	t.Run("each", func(t *testing.T) { // returns when all of them have
-		for _, test := range []struct {
-			name   string
-			kind   int
-			frame  []byte
-			times  int
-			code   int
-			reason string
-		}{
-			{"garbage", websocket.BinaryMessage, []byte("\x00\xff\xff\xff\xff garbage"), 10, websocket.CloseInvalidFramePayloadData, "bad_frame"},
-			{"text", websocket.TextMessage, []byte("hello"), 10, websocket.CloseInvalidFramePayloadData, "bad_frame"},
-			{"no uid", websocket.BinaryMessage, []byte("\x00\x10\x01"), 10, websocket.CloseInvalidFramePayloadData, "bad_uid"},
-			{"uid of 5 bytes", websocket.BinaryMessage, []byte("\x00\x0a\x05alice"), 10, websocket.CloseInvalidFramePayloadData, "bad_uid"},
-			{"uid of 17 bytes", websocket.BinaryMessage, []byte("\x00\x0a\x11alice and her dog"), 10, websocket.CloseInvalidFramePayloadData, "bad_uid"},
-			{"another header", websocket.BinaryMessage, []byte("\x80\x01\x10\x01"), 10, websocket.CloseInvalidFramePayloadData, "bad_frame"},
-			{"truncated", websocket.BinaryMessage, heartbeat(uuid.New(), 1)[:12], 10, websocket.CloseInvalidFramePayloadData, "bad_frame"},
-			{"empty", websocket.BinaryMessage, nil, 10, websocket.CloseInvalidFramePayloadData, "bad_frame"},
-			{"header only", websocket.BinaryMessage, []byte("\x00"), 10, websocket.CloseInvalidFramePayloadData, "bad_uid"},
-			{"question of a gateway", websocket.BinaryMessage, foreignConnect(t, nil), 1, websocket.ClosePolicyViolation, "foreign_connect"},
-			{"question about an agent with a uid", websocket.BinaryMessage, foreignConnect(t, make([]byte, 16)), 1, websocket.ClosePolicyViolation, "foreign_connect"},
-			{"too large", websocket.BinaryMessage, make([]byte, 65<<10), 1, websocket.CloseMessageTooBig, "too_large"},
-		} {
-			t.Run(test.name, func(t *testing.T) {
-				t.Parallel()
-				mallory := connected(t)
-				asked := len(server.asked())
-				start := time.Now()
-				for range test.times {
-					mallory.sendFrame(t, test.kind, test.frame)
-				}
-				if test.times > 1 {
-					mallory.wantMessage(t, "that says what is wrong", func(m *protobufs.ServerToAgent) bool {
-						return m.GetErrorResponse().GetType() == protobufs.ServerErrorResponseType_ServerErrorResponseType_BadRequest
-					})
-				}
-				mallory.wantClosed(t, test.code)
-				require.Greater(t, time.Since(start), 900*time.Millisecond, "closed late, or it would be back thousands of times a second")
-				server.wantAgent(t, mallory.uid, "is gone", func(k Known) bool { return k.Goodbye })
-				require.GreaterOrEqual(t, samples(t, metrics)[fmt.Sprintf("otelcol_opampgateway_faults{reason=%q}", test.reason)], float64(test.times))
-				for _, q := range server.asked()[asked:] {
-					require.NotContains(t, q.Headers.Get("Authorization"), "guess")
-				}
+	bad := []struct {
+		name   string
+		kind   int
+		frame  []byte
+		times  int
+		code   int
+		reason string
+	}{
+		{"garbage", websocket.BinaryMessage, []byte("\x00\xff\xff\xff\xff garbage"), 10, websocket.CloseInvalidFramePayloadData, "bad_frame"},
+		{"text", websocket.TextMessage, []byte("hello"), 10, websocket.CloseInvalidFramePayloadData, "bad_frame"},
+		{"another header", websocket.BinaryMessage, []byte("\x80\x01\x10\x01"), 10, websocket.CloseInvalidFramePayloadData, "bad_frame"},
+		{"truncated", websocket.BinaryMessage, heartbeat(uuid.New(), 1)[:12], 10, websocket.CloseInvalidFramePayloadData, "bad_frame"},
+		{"empty", websocket.BinaryMessage, nil, 10, websocket.CloseInvalidFramePayloadData, "bad_frame"},
+		{"header only", websocket.BinaryMessage, []byte("\x00"), 10, websocket.CloseInvalidFramePayloadData, "bad_uid"},
+		{"no uid", websocket.BinaryMessage, []byte("\x00\x10\x01"), 10, websocket.CloseInvalidFramePayloadData, "bad_uid"},
+		{"uid of 5 bytes", websocket.BinaryMessage, []byte("\x00\x0a\x05alice"), 10, websocket.CloseInvalidFramePayloadData, "bad_uid"},
+		{"uid of 17 bytes", websocket.BinaryMessage, []byte("\x00\x0a\x11alice and her dog"), 10, websocket.CloseInvalidFramePayloadData, "bad_uid"},
+		{"question of a gateway", websocket.BinaryMessage, foreignConnect(t, nil), 1, websocket.ClosePolicyViolation, "foreign_connect"},
+		{"question about an agent with a uid", websocket.BinaryMessage, foreignConnect(t, make([]byte, 16)), 1, websocket.ClosePolicyViolation, "foreign_connect"},
+		{"too large", websocket.BinaryMessage, make([]byte, 65<<10), 1, websocket.CloseMessageTooBig, "too_large"},
+	}
+	offenders := make([]*rawAgent, len(bad))
+	for i := range offenders {
+		offenders[i] = connected(t)
+	}
+	start := time.Now()
+	for i, test := range bad {
+		t.Run(test.name, func(t *testing.T) {
+			mallory := offenders[i]
+			before := faults(t, metrics, test.reason)
+			for range test.times {
+				mallory.sendFrame(t, test.kind, test.frame)
+			}
+			if test.times > 1 {
+				mallory.wantMessage(t, "that says what is wrong", func(m *protobufs.ServerToAgent) bool {
+					return m.GetErrorResponse().GetType() == protobufs.ServerErrorResponseType_ServerErrorResponseType_BadRequest
+				})
+			}
+			wantSamples(t, metrics, map[string]float64{
+				fmt.Sprintf("otelcol_opampgateway_faults{reason=%q}", test.reason): float64(before + test.times),
 			})
+		})
+	}
+	for i, test := range bad {
+		t.Run(test.name+" has an end", func(t *testing.T) {
+			offenders[i].wantClosed(t, test.code)
+			server.wantAgent(t, offenders[i].uid, "is gone", func(k Known) bool { return k.Goodbye })
+		})
+	}
+	require.Greater(t, time.Since(start), 5*time.Second, "closed late, or they would be back thousands of times a second")
+	for _, q := range server.asked() {
+		require.NotContains(t, q.Headers.Get("Authorization"), "guess")
+	}
+
+	t.Run("a few bad ones are forgiven", func(t *testing.T) {
+		bob := connected(t)
+		for range 9 {
+			bob.sendFrame(t, websocket.BinaryMessage, []byte("\x00\xff"))
 		}
+		bob.send(t, &protobufs.AgentToServer{SequenceNum: 2})
+		for range 9 {
+			bob.sendFrame(t, websocket.BinaryMessage, []byte("\x00\xff"))
+		}
+		bob.send(t, &protobufs.AgentToServer{SequenceNum: 3})
+		server.wantAgent(t, bob.uid, "is still heard", func(k Known) bool { return k.Messages == 3 })
+		bob.wantOpen(t)
+	})
 
-		t.Run("a few bad ones are forgiven", func(t *testing.T) {
-			t.Parallel()
-			bob := connected(t)
-			for range 9 {
-				bob.sendFrame(t, websocket.BinaryMessage, []byte("\x00\xff"))
-			}
-			bob.send(t, &protobufs.AgentToServer{SequenceNum: 2})
-			for range 9 {
-				bob.sendFrame(t, websocket.BinaryMessage, []byte("\x00\xff"))
-			}
-			bob.send(t, &protobufs.AgentToServer{SequenceNum: 3})
-			server.wantAgent(t, bob.uid, "is still heard", func(k Known) bool { return k.Messages == 3 })
-			bob.wantOpen(t)
-		})
-
-		t.Run("no WebSocket frames at all", func(t *testing.T) {
-			t.Parallel()
-			mallory := connected(t)
-			_, err := mallory.ws.NetConn().Write([]byte(strings.Repeat("\xff", 1000)))
-			require.NoError(t, err)
-			server.wantAgent(t, mallory.uid, "is gone", func(k Known) bool { return k.Goodbye })
-		})
+	t.Run("no WebSocket frames at all", func(t *testing.T) {
+		mallory := connected(t)
+		_, err := mallory.ws.NetConn().Write([]byte(strings.Repeat("\xff", 1000)))
+		require.NoError(t, err)
+		server.wantAgent(t, mallory.uid, "is gone", func(k Known) bool { return k.Goodbye })
 	})
 
 	// They went on talking all the while.

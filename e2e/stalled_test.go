@@ -108,9 +108,8 @@ func TestPausedAgent(t *testing.T) {
 	}
 }
 
-// An agent takes nothing of the little that waits for it: it is let go after 30 s. As much
-// again passes if a part of the first write was taken, and if Linux then takes what it had
-// room for all along.
+// An agent takes nothing of the little that waits for it: it is let go after 30 s. Some more
+// pass because Linux at first takes what it had room for all along.
 func TestAgentTakesNothing(t *testing.T) {
 	t.Parallel()
 	server := startServer(t, serverOptions{})
@@ -158,7 +157,7 @@ func TestAgentTakesNothing(t *testing.T) {
 	after := time.Since(start)
 	t.Logf("let go after %s", after.Round(time.Second))
 	require.Greater(t, after, 29*time.Second)
-	require.Less(t, after, 100*time.Second)
+	require.Less(t, after, 75*time.Second)
 	require.Equal(t, 1, faults(t, metrics, "agent_slow"))
 	others.wantServed(t, promptly)
 }
