@@ -42,7 +42,7 @@ func TestPingFlood(t *testing.T) {
 		connect func() *rawAgent
 	}{
 		{"that reads", func() *rawAgent { return connectRaw(t, gateway.url(), nil) }},
-		{"that does not", func() *rawAgent { return connectDeaf(t, gateway.url()) }},
+		{"that does not", func() *rawAgent { return connectDeaf(t, gateway.url(), nil) }},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			mallory := test.connect()

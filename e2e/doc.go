@@ -13,6 +13,8 @@
 //	server.go      an OpAMP server on opamp-go's library, with or without the gateway capability
 //	agent.go       agents on opamp-go's client library
 //	raw.go         agents of bare WebSockets, for what a library hides or does not do
+//	bare.go        a server of bare WebSockets, for the same
+//	bystanders.go  agents that are to notice nothing of what happens to others
 //	certs.go       certificates
 //	wait.go        waiting for what has to happen; no test sleeps
 //

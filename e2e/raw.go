@@ -62,9 +62,9 @@ func connectTLS(t *testing.T, url string, config *tls.Config) *rawAgent {
 
 // connectDeaf connects an agent that does not read until it is told to listen, and whose
 // system takes but little for it.
-func connectDeaf(t *testing.T, url string) *rawAgent {
+func connectDeaf(t *testing.T, url string, config *tls.Config) *rawAgent {
 	t.Helper()
-	dialer := websocket.Dialer{HandshakeTimeout: ceiling, NetDial: func(network, address string) (net.Conn, error) {
+	dialer := websocket.Dialer{TLSClientConfig: config, HandshakeTimeout: ceiling, NetDial: func(network, address string) (net.Conn, error) {
 		conn, err := net.Dial(network, address)
 		if tcp, ok := conn.(*net.TCPConn); ok {
 			_ = tcp.SetReadBuffer(128 << 10) // less than two segments on loopback would make it crawl

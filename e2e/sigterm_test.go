@@ -78,21 +78,29 @@ func TestSIGTERMInEveryState(t *testing.T) {
 		}
 	})
 
-	t.Run("agents that do not read", func(t *testing.T) {
-		t.Parallel()
-		server := startServer(t, serverOptions{})
-		gateway := startGateway(t, server.url())
-		gateway.wantLinks(t, 3)
-		stalled := connected(t, server, func() *rawAgent { return connectDeaf(t, gateway.url()) }, 20)
-		for _, a := range stalled {
-			for i := range 100 {
-				server.tell(t, a.uid, numbered(i, 64<<10)) // more than the systems take
+	for _, over := range []string{"TCP", "TLS"} {
+		t.Run("agents that do not read, over "+over, func(t *testing.T) {
+			t.Parallel()
+			server := startServer(t, serverOptions{})
+			authority := newAuthority(t, "inside")
+			identity := authority.issue(t, "gateway")
+			gateway := startGateway(t, server.url(), func(c config) {
+				if over == "TLS" {
+					c.gateway("listener::tls", map[string]any{"cert_file": identity.certFile, "key_file": identity.keyFile})
+				}
+			})
+			gateway.wantLinks(t, 3)
+			stalled := connected(t, server, func() *rawAgent { return connectDeaf(t, gateway.url(), authority.mutual(nil)) }, 20)
+			for _, a := range stalled {
+				for i := range 100 {
+					server.tell(t, a.uid, numbered(i, 64<<10)) // more than the systems take
+				}
 			}
-		}
-		alice := connectRaw(t, gateway.url(), nil)
-		alice.exchange(t, "I am alice")
-		terminate(t, gateway, alice)
-	})
+			alice := connectTLS(t, gateway.url(), authority.mutual(nil))
+			alice.exchange(t, "I am alice")
+			terminate(t, gateway, alice)
+		})
+	}
 
 	t.Run("agents that are black holes", func(t *testing.T) {
 		t.Parallel()
@@ -107,16 +115,30 @@ func TestSIGTERMInEveryState(t *testing.T) {
 		terminate(t, gateway, connectRaw(t, gateway.url(), nil))
 	})
 
-	t.Run("agents halfway through a message", func(t *testing.T) {
+	t.Run("agents halfway through a message, and agents that wait for memory", func(t *testing.T) {
 		t.Parallel()
 		server := startServer(t, serverOptions{})
-		gateway := startGateway(t, server.url())
+		metrics := freeAddress(t)
+		gateway := startGateway(t, server.url(), func(c config) {
+			c.metrics(t, metrics)
+			c.gateway("max_message_size", 8<<20)
+			c.gateway("max_buffered_size", 32<<20)
+		})
 		gateway.wantLinks(t, 3)
-		agents := connected(t, server, func() *rawAgent { return connectRaw(t, gateway.url(), nil) }, 5)
+		agents := connected(t, server, func() *rawAgent { return connectRaw(t, gateway.url(), nil) }, 20)
+		var writing sync.WaitGroup
+		defer writing.Wait()
 		for _, a := range agents {
-			_, err := a.ws.NetConn().Write(append(messageHeader(60<<20), make([]byte, 1<<20)...))
-			require.NoError(t, err)
+			writing.Go(func() { // until the gateway is gone
+				_, _ = a.ws.NetConn().Write(append(messageHeader(8<<20), make([]byte, 7<<20)...))
+			})
 		}
+		eventually(t, func() string {
+			if faults(t, metrics, "memory_full") == 0 {
+				return "nobody waits for memory"
+			}
+			return ""
+		})
 		terminate(t, gateway, agents...)
 	})
 

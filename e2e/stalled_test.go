@@ -50,7 +50,7 @@ func TestStalledAgent(t *testing.T) {
 		c.metrics(t, metrics)
 	})
 	gateway.wantLinks(t, 1)
-	alice := connectDeaf(t, gateway.url())
+	alice := connectDeaf(t, gateway.url(), nil)
 	alice.send(t, &protobufs.AgentToServer{SequenceNum: 1})
 	server.wantAgent(t, alice.uid, "is connected", func(k Known) bool { return k.Connected })
 	others := startBystanders(t, gateway, 3)
@@ -92,7 +92,7 @@ func TestPausedAgent(t *testing.T) {
 	} {
 		t.Run(fmt.Sprintf("%d messages of %d KiB", test.n, test.size>>10), func(t *testing.T) {
 			t.Parallel()
-			alice := connectDeaf(t, gateway.url())
+			alice := connectDeaf(t, gateway.url(), nil)
 			alice.send(t, &protobufs.AgentToServer{SequenceNum: 1})
 			server.wantAgent(t, alice.uid, "is connected", func(k Known) bool { return k.Connected })
 			over := time.After(3 * time.Second)
@@ -117,54 +117,62 @@ func TestPausedAgent(t *testing.T) {
 // pass because Linux at first takes what it had room for all along.
 func TestAgentTakesNothing(t *testing.T) {
 	t.Parallel()
-	server := startServer(t, serverOptions{})
-	metrics := freeAddress(t)
-	gateway := startGateway(t, server.url(), func(c config) {
-		c.metrics(t, metrics)
-		c.gateway("agents::keep_alive", map[string]any{"interval": "5m", "timeout": "10m"}) // that is another test's subject
-	})
-	gateway.wantLinks(t, 3)
-	alice := connectDeaf(t, gateway.url())
-	alice.send(t, &protobufs.AgentToServer{SequenceNum: 1})
-	server.wantAgent(t, alice.uid, "is connected", func(k Known) bool { return k.Connected })
+	for _, over := range []string{"TCP", "TLS"} {
+		t.Run("over "+over, func(t *testing.T) {
+			t.Parallel()
+			authority := newAuthority(t, "inside")
+			identity := authority.issue(t, "gateway")
+			server := startServer(t, serverOptions{})
+			metrics := freeAddress(t)
+			gateway := startGateway(t, server.url(), func(c config) {
+				c.metrics(t, metrics)
+				if over == "TLS" {
+					c.gateway("listener::tls", map[string]any{"cert_file": identity.certFile, "key_file": identity.keyFile})
+				}
+				c.gateway("agents::keep_alive", map[string]any{"interval": "5m", "timeout": "10m"}) // that is another test's subject
+			})
+			gateway.wantLinks(t, 3)
+			alice := connectDeaf(t, gateway.url(), authority.mutual(nil))
+			alice.send(t, &protobufs.AgentToServer{SequenceNum: 1})
+			server.wantAgent(t, alice.uid, "is connected", func(k Known) bool { return k.Connected })
 
-	// Nobody knows how much the two systems take in between: pushed until nothing moves any more.
-	const size, piece = 64 << 10, 8
-	relayed := func() int { return int(samples(t, metrics)[`otelcol_opampgateway_messages{direction="downstream"}`]) }
-	moves := func(pushed int) bool {
-		for deadline := time.Now().Add(3 * time.Second); time.Now().Before(deadline); {
-			if relayed() >= pushed {
-				return true
+			// Nobody knows how much the two systems take in between: pushed until nothing moves any more.
+			const size, piece = 64 << 10, 8
+			relayed := func() int { return int(samples(t, metrics)[`otelcol_opampgateway_messages{direction="downstream"}`]) }
+			moves := func(pushed int) bool {
+				for deadline := time.Now().Add(3 * time.Second); time.Now().Before(deadline); {
+					if relayed() >= pushed {
+						return true
+					}
+				}
+				return false
 			}
-		}
-		return false
+			pushed := 0
+			start := time.Now()
+			for ; moves(pushed); pushed += piece {
+				require.Less(t, pushed*size, 64<<20, "bytes pushed to an agent that does not read")
+				start = time.Now()
+				for i := range piece {
+					server.tell(t, alice.uid, numbered(pushed+i, size))
+				}
+			}
+			for i := range 2 << 20 / size { // Linux still takes some, but does not say so
+				server.tell(t, alice.uid, numbered(pushed+i, size))
+			}
+			require.Zero(t, faults(t, metrics, "agent_slow"))
+			within(t, 2*time.Minute, func() string {
+				if !server.known(alice.uid).Goodbye {
+					return "the agent has not been let go"
+				}
+				return ""
+			})
+			after := time.Since(start)
+			t.Logf("let go after %s", after.Round(time.Second))
+			require.Greater(t, after, 29*time.Second)
+			require.Less(t, after, 75*time.Second)
+			require.Equal(t, 1, faults(t, metrics, "agent_slow"))
+		})
 	}
-	pushed := 0
-	start := time.Now()
-	for ; moves(pushed); pushed += piece {
-		require.Less(t, pushed*size, 64<<20, "bytes pushed to an agent that does not read")
-		start = time.Now()
-		for i := range piece {
-			server.tell(t, alice.uid, numbered(pushed+i, size))
-		}
-	}
-	for i := range 2 << 20 / size { // Linux still takes some, but does not say so
-		server.tell(t, alice.uid, numbered(pushed+i, size))
-	}
-	require.Zero(t, faults(t, metrics, "agent_slow"))
-	others := startBystanders(t, gateway, 3)
-	within(t, 2*time.Minute, func() string {
-		if !server.known(alice.uid).Goodbye {
-			return "the agent has not been let go"
-		}
-		return ""
-	})
-	after := time.Since(start)
-	t.Logf("let go after %s", after.Round(time.Second))
-	require.Greater(t, after, 29*time.Second)
-	require.Less(t, after, 75*time.Second)
-	require.Equal(t, 1, faults(t, metrics, "agent_slow"))
-	others.wantServed(t, promptly)
 }
 
 // heap watches what memory a gateway needs above what it had before.
@@ -216,7 +224,7 @@ func TestMemoryOfStalledAgents(t *testing.T) {
 				}
 				return agents
 			}
-			stalled := connected(func() *rawAgent { return connectDeaf(t, gateway.url()) })
+			stalled := connected(func() *rawAgent { return connectDeaf(t, gateway.url(), nil) })
 			memory := watchHeap(t, gateway)
 			others := startBystanders(t, gateway, 6)
 			for i := range test.n {
