@@ -125,7 +125,14 @@ func TestSIGTERMInEveryState(t *testing.T) {
 			c.gateway("max_buffered_size", 32<<20)
 		})
 		gateway.wantLinks(t, 3)
-		agents := connected(t, server, func() *rawAgent { return connectRaw(t, gateway.url(), nil) }, 20)
+		agents := connected(t, server, func() *rawAgent {
+			ws, _, err := dialRaw(gateway.url(), nil, nil)
+			require.NoError(t, err)
+			ws.SetCloseHandler(func(int, string) error { return nil }) // there is no way for an answer
+			a := newRaw(t, ws)
+			a.listen()
+			return a
+		}, 20)
 		var writing sync.WaitGroup
 		defer writing.Wait()
 		for _, a := range agents {
