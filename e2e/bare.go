@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -27,7 +28,6 @@ type bareServer struct {
 	mu     sync.Mutex
 	silent bool                    // no question is answered
 	links  []*bareLink             // ever opened
-	heard  map[uuid.UUID]int       // messages, by agent
 	asked  int                     // questions
 	homes  map[uuid.UUID]*bareLink // where each agent spoke last
 }
@@ -43,7 +43,7 @@ func startBareServer(t *testing.T) *bareServer {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
-	s := &bareServer{address: listener.Addr().String(), reading: make(chan struct{}, 1), heard: map[uuid.UUID]int{}, homes: map[uuid.UUID]*bareLink{}}
+	s := &bareServer{address: listener.Addr().String(), reading: make(chan struct{}, 1), homes: map[uuid.UUID]*bareLink{}}
 	web := &http.Server{Handler: http.HandlerFunc(s.take), ReadHeaderTimeout: ceiling}
 	s.readers.Go(func() { _ = web.Serve(listener) }) // until it is closed
 	t.Cleanup(func() {
@@ -113,7 +113,6 @@ func (s *bareServer) message(l *bareLink, m *protobufs.AgentToServer) *protobufs
 	if err != nil {
 		return nil
 	}
-	s.heard[uid]++
 	s.homes[uid] = l
 	return &protobufs.ServerToAgent{InstanceUid: uid[:], CustomMessage: custom}
 }
@@ -135,7 +134,7 @@ func (s *bareServer) stopReading() (goOn func()) {
 func (s *bareServer) all() []*bareLink {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return append([]*bareLink(nil), s.links...)
+	return slices.Clone(s.links)
 }
 
 // questions returns how often the server was asked.

@@ -48,6 +48,7 @@ func TestGoodbye(t *testing.T) {
 		},
 		"goodbye": func(alice *rawAgent) {
 			alice.send(t, &protobufs.AgentToServer{AgentDisconnect: &protobufs.AgentDisconnect{}})
+			server.wantAgent(t, alice.uid, "has said goodbye", func(k Known) bool { return k.Goodbye })
 			line.Conns()[0].Reset()
 		},
 	}

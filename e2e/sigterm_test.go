@@ -49,7 +49,9 @@ func TestSIGTERMInEveryState(t *testing.T) {
 		server := startServer(t, serverOptions{})
 		gateway := startGateway(t, server.url())
 		gateway.wantLinks(t, 3)
-		terminate(t, gateway, connectRaw(t, gateway.url(), nil))
+		alice := connectRaw(t, gateway.url(), nil)
+		alice.exchange(t, "I am alice")
+		terminate(t, gateway, alice)
 		server.wantLinks(t, []string{}...)
 	})
 
@@ -236,8 +238,11 @@ func TestSIGTERMInEveryState(t *testing.T) {
 		t.Parallel()
 		server := startServer(t, serverOptions{})
 		line := through(t, server.address)
-		line.Darken(true) // takes connections, and says nothing
+		line.Refuse(true)
 		gateway := startGateway(t, "ws://"+line.Address())
+		gateway.wantLog(t, "warn", "cannot connect to the server")
+		line.Darken(true) // takes connections, and says nothing
+		line.Refuse(false)
 		eventually(t, func() string {
 			if n := len(line.Conns()); n < 3 {
 				return fmt.Sprintf("%d links are being dialed", n)
