@@ -95,6 +95,7 @@ func TestBadFrames(t *testing.T) {
 		return a
 	}
 
+	const notFramed = -1 // the kind of what is written as it is
 	bad := []struct {
 		name   string
 		kind   int
@@ -115,6 +116,7 @@ func TestBadFrames(t *testing.T) {
 		{"question of a gateway", websocket.BinaryMessage, foreignConnect(t, nil), 1, websocket.ClosePolicyViolation, "foreign_connect"},
 		{"question about an agent with a uid", websocket.BinaryMessage, foreignConnect(t, make([]byte, 16)), 1, websocket.ClosePolicyViolation, "foreign_connect"},
 		{"too large", websocket.BinaryMessage, make([]byte, 65<<10), 1, websocket.CloseMessageTooBig, "too_large"},
+		{"no WebSocket frames at all", notFramed, []byte(strings.Repeat("\xff", 1000)), 1, websocket.CloseProtocolError, "bad_frame"},
 	}
 	offenders := make([]*rawAgent, len(bad))
 	for i := range offenders {
@@ -126,7 +128,12 @@ func TestBadFrames(t *testing.T) {
 			mallory := offenders[i]
 			before := faults(t, metrics, test.reason)
 			for range test.times {
-				mallory.sendFrame(t, test.kind, test.frame)
+				if test.kind == notFramed {
+					_, err := mallory.ws.NetConn().Write(test.frame)
+					require.NoError(t, err)
+				} else {
+					mallory.sendFrame(t, test.kind, test.frame)
+				}
 			}
 			if test.times > 1 {
 				mallory.wantMessage(t, "that says what is wrong", func(m *protobufs.ServerToAgent) bool {
@@ -161,13 +168,6 @@ func TestBadFrames(t *testing.T) {
 		bob.send(t, &protobufs.AgentToServer{SequenceNum: 3})
 		server.wantAgent(t, bob.uid, "is still heard", func(k Known) bool { return k.Messages == 3 })
 		bob.wantOpen(t)
-	})
-
-	t.Run("no WebSocket frames at all", func(t *testing.T) {
-		mallory := connected(t)
-		_, err := mallory.ws.NetConn().Write([]byte(strings.Repeat("\xff", 1000)))
-		require.NoError(t, err)
-		server.wantAgent(t, mallory.uid, "is gone", func(k Known) bool { return k.Goodbye })
 	})
 
 	// They went on talking all the while.
