@@ -181,7 +181,7 @@ func (c *Config) Validate() error {
 	var errs []error
 	if c.MaxMessageSize < minMessageSize || c.MaxMessageSize > maxMessageSize {
 		errs = append(errs, fmt.Errorf("max_message_size: must be from %d to %d bytes, is %d", minMessageSize, maxMessageSize, c.MaxMessageSize))
-	} else if least := max(minBufferedSize, memory.MinLimit(c.MaxMessageSize)); c.MaxBufferedSize < least {
+	} else if least := max(minBufferedSize, memory.MinSize(c.MaxMessageSize)); c.MaxBufferedSize < least {
 		errs = append(errs, fmt.Errorf("max_buffered_size: must be at least %d bytes with max_message_size %d, is %d", least, c.MaxMessageSize, c.MaxBufferedSize))
 	}
 	if c.Listener.NetAddr.Endpoint == "" {

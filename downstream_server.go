@@ -71,6 +71,9 @@ const (
 	// An agent that has taken nothing for this long while something waits is not reading.
 	stallMoment = 100 * time.Millisecond
 
+	// shedPause gives those that were closed the time to give back what they hold.
+	shedPause = 10 * time.Millisecond
+
 	// heldUpLimit is how long a reader may go on waiting to hand on what its agent said last, when
 	// the agent's connection has ended.
 	heldUpLimit = 3 * time.Second
@@ -346,6 +349,9 @@ func (s *downstreamServer) makeRoom() {
 		select {
 		case <-s.memory.Exceeded():
 			s.shed()
+			if s.memory.Collect(); sleep(s.ctx, shedPause) != nil {
+				return
+			}
 		case <-s.ctx.Done():
 			return
 		}
@@ -631,10 +637,9 @@ func (a *agentConn) pause() (ctx context.Context, over func()) {
 	}
 }
 
-// Reserve counts memory that the reader needs for a large message, and waits for it when there is
-// none; the socket calls it.
-func (a *agentConn) Reserve(n, message int) error {
-	return a.memory.Reserve(n, message, func() (context.Context, func()) {
+// Piece returns memory for a large message, and waits for it when there is none; the socket calls it.
+func (a *agentConn) Piece(size, message int) ([]byte, error) {
+	return a.memory.Piece(size, message, func() (context.Context, func()) {
 		a.server.tel.Fault(telemetry.MemoryFull)
 		a.server.events.Warn("memory for messages is used up, see max_buffered_size; agents with large messages wait",
 			zap.String("remote_address", a.remote))
@@ -642,12 +647,11 @@ func (a *agentConn) Reserve(n, message int) error {
 	})
 }
 
-// Release counts memory no longer; the socket calls it.
-func (a *agentConn) Release(n int) { a.memory.Release(n) }
+// Return takes back what Piece gave; the socket calls it.
+func (a *agentConn) Return(piece []byte) { a.memory.Return(piece) }
 
-// Piece returns memory for a message, and Recycle takes it back; the socket calls them.
-func (a *agentConn) Piece(n int) []byte   { return a.server.memory.Piece(n) }
-func (a *agentConn) Recycle(piece []byte) { a.server.memory.Recycle(piece) }
+// Release counts memory no longer that is the link's now; the socket calls it.
+func (a *agentConn) Release(n int) { a.memory.Release(n) }
 
 // reject counts a message that is not relayed and, where the agent is known, says why. After
 // too many in a row the connection offends.
@@ -690,14 +694,16 @@ func (a *agentConn) discard() {
 
 // deliver takes one frame from the server to the agent's outbox. It only tries, since a link's
 // reader waits for nobody: an agent too slow to take it is let go, since a lost offer would
-// leave it silently out of date, while a reconnecting agent is brought up to date.
-func (a *agentConn) deliver(frame []byte, taken int64) {
+// leave it silently out of date, while a reconnecting agent is brought up to date. It reports
+// whether the frame is the outbox's now.
+func (a *agentConn) deliver(frame []byte, taken int64) bool {
 	err := a.outbox.Try(entry{Frame: frame, Kind: outbox.Message, Taken: taken})
 	if errors.Is(err, outbox.ErrFull) {
 		a.server.tel.Fault(telemetry.AgentSlow)
 		a.server.events.Info("agent reads too slowly; closing its connection", zap.String("remote_address", a.remote))
 		a.close(websocket.CloseTryAgainLater, "agent reads too slowly")
 	}
+	return err == nil
 }
 
 // sendOwn tries to send a frame of the gateway's own; it is no loss if it does not fit.

@@ -806,6 +806,7 @@ func (l *link) relay(frame []byte) {
 	h := l.pool.router.find(f.UID)
 	if h == nil {
 		l.pool.tel.Fault(telemetry.ServerUnknownUID)
+		l.sock.Drop(frame)
 		return
 	}
 	l.noteCapabilities(frame, &f)
@@ -813,7 +814,10 @@ func (l *link) relay(frame []byte) {
 	if f.Has(wire.FieldAgentIdentification) {
 		l.rename(frame, h)
 	}
-	h.agent.deliver(frame, taken)
+	if !h.agent.deliver(frame, taken) {
+		l.sock.Drop(frame)
+		return
+	}
 	if untold != nil {
 		h.agent.sendOwn(untold)
 	}
@@ -1072,18 +1076,14 @@ func (l *link) forgetOldQuestions(now time.Time) {
 	}
 }
 
-// Reserve counts memory for a large message from the server, and never waits; the socket calls it.
-func (l *link) Reserve(n, _ int) error {
-	l.pool.memory.Down.Take(n)
-	return nil
-}
+// Piece returns memory for a large message, and never waits; the socket calls it.
+func (l *link) Piece(size, _ int) ([]byte, error) { return l.pool.memory.Down.Piece(size), nil }
 
-// Release counts memory no longer; the socket calls it.
+// Return takes back what Piece gave; the socket calls it.
+func (l *link) Return(piece []byte) { l.pool.memory.Down.Return(piece) }
+
+// Release counts memory no longer that is an agent's now; the socket calls it.
 func (l *link) Release(n int) { l.pool.memory.Down.Give(n) }
-
-// Piece returns memory for a message, and Recycle takes it back; the socket calls them.
-func (l *link) Piece(n int) []byte   { return l.pool.memory.Piece(n) }
-func (l *link) Recycle(piece []byte) { l.pool.memory.Recycle(piece) }
 
 // WriteBatch writes to the link's socket; the outbox calls it.
 func (l *link) WriteBatch(batch []entry) (int, error) {

@@ -26,7 +26,8 @@ type Budget struct {
 	room     int64 // of Up, but for the reader whose turn it is
 	exceeded chan struct{}
 
-	free atomic.Int64 // bytes of the pieces that wait to be used again
+	free    atomic.Int64 // bytes of the pieces that wait to be used again
+	garbage atomic.Int64 // bytes of the pieces let go since Collect has last collected them
 
 	// mu guards what follows, and what each Reader holds. It is never taken for a small message.
 	mu       sync.Mutex
@@ -38,16 +39,19 @@ type Budget struct {
 
 const notYet = math.MaxUint64
 
-// MinLimit is the least limit with which messages of the given size can be relayed.
-func MinLimit(largest int) int { return 4 * PieceSize(largest) }
+// MinSize is the least budget with which messages of the given length can be relayed.
+func MinSize(largest int) int { return 4 * PieceSize(largest) }
 
-// New returns a budget of limit bytes for messages of at most largest bytes each; limit is at
-// least MinLimit(largest).
+// New returns a budget of size bytes for messages of at most largest bytes each; size is at
+// least MinSize(largest). A quarter is left to what is not in use any more, but not collected yet.
+func New(size, largest int) *Budget { return withLimit(size-size/4, largest) }
+
+// withLimit returns a budget for limit bytes in use.
 //
 //   - What goes down may take a quarter in any case, and whatever else is free.
 //   - What goes up may take three quarters. Of these, the reader whose turn it is may take what
-//     the largest message needs while its memory grows: the old piece, and one of twice its size.
-func New(limit, largest int) *Budget {
+//     the largest message needs while its memory grows: a piece, and one of half its size.
+func withLimit(limit, largest int) *Budget {
 	b := &Budget{limit: int64(limit), share: int64(limit) / 4, exceeded: make(chan struct{}, 1)}
 	b.room = b.limit - b.share - int64(PieceSize(largest))*3/2
 	b.Up.budget, b.Down.budget = b, b
@@ -82,7 +86,28 @@ func (a *Account) Give(n int) {
 	}
 }
 
-// Recycle takes back a piece; see Budget.Recycle.
+// Piece counts, and returns, memory of a size that PieceSize returns, of its full length. What is
+// in it is left from others. It never waits.
+func (a *Account) Piece(size int) []byte {
+	b := a.budget
+	b.mu.Lock()
+	a.held.Add(int64(size))
+	piece := b.pieceLocked(size)
+	b.makeRoomLocked()
+	b.mu.Unlock()
+	if piece == nil {
+		piece = make([]byte, size)
+	}
+	return piece
+}
+
+// Return takes back a piece that was counted here.
+func (a *Account) Return(piece []byte) {
+	a.Give(len(piece))
+	a.budget.Recycle(piece)
+}
+
+// Recycle takes back a piece that is not counted any more; see Budget.Recycle.
 func (a *Account) Recycle(piece []byte) { a.budget.Recycle(piece) }
 
 // Held returns how many bytes are counted now.
@@ -131,19 +156,30 @@ type Reader struct {
 func (b *Budget) NewReader() Reader { return Reader{budget: b} }
 
 type waiter struct {
-	reader     *Reader
-	n, message int64
-	granted    chan struct{}
+	reader        *Reader
+	size, message int64
+	piece         []byte // what was granted; nil for one that is to be made
+	granted       chan struct{}
 }
 
-// Reserve counts n bytes for the reader, on the way to a message of a size that may be known
-// already, waiting until there is room. wait is called when it has to: it returns the context of
-// the wait, and what is to be called afterwards. The error is the context's.
-func (r *Reader) Reserve(n, message int, wait func() (context.Context, func())) error {
-	b := r.budget
-	w := &waiter{reader: r, n: int64(n), message: int64(max(n, message)), granted: make(chan struct{})}
+// Piece counts, and returns, memory of a size that PieceSize returns for the reader, on the way to
+// a message of a length that may be known already. It waits until there is room. wait is called
+// when it has to: it returns the context of the wait, and what is to be called afterwards.
+// The error is the context's.
+func (r *Reader) Piece(size, message int, wait func() (context.Context, func())) ([]byte, error) {
+	w := &waiter{reader: r, size: int64(size), message: int64(max(size, message)), granted: make(chan struct{})}
+	if err := r.budget.await(w, wait); err != nil {
+		return nil, err
+	}
+	if w.piece == nil {
+		w.piece = make([]byte, size)
+	}
+	return w.piece, nil
+}
+
+func (b *Budget) await(w *waiter, wait func() (context.Context, func())) error {
 	b.mu.Lock()
-	if b.reserveLocked(w) {
+	if b.grantedLocked(w) {
 		b.mu.Unlock()
 		return nil
 	}
@@ -168,7 +204,14 @@ func (r *Reader) Reserve(n, message int, wait func() (context.Context, func())) 
 	return ctx.Err()
 }
 
-// Release counts n bytes of the reader's no longer. When it holds nothing, its turn is over.
+// Return takes back a piece that the reader held.
+func (r *Reader) Return(piece []byte) {
+	r.Release(len(piece))
+	r.budget.Recycle(piece)
+}
+
+// Release counts n bytes of the reader's no longer; somebody else has them. When it holds nothing,
+// its turn is over.
 func (r *Reader) Release(n int) {
 	b := r.budget
 	b.mu.Lock()
@@ -196,10 +239,10 @@ func (r *Reader) Overdue(received uint64, progress uint64) bool {
 	return before != notYet && len(b.waiting) > 0 && received-before < progress
 }
 
-// reserveLocked grants what w wants if twice the message would fit, so that large ones, however
+// grantedLocked grants what w wants if twice the message would fit, so that large ones, however
 // many stop halfway, never take the last room from smaller ones; or else, if it is nobody's
 // turn, as the reader's turn. A turn gets the message in, whatever the others hold that cannot go on.
-func (b *Budget) reserveLocked(w *waiter) bool {
+func (b *Budget) grantedLocked(w *waiter) bool {
 	general := b.Up.held.Load()
 	if b.turn != nil {
 		general -= b.turn.held
@@ -211,8 +254,9 @@ func (b *Budget) reserveLocked(w *waiter) bool {
 	default:
 		return false
 	}
-	w.reader.held += w.n
-	b.Up.held.Add(w.n)
+	w.reader.held += w.size
+	b.Up.held.Add(w.size)
+	w.piece = b.pieceLocked(int(w.size)) // before room is made by letting it go
 	b.makeRoomLocked()
 	return true
 }
@@ -222,7 +266,7 @@ func (b *Budget) grantLocked() {
 	for {
 		least := int64(math.MaxInt64)
 		b.waiting = slices.DeleteFunc(b.waiting, func(w *waiter) bool {
-			if b.reserveLocked(w) {
+			if b.grantedLocked(w) {
 				close(w.granted)
 				return true
 			}

@@ -29,7 +29,10 @@ func dontWait() (context.Context, func()) {
 }
 
 // try reserves n bytes, if they can be had at once.
-func try(r *Reader, n int) bool { return r.Reserve(n, n, dontWait) == nil }
+func try(r *Reader, n int) bool {
+	_, err := r.Piece(n, n, dontWait)
+	return err == nil
+}
 
 // waiting reserves n bytes in the background, until cancelled.
 type waiting struct {
@@ -40,7 +43,10 @@ type waiting struct {
 func wait(r *Reader, n int) waiting {
 	ctx, cancel := context.WithCancel(context.Background())
 	w := waiting{make(chan error, 1), cancel}
-	go func() { w.granted <- r.Reserve(n, n, func() (context.Context, func()) { return ctx, cancel }) }()
+	go func() {
+		_, err := r.Piece(n, n, func() (context.Context, func()) { return ctx, cancel })
+		w.granted <- err
+	}()
 	synctest.Wait()
 	return w
 }
@@ -74,7 +80,7 @@ func hoggers(t *testing.T, b *Budget, n int) (turn *Reader, others []*Reader) {
 }
 
 func TestNothingWaitsWhileThereIsRoom(t *testing.T) {
-	b := New(256*mib, largest)
+	b := withLimit(256*mib, largest)
 	r := b.NewReader()
 	for size := MinPiece; size <= largest; size *= 2 { // as a message grows
 		require.True(t, try(&r, size), size)
@@ -90,7 +96,7 @@ func TestNothingWaitsWhileThereIsRoom(t *testing.T) {
 // However much the large take, something is left for the small.
 func TestRoomForTheSmall(t *testing.T) {
 	for size := MinPiece; size <= largest; size *= 2 {
-		b := New(256*mib, largest)
+		b := withLimit(256*mib, largest)
 		hoggers(t, b, size)
 		for small := size / 4; small >= MinPiece; small /= 2 {
 			r := b.NewReader()
@@ -102,7 +108,7 @@ func TestRoomForTheSmall(t *testing.T) {
 
 func TestWhatGoesUpStaysInItsShare(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := New(256*mib, largest)
+		b := withLimit(256*mib, largest)
 		var all []waiting
 		for i := range 300 {
 			r := b.NewReader()
@@ -117,7 +123,7 @@ func TestWhatGoesUpStaysInItsShare(t *testing.T) {
 
 func TestTurn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := New(256*mib, largest)
+		b := withLimit(256*mib, largest)
 		turn, _ := hoggers(t, b, mib)
 		require.True(t, try(turn, largest/2), "with the turn, a message gets in")
 		require.True(t, try(turn, largest))
@@ -142,7 +148,7 @@ func TestTurn(t *testing.T) {
 // A turn has to be used while others wait.
 func TestOverdueTurn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := New(256*mib, largest)
+		b := withLimit(256*mib, largest)
 		turn, others := hoggers(t, b, mib)
 		for received := range uint64(5) {
 			require.False(t, turn.Overdue(received, 1000), "nobody waits")
@@ -165,7 +171,7 @@ func TestOverdueTurn(t *testing.T) {
 
 func TestWaitThatIsGivenUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := New(256*mib, largest)
+		b := withLimit(256*mib, largest)
 		turn, _ := hoggers(t, b, mib)
 		impatient, patient := b.NewReader(), b.NewReader()
 		w, next := wait(&impatient, mib), wait(&patient, mib)
@@ -182,7 +188,7 @@ func TestWaitThatIsGivenUp(t *testing.T) {
 // What waits in a link's outbox makes readers wait, and its writing lets them go on.
 func TestQueuesAndReaders(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := New(256*mib, largest)
+		b := withLimit(256*mib, largest)
 		b.Up.Take(100 * mib)
 		r := b.NewReader()
 		w := wait(&r, mib)
@@ -200,7 +206,7 @@ func TestQueuesAndReaders(t *testing.T) {
 }
 
 func TestExceeded(t *testing.T) {
-	b := New(256*mib, largest)
+	b := withLimit(256*mib, largest)
 	b.Down.Take(256 * mib)
 	require.Empty(t, b.Exceeded())
 	b.Down.Take(1)
@@ -225,7 +231,7 @@ func TestExceeded(t *testing.T) {
 // Everybody gets their message in, in the end, and nothing stays counted.
 func TestCrowd(t *testing.T) {
 	const readers, messages = 50, 200
-	b := New(MinLimit(mib), mib)
+	b := New(MinSize(mib), mib)
 	var done sync.WaitGroup
 	var most, got atomic.Int64
 	for seed := range uint64(readers) {
@@ -236,7 +242,7 @@ func TestCrowd(t *testing.T) {
 				size := MinPiece << random.IntN(8)
 				held := 0
 				for n := MinPiece; n <= size; n *= 2 {
-					err := r.Reserve(n, n, func() (context.Context, func()) {
+					_, err := r.Piece(n, n, func() (context.Context, func()) {
 						return context.WithTimeout(context.Background(), time.Minute)
 					})
 					if err != nil {
@@ -263,15 +269,16 @@ func TestCrowd(t *testing.T) {
 
 // Who announces a large message and stops does not stand in the way of a smaller one, whatever it holds.
 func TestAnnouncedMessages(t *testing.T) {
-	b := New(256*mib, largest)
+	b := withLimit(256*mib, largest)
 	for range 1000 {
 		r := b.NewReader()
-		_ = r.Reserve(mib, 20*mib, dontWait)
+		_, _ = r.Piece(mib, 20*mib, dontWait)
 	}
-	require.LessOrEqual(t, b.Up.Held(), 96*mib-2*19*mib)
+	require.LessOrEqual(t, b.Up.Held(), 96*mib-2*20*mib+2*mib)
 	small := b.NewReader()
 	for _, n := range []int{mib / 16, mib / 4, mib} {
-		require.NoError(t, small.Reserve(n, 5*mib, dontWait))
+		_, err := small.Piece(n, 5*mib, dontWait)
+		require.NoError(t, err)
 	}
 }
 
@@ -299,17 +306,24 @@ func TestPieceSize(t *testing.T) {
 }
 
 func TestPieces(t *testing.T) {
-	b := New(256*mib, largest)
-	piece := b.Piece(10_000)
+	b := withLimit(256*mib, largest)
+	piece := b.Down.Piece(10 << 10)
 	require.Len(t, piece, 10<<10)
 	piece[0] = 42
+	b.Down.Give(10 << 10)
 	b.Recycle(piece[:10])
 	require.EqualValues(t, 10<<10, b.free.Load())
-	require.Len(t, b.Piece(12_000), 12<<10)
-	again := b.Piece(9_000)
+	require.Len(t, b.Down.Piece(12<<10), 12<<10)
+	r := b.NewReader()
+	again, err := r.Piece(10<<10, 0, dontWait)
+	require.NoError(t, err)
 	require.Len(t, again, 10<<10, "of its full length again")
 	require.EqualValues(t, 42, again[0], "not used again")
 	require.Zero(t, b.free.Load())
+	r.Return(again)
+	require.EqualValues(t, 10<<10, b.free.Load())
+	require.Zero(t, b.Up.Held())
+	b.dropLocked(0)
 	for _, odd := range [][]byte{nil, {}, make([]byte, 100), make([]byte, 4096), make([]byte, 10_000)} {
 		b.Recycle(odd)
 	}
@@ -329,7 +343,7 @@ func TestPieces(t *testing.T) {
 
 // What waits to be used again goes when memory is short.
 func TestFreePiecesMakeRoom(t *testing.T) {
-	b := New(256*mib, largest)
+	b := withLimit(256*mib, largest)
 	for range 10 {
 		b.Recycle(make([]byte, 8*mib))
 	}
@@ -343,8 +357,24 @@ func TestFreePiecesMakeRoom(t *testing.T) {
 	require.Len(t, b.Exceeded(), 1)
 }
 
+// At the limit, what waits to be used again is used, not let go to make room for new memory.
+func TestPiecesAtTheLimit(t *testing.T) {
+	b := withLimit(256*mib, largest)
+	b.Down.Take(248 * mib)
+	piece := make([]byte, 8*mib)
+	b.Recycle(piece)
+	require.Same(t, &piece[0], &b.Down.Piece(8 * mib)[0])
+	require.Empty(t, b.Exceeded())
+	b.Down.Give(8 * mib)
+	b.Recycle(piece)
+	r := b.NewReader()
+	again, err := r.Piece(8*mib, 0, dontWait)
+	require.NoError(t, err)
+	require.Same(t, &piece[0], &again[0])
+}
+
 func BenchmarkAccount(b *testing.B) {
-	budget := New(256*mib, largest)
+	budget := withLimit(256*mib, largest)
 	for b.Loop() {
 		budget.Up.Take(300)
 		budget.Up.Give(300)

@@ -1,6 +1,9 @@
 package memory
 
-import "math/bits"
+import (
+	"math/bits"
+	"runtime"
+)
 
 const (
 	// MinPiece is the smallest piece of memory that is used again, in bytes.
@@ -26,14 +29,11 @@ func sizeIndex(size int) int {
 	return steps*exponent + (size-1<<exponent)*steps>>exponent
 }
 
-// Piece returns memory for at least n bytes, of its full length. What is in it is left from others.
-func (b *Budget) Piece(n int) []byte {
-	size := PieceSize(n)
-	b.mu.Lock()
-	defer b.mu.Unlock()
+// pieceLocked returns a piece of just this size that waits to be used again, nil if there is none.
+func (b *Budget) pieceLocked(size int) []byte {
 	pieces := b.pieces[sizeIndex(size)]
 	if len(pieces) == 0 {
-		return make([]byte, size)
+		return nil
 	}
 	last := len(pieces) - 1
 	piece := pieces[last]
@@ -43,17 +43,30 @@ func (b *Budget) Piece(n int) []byte {
 	return piece
 }
 
-// Recycle takes back a piece that nobody uses any more, unless memory is short. It may be given
-// anything: what is no piece is left to the garbage collector.
+// Recycle takes back a piece that nobody uses any more and that is not counted, unless memory is
+// short. It may be given anything: what is no piece is left to the garbage collector.
 func (b *Budget) Recycle(piece []byte) {
 	size := cap(piece)
-	if size < MinPiece || PieceSize(size) != size || b.taken()+int64(size) > b.limit {
+	if size < MinPiece || PieceSize(size) != size {
+		return
+	}
+	if b.taken()+int64(size) > b.limit {
+		b.garbage.Add(int64(size))
 		return
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.pieces[sizeIndex(size)] = append(b.pieces[sizeIndex(size)], piece[:size])
 	b.free.Add(int64(size))
+}
+
+// Collect collects garbage if there is much of what was counted here. Left alone, Go would let it
+// grow to as much as is in use.
+func (b *Budget) Collect() {
+	if b.garbage.Load() > b.limit/8 {
+		b.garbage.Store(0)
+		runtime.GC()
+	}
 }
 
 // Trim lets half of the pieces go that wait to be used again. To be called now and then, it leaves
@@ -71,6 +84,7 @@ func (b *Budget) dropLocked(keep int64) {
 		for pieces := b.pieces[i]; len(pieces) > 0 && b.free.Load() > keep; pieces = b.pieces[i] {
 			last := len(pieces) - 1
 			b.free.Add(-int64(len(pieces[last])))
+			b.garbage.Add(int64(len(pieces[last])))
 			pieces[last] = nil
 			b.pieces[i] = pieces[:last]
 		}

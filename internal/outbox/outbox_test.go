@@ -58,7 +58,7 @@ func start(t *testing.T, limit int) (*Outbox[string], *fakeSocket) {
 
 func newAccount() *memory.Account {
 	const largest = 1 << 20
-	return &memory.New(memory.MinLimit(largest), largest).Up
+	return &memory.New(memory.MinSize(largest), largest).Up
 }
 
 func (s *fakeSocket) WriteBatch(batch []Entry[string]) (int, error) {

@@ -18,6 +18,9 @@ const (
 	// announces something takes little.
 	firstPiece = 128 << 10
 
+	// trimFrom is the size from which memory is worth a copy, in bytes.
+	trimFrom = 1 << 20
+
 	// The opcodes of RFC 6455, section 5.2.
 	continuation, text, binaryMessage = 0x0, 0x1, 0x2
 	closing, ping, pong               = 0x8, 0x9, 0xA
@@ -57,18 +60,20 @@ func (s *Socket) Read() ([]byte, error) {
 	for n := 0; ; {
 		if s.frame.left > s.limit-n {
 			s.skipping = true
-			s.drop(message)
+			s.Drop(message)
 			return nil, ErrTooLarge
 		}
 		var err error
 		if message, n, err = s.fill(message, n); err == nil && s.frame.fin {
-			return message[:n], nil
+			if message, err = s.trim(message[:n]); err == nil {
+				return message, nil
+			}
 		}
 		if err == nil {
 			err = s.next()
 		}
 		if err != nil {
-			s.drop(message)
+			s.Drop(message)
 			return nil, err
 		}
 	}
@@ -102,26 +107,37 @@ func (s *Socket) grow(message []byte, want int) ([]byte, error) {
 	if !s.frame.fin { // more is to come
 		size = min(s.limit, max(want, 2*len(message)))
 	}
-	size = memory.PieceSize(min(size, max(firstPiece, 4*len(message))))
-	if err := s.memory.Reserve(size, want); err != nil {
+	return s.move(message, memory.PieceSize(min(size, max(firstPiece, 4*len(message)))), want)
+}
+
+// move returns a piece of another size with what is in message.
+func (s *Socket) move(message []byte, size, want int) ([]byte, error) {
+	piece, err := s.memory.Piece(size, want)
+	if err != nil {
 		return message, err
 	}
-	before := s.held
-	s.held += size
-	piece := s.memory.Piece(size)
 	copy(piece, message)
-	if before > 0 {
-		s.memory.Release(before)
-		s.held -= before
-		s.memory.Recycle(message)
-	}
+	s.Drop(message)
+	s.held = size
 	return piece, nil
 }
 
-// drop gives up a message that cannot be read to its end.
-func (s *Socket) drop(message []byte) {
-	s.memory.Recycle(message)
-	s.Release()
+// trim returns a large message that came in fragments in memory of its size: it may have got twice that.
+func (s *Socket) trim(message []byte) ([]byte, error) {
+	size := memory.PieceSize(len(message))
+	if s.held < trimFrom || size > s.held/4*3 {
+		return message, nil
+	}
+	piece, err := s.move(message, size, len(message))
+	return piece[:len(message)], err
+}
+
+// Drop gives up the message that was read last, which nobody needs any more.
+func (s *Socket) Drop(message []byte) {
+	if s.held > 0 {
+		s.memory.Return(message[:s.held])
+		s.held = 0
+	}
 }
 
 // Release gives back what the message that was read last has reserved.

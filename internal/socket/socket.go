@@ -57,14 +57,14 @@ var batchPool = sync.Pool{New: func() any { b := make([]byte, 0, batchSize); ret
 // Memory counts what a socket's reader holds: the message that it is reading, or has read last.
 // Small messages are not counted.
 type Memory interface {
-	// Reserve counts n bytes more, on the way to a message that will have at least as many as
-	// the second says. It may wait until there is room; an error ends the reading.
-	Reserve(n, message int) error
-	// Release counts n bytes no longer.
+	// Piece returns, and counts, memory of a size that memory.PieceSize returns, on the way to a
+	// message of at least as many bytes as the second says. It may wait until there is some; an
+	// error ends the reading.
+	Piece(size, message int) ([]byte, error)
+	// Return takes a piece back.
+	Return(piece []byte)
+	// Release counts n bytes of a piece no longer, which is somebody else's now.
 	Release(n int)
-	// Piece returns memory for at least n bytes, Recycle takes it back; see the package memory.
-	Piece(n int) []byte
-	Recycle(piece []byte)
 }
 
 // Socket is one WebSocket.

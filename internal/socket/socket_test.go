@@ -45,15 +45,14 @@ const readBufferSize = 1 << 10
 // counted is memory without end; it counts what is held.
 type counted struct{ held, most int }
 
-func (c *counted) Reserve(n, _ int) error {
-	c.held += n
+func (c *counted) Piece(size, _ int) ([]byte, error) {
+	c.held += size
 	c.most = max(c.most, c.held)
-	return nil
+	return make([]byte, size), nil
 }
 
-func (c *counted) Release(n int)      { c.held -= n }
-func (c *counted) Piece(n int) []byte { return make([]byte, memory.PieceSize(n)) }
-func (c *counted) Recycle([]byte)     {}
+func (c *counted) Return(piece []byte) { c.held -= len(piece) }
+func (c *counted) Release(n int)       { c.held -= n }
 
 type fixture struct {
 	memory counted
@@ -309,7 +308,7 @@ func (l link) WriteBatch(batch []entry) (int, error) { return WriteBatch(l.Socke
 func TestStaleEntriesGiveTheirRoomBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture(t, true, unlimited, 1<<20)
-		o := outbox.New[string](link{f}, 10_000, &memory.New(memory.MinLimit(1<<20), 1<<20).Up)
+		o := outbox.New[string](link{f}, 10_000, &memory.New(memory.MinSize(1<<20), 1<<20).Up)
 		defer o.Abort()
 		for range 100 {
 			require.NoError(t, o.Try(entry{Kind: outbox.Message, Frame: make([]byte, 1000), Stale: func() bool { return true }}))
