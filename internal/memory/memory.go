@@ -121,7 +121,7 @@ func (b *Budget) makeRoomLocked() {
 	if over := b.taken() - b.limit; over > 0 {
 		b.dropLocked(max(0, b.free.Load()-over))
 	}
-	if b.Excess() > 0 {
+	if b.Excess() > 0 || b.muchGarbage() {
 		select {
 		case b.exceeded <- struct{}{}:
 		default:
@@ -129,7 +129,8 @@ func (b *Budget) makeRoomLocked() {
 	}
 }
 
-// Exceeded receives something when more is taken than the limit, and Down has more than its share.
+// Exceeded receives something when more is taken than the limit and Down has more than its share,
+// and when there is garbage to collect.
 func (b *Budget) Exceeded() <-chan struct{} { return b.exceeded }
 
 // Excess returns how many bytes of Down are too many; none if it is not positive.

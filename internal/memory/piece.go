@@ -63,11 +63,13 @@ func (b *Budget) Recycle(piece []byte) {
 // Collect collects garbage if there is much of what was counted here. Left alone, Go would let it
 // grow to as much as is in use.
 func (b *Budget) Collect() {
-	if b.garbage.Load() > b.limit/8 {
+	if b.muchGarbage() {
 		b.garbage.Store(0)
 		runtime.GC()
 	}
 }
+
+func (b *Budget) muchGarbage() bool { return b.garbage.Load() > b.limit/8 }
 
 // Trim lets half of the pieces go that wait to be used again. To be called now and then, it leaves
 // those that are.
