@@ -10,6 +10,12 @@ SECRET_KEY :=
 # For `make fuzz`: how long to run each target.
 FUZZTIME := 10s
 
+# For `make soak`: how long things go wrong, for how many agents, and the seed of
+# their order, drawn if empty.
+DURATION := 60s
+AGENTS := 500
+SEED :=
+
 # The modules with Go code of our own, and those whose go.mod `go mod tidy` keeps:
 # not e2e/supervisor, where it would ask for all that the supervisor's own tests
 # import, the whole test bed of collector-contrib.
@@ -65,9 +71,9 @@ tidy: ## tidy every go.mod
 	@for m in $(TIDY_MODULES); do (cd $$m && go mod tidy) || exit; done
 
 ##@ Check it
-.PHONY: test generate-check tidy-check lint cross unit fuzz e2e opampsupervisor
+.PHONY: test generate-check tidy-check lint cross unit fuzz e2e soak opampsupervisor
 
-test: c-compiler tidy-check generate-check lint cross unit fuzz e2e ## all of the checks below
+test: c-compiler tidy-check generate-check lint cross unit fuzz e2e soak ## all of the checks below
 	@echo '==> all is well'
 
 tidy-check: ## every go.mod is tidy
@@ -108,6 +114,11 @@ fuzz: ## run each fuzz target for FUZZTIME (10s)
 e2e: collector opampsupervisor ## the built collector between real agents, supervisors and servers
 	@echo '==> e2e'
 	@cd e2e && go test -count=1 -timeout 15m ./...
+
+soak: collector ## everything goes wrong for DURATION (60s), and nothing may get lost; AGENTS=500, SEED=…
+	@echo '==> soak'
+	@cd e2e && go build -o ../build/soak ./soak
+	@build/soak -collector build/otelcol-opampgateway -duration $(DURATION) -agents $(AGENTS) $(if $(SEED),-seed $(SEED))
 
 opampsupervisor: build/opampsupervisor ## build the OpAMP supervisor that e2e tests the gateway with
 

@@ -142,6 +142,9 @@ type Conn struct {
 // From is the address of who dialed.
 func (c *Conn) From() string { return c.near.RemoteAddr().String() }
 
+// Source is the address from which the target sees the connection come.
+func (c *Conn) Source() string { return c.far.LocalAddr().String() }
+
 // Hold has nothing move any more, in either direction, without an end that anybody could see:
 // a black hole. Release undoes it.
 func (c *Conn) Hold() { c.hold(true) }

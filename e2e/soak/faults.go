@@ -1,0 +1,399 @@
+package main
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/open-telemetry/opamp-go/protobufs"
+
+	"github.com/opampgateway/opampgateway/e2e/fault"
+)
+
+// injector has things go wrong.
+type injector struct {
+	soak *soak
+	rand *rand.Rand
+
+	pending sync.WaitGroup // faults that end later
+	over    chan struct{}  // closed when all have to end at once
+
+	// mu guards all below.
+	mu    sync.Mutex
+	log   []event
+	count map[string]int
+}
+
+// event is one fault, for the report.
+type event struct {
+	at   time.Time
+	kind string
+	what string
+	g    *gateway // whose agents it concerns; nil for the server
+	a    *actor   // the one agent that it concerns
+}
+
+// kinds are the faults, and how often each comes, relative to the others.
+func (in *injector) kinds() []kind {
+	return []kind{
+		{"link reset", 8, 0, in.linkReset},
+		{"link finished", 6, 0, in.linkFinish},
+		{"link in a black hole", 4, 0, in.linkHole},
+		{"link delayed", 4, 0, in.linkDelay},
+		{"server restarted", 3, 8 * time.Second, in.serverRestart},
+		{"gateway reloaded", 3, 5 * time.Second, in.reload},
+		{"gateway killed", 1, 15 * time.Second, in.killGateway},
+		{"agent killed", 20, 0, in.killAgent},
+		{"agent's connection reset", 12, 0, in.agentReset},
+		{"agent's connection finished", 8, 0, in.agentFinish},
+		{"agent in a black hole", 6, 0, in.agentHole},
+		{"agent said goodbye", 12, 0, in.goodbye},
+		{"agent left for good", 4, 0, in.leave},
+		{"agent stalled", 10, 0, in.stall},
+		{"agent stalled and flooded", 1, 3 * time.Second, in.flood},
+		{"agent cloned", 8, 0, in.clone},
+		{"agent renamed", 8, 0, in.rename},
+	}
+}
+
+type kind struct {
+	name   string
+	weight int
+	apart  time.Duration // at least, between two of them
+	do     func() *event // nil when there was nobody to do it to
+}
+
+// run has faults happen until the deadline, and waits for the end of those that last.
+func (in *injector) run(deadline time.Time) {
+	kinds := in.kinds()
+	total := 0
+	for _, k := range kinds {
+		total += k.weight
+	}
+	last := map[string]time.Time{}
+	for time.Now().Before(deadline) {
+		time.Sleep(in.between(50*time.Millisecond, 400*time.Millisecond))
+		n := in.rand.IntN(total)
+		for _, k := range kinds {
+			if n -= k.weight; n >= 0 {
+				continue
+			}
+			if time.Since(last[k.name]) < k.apart {
+				break
+			}
+			at := time.Now()
+			if e := k.do(); e != nil {
+				last[k.name] = at
+				e.at, e.kind = at, k.name
+				in.mu.Lock()
+				in.log = append(in.log, *e)
+				in.count[k.name]++
+				in.mu.Unlock()
+			}
+			break
+		}
+	}
+	close(in.over)
+	in.pending.Wait()
+}
+
+func (in *injector) between(from, to time.Duration) time.Duration {
+	return from + time.Duration(in.rand.Int64N(int64(to-from)))
+}
+
+// later does something after d, or when all faults have to end.
+func (in *injector) later(d time.Duration, do func()) {
+	in.pending.Go(func() {
+		select {
+		case <-time.After(d):
+		case <-in.over:
+		}
+		do()
+	})
+}
+
+// link picks a link of some gateway.
+func (in *injector) link() (*gateway, *fault.Conn) {
+	g := in.soak.gateways[in.rand.IntN(len(in.soak.gateways))]
+	conns := g.up.Conns()
+	if len(conns) == 0 {
+		return nil, nil
+	}
+	return g, conns[in.rand.IntN(len(conns))]
+}
+
+func (in *injector) hitLink(what string, do func(*fault.Conn)) *event {
+	g, c := in.link()
+	if c == nil {
+		return nil
+	}
+	g.hit()
+	in.soak.server.hit(c.Source(), what)
+	do(c)
+	return &event{what: fmt.Sprintf("%s: one of gateway %s, %s", what, g.name, c.Source()), g: g}
+}
+
+func (in *injector) linkReset() *event  { return in.hitLink("reset", (*fault.Conn).Reset) }
+func (in *injector) linkFinish() *event { return in.hitLink("finished", (*fault.Conn).Finish) }
+
+// linkHole is a black hole for longer than the keep-alive takes. The server notices later.
+func (in *injector) linkHole() *event {
+	d := in.between(6*time.Second, 12*time.Second)
+	return in.hitLink(fmt.Sprintf("black hole for %s", d.Round(time.Millisecond)), func(c *fault.Conn) {
+		c.Hold()
+		in.later(d, c.Reset)
+	})
+}
+
+// linkDelay is a black hole that is over before anybody notices; nothing may get lost.
+func (in *injector) linkDelay() *event {
+	g, c := in.link()
+	if c == nil {
+		return nil
+	}
+	d := in.between(200*time.Millisecond, 1500*time.Millisecond)
+	c.Hold()
+	in.later(d, c.Release)
+	return &event{what: fmt.Sprintf("one of gateway %s, for %s", g.name, d.Round(time.Millisecond)), g: g}
+}
+
+func (in *injector) serverRestart() *event {
+	d := in.between(200*time.Millisecond, 3*time.Second)
+	for _, g := range in.soak.gateways {
+		if g.above == nil {
+			g.hit()
+		}
+	}
+	in.soak.server.stop()
+	time.Sleep(d)
+	if err := in.soak.server.start(); err != nil {
+		in.soak.book.find("soak", nil, time.Now(), "%v", err)
+	}
+	return &event{what: fmt.Sprintf("away for %s", d.Round(time.Millisecond))}
+}
+
+func (in *injector) gateway() *gateway {
+	return in.soak.gateways[in.rand.IntN(len(in.soak.gateways))]
+}
+
+func (in *injector) reload() *event {
+	g, connections := in.gateway(), 0
+	what := "as it was"
+	if in.rand.IntN(2) == 0 {
+		connections = 2 + in.rand.IntN(3)
+		what = fmt.Sprintf("with %d connections", connections)
+	}
+	in.soak.disturb(g)
+	if err := g.reload(connections); err != nil {
+		in.soak.book.find("soak", nil, time.Now(), "%v", err)
+	}
+	return &event{what: "gateway " + g.name + ", " + what, g: g}
+}
+
+func (in *injector) killGateway() *event {
+	g, d := in.gateway(), in.between(0, 2*time.Second)
+	in.soak.disturb(g)
+	g.signal(syscall.SIGKILL)
+	if _, err := g.wait(10 * time.Second); err != nil {
+		in.soak.book.find("soak", nil, time.Now(), "%v", err)
+	}
+	time.Sleep(d)
+	if err := g.start(); err != nil {
+		in.soak.book.find("soak", nil, time.Now(), "%v", err)
+	}
+	return &event{what: fmt.Sprintf("gateway %s, away for %s", g.name, d.Round(time.Millisecond)), g: g}
+}
+
+// agent picks an agent that is connected, by a line if lined.
+func (in *injector) agent(lined bool) (*agent, *agentSocket) {
+	for range 20 {
+		agents := in.soak.fleet()
+		a := agents[in.rand.IntN(len(agents))]
+		if s := a.socket(); s != nil && !a.isAway() && (!lined || a.address == a.gateway.agents.Address()) {
+			return a, s
+		}
+	}
+	return nil, nil
+}
+
+// mostlyAtOnce is how long an agent stays away.
+func (in *injector) mostlyAtOnce() time.Duration {
+	if in.rand.IntN(2) == 0 {
+		return 0
+	}
+	return in.between(0, 3*time.Second)
+}
+
+func (in *injector) about(a *agent, format string, args ...any) *event {
+	return &event{what: fmt.Sprintf("agent %d: ", a.id) + fmt.Sprintf(format, args...), a: a.actor}
+}
+
+func (in *injector) killAgent() *event {
+	a, _ := in.agent(false)
+	if d := in.mostlyAtOnce(); a != nil && a.kill(d) {
+		return in.about(a, "back after %s", d)
+	}
+	return nil
+}
+
+func (in *injector) hitAgent(what string, do func(*fault.Conn)) *event {
+	a, s := in.agent(true)
+	if a == nil {
+		return nil
+	}
+	for _, c := range a.gateway.agents.Conns() {
+		if c.From() == s.ws.LocalAddr().String() {
+			in.soak.book.touch(s.epoch, what)
+			do(c)
+			return in.about(a, "%s", what)
+		}
+	}
+	return nil
+}
+
+func (in *injector) agentReset() *event  { return in.hitAgent("reset", (*fault.Conn).Reset) }
+func (in *injector) agentFinish() *event { return in.hitAgent("finished", (*fault.Conn).Finish) }
+
+// agentHole is long enough for the gateway to notice, or not.
+func (in *injector) agentHole() *event {
+	d := in.between(time.Second, 16*time.Second)
+	return in.hitAgent(fmt.Sprintf("black hole for %s", d.Round(time.Millisecond)), func(c *fault.Conn) {
+		c.Hold()
+		in.later(d, c.Reset)
+	})
+}
+
+func (in *injector) goodbye() *event {
+	a, _ := in.agent(false)
+	if d := in.mostlyAtOnce(); a != nil && a.goodbye(d) {
+		return in.about(a, "back after %s", d)
+	}
+	return nil
+}
+
+// leave has an agent leave for good; another joins in its place.
+func (in *injector) leave() *event {
+	a, _ := in.agent(false)
+	if a == nil {
+		return nil
+	}
+	a.goAway()
+	what := "politely"
+	if in.rand.IntN(2) == 0 {
+		what = "without a word"
+		a.kill(0)
+	} else {
+		a.goodbye(0)
+	}
+	in.soak.replace(a)
+	return in.about(a, "%s", what)
+}
+
+// stall has an agent read nothing for a while, and be pushed to less than its outbox holds.
+func (in *injector) stall() *event {
+	a, _ := in.agent(false)
+	if a == nil {
+		return nil
+	}
+	d, pushed := in.between(time.Second, 3*time.Second), in.rand.IntN(2<<20)
+	a.stall(d)
+	in.pushSome(a, pushed)
+	return in.about(a, "reads nothing for %s while %d KiB are pushed", d.Round(time.Millisecond), pushed>>10)
+}
+
+// flood is more than an outbox and the sockets' buffers hold.
+func (in *injector) flood() *event {
+	a, s := in.agent(false)
+	if a == nil || a.gateway.above != nil { // its gateway's link would be flooded with it
+		return nil
+	}
+	in.soak.book.mu.Lock()
+	s.epoch.slow = true
+	in.soak.book.mu.Unlock()
+	a.stall(5 * time.Second)
+	in.pushSome(a, 24<<20)
+	return in.about(a, "reads nothing for 5 s while 24 MiB are pushed")
+}
+
+// pushSome pushes so many bytes, without waiting.
+func (in *injector) pushSome(a *agent, bytes int) {
+	in.pending.Go(func() {
+		for ; bytes > 0; bytes -= 256 << 10 {
+			if !in.soak.server.push(a.member, nil, &protobufs.ServerToAgent{}, min(bytes, 256<<10)) {
+				return
+			}
+		}
+	})
+}
+
+// clone has another program speak under an agent's UID for a few seconds.
+func (in *injector) clone() *event {
+	a, _ := in.agent(false)
+	if a == nil {
+		return nil
+	}
+	d := in.between(time.Second, 5*time.Second)
+	g, where := a.gateway, "at the same gateway"
+	if in.rand.IntN(3) == 0 {
+		g, where = in.gateway(), "somewhere"
+	}
+	c := startAgent(in.soak.book, in.soak.book.addActor(a.member, true), g, g.address)
+	in.later(d, func() {
+		c.goAway()
+		c.kill(0)
+		<-c.done
+	})
+	return in.about(a, "%s, for %s", where, d.Round(time.Millisecond))
+}
+
+func (in *injector) rename() *event {
+	a, _ := in.agent(false)
+	if a == nil {
+		return nil
+	}
+	in.soak.book.mu.Lock()
+	cloned := len(a.member.clones) > 0
+	in.soak.book.mu.Unlock()
+	if cloned {
+		return nil
+	}
+	id := in.soak.book.rename(a.member)
+	in.soak.server.push(a.member, nil, &protobufs.ServerToAgent{AgentIdentification: &protobufs.AgentIdentification{NewInstanceUid: uuidBytes(id)}}, 0)
+	return in.about(a, "now %s", id)
+}
+
+func uuidBytes(id uuid.UUID) []byte { return id[:] }
+
+// near returns what happened shortly before something that concerns e, to more than one agent
+// if e is nil.
+func (in *injector) near(at time.Time, e *epoch) (lines []string) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	for _, f := range in.log {
+		if f.at.Before(at.Add(-inFlight)) || f.at.After(at.Add(3*time.Second)) {
+			continue
+		}
+		concerned := f.a == nil && (e == nil || f.g == nil)
+		if f.a != nil && e != nil {
+			concerned = f.a.member == e.actor.member
+		}
+		for g := gatewayOf(e); g != nil; g = g.above {
+			concerned = concerned || f.g == g
+		}
+		if concerned {
+			lines = append(lines, fmt.Sprintf("%s %s: %s", in.soak.book.since(f.at), f.kind, strings.TrimSpace(f.what)))
+		}
+	}
+	return lines
+}
+
+func gatewayOf(e *epoch) *gateway {
+	if e == nil {
+		return nil
+	}
+	return e.gateway
+}

@@ -1,0 +1,283 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/opampgateway/opampgateway/e2e/fault"
+)
+
+// gateway is one collector with the gateway extension, as a process.
+type gateway struct {
+	name    string
+	program string
+	address string // where agents connect
+	metrics string
+	up      *fault.Line // to the server, or to the gateway above
+	agents  *fault.Line // from some of the agents
+	above   *gateway    // nil if that is the server
+	dir     string      // of its configuration and log
+
+	// mu guards all below.
+	mu          sync.Mutex
+	connections int
+	cmd         *exec.Cmd
+	ended       chan struct{} // closed when the process has ended
+	disturbed   []time.Time   // when it was reloaded or killed
+	hits        []time.Time   // when that, or a fault on its links, happened
+}
+
+// writeConfig writes the configuration. The keep-alives are short, so that a short run sees
+// black holes found.
+func (g *gateway) writeConfig() error {
+	host, port, err := net.SplitHostPort(g.metrics)
+	if err != nil {
+		return err
+	}
+	number, err := strconv.Atoi(port)
+	if err != nil {
+		return err
+	}
+	type m = map[string]any
+	text, err := json.MarshalIndent(m{
+		"receivers": m{"otlp": m{"protocols": m{"grpc": m{"endpoint": "127.0.0.1:0"}}}},
+		"exporters": m{"nop": nil},
+		"extensions": m{"opampgateway": m{
+			"server": m{
+				"endpoint": "ws://" + g.up.Address() + "/v1/opamp", "agent_id": g.name, "connections": g.connections,
+				"keep_alive": m{"interval": "1s", "timeout": "4s"},
+			},
+			"listener": m{"endpoint": g.address},
+			"agents":   m{"keep_alive": m{"interval": "2s", "timeout": "10s"}},
+		}},
+		"service": m{
+			"extensions": []string{"opampgateway"},
+			"pipelines":  m{"logs": m{"receivers": []string{"otlp"}, "exporters": []string{"nop"}}},
+			"telemetry": m{"metrics": m{"readers": []m{{
+				"pull": m{"exporter": m{"prometheus": m{"host": host, "port": number}}},
+			}}}},
+		},
+	}, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(g.configPath(), text, 0o600)
+}
+
+func (g *gateway) configPath() string { return filepath.Join(g.dir, g.name+".yaml") }
+func (g *gateway) logPath() string    { return filepath.Join(g.dir, g.name+".log") }
+
+// start starts the process; it does not wait for anything.
+func (g *gateway) start() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err := g.writeConfig(); err != nil {
+		return err
+	}
+	log, err := os.OpenFile(g.logPath(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	cmd := exec.Command(g.program, "--config", g.configPath())
+	cmd.Stdout, cmd.Stderr = log, log
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("start gateway %s: %w", g.name, err)
+	}
+	ended := make(chan struct{})
+	g.cmd, g.ended = cmd, ended
+	go func() {
+		_ = cmd.Wait() // the state tells
+		close(ended)
+	}()
+	return nil
+}
+
+// signal sends the process a signal and notes when.
+func (g *gateway) signal(sig os.Signal) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.disturbed = append(g.disturbed, time.Now())
+	_ = g.cmd.Process.Signal(sig) // its end is seen where it matters
+}
+
+// reload has the collector take up its configuration again, with other connections if that is
+// not 0.
+func (g *gateway) reload(connections int) error {
+	g.mu.Lock()
+	if connections > 0 {
+		g.connections = connections
+	}
+	err := g.writeConfig()
+	g.mu.Unlock()
+	g.signal(syscall.SIGHUP)
+	return err
+}
+
+// wait waits for the end of the process.
+func (g *gateway) wait(within time.Duration) (code int, err error) {
+	g.mu.Lock()
+	cmd, ended := g.cmd, g.ended
+	g.mu.Unlock()
+	select {
+	case <-ended:
+		return cmd.ProcessState.ExitCode(), nil
+	case <-time.After(within):
+		return 0, fmt.Errorf("gateway %s has not ended within %s", g.name, within)
+	}
+}
+
+// wasDisturbed reports whether the process was reloaded or killed in a time that ends at at.
+func (g *gateway) wasDisturbed(at time.Time, within time.Duration) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, when := range g.disturbed {
+		if at.After(when) && at.Before(when.Add(within)) {
+			return true
+		}
+	}
+	return false
+}
+
+// hit notes that something happens to the gateway's way to the server.
+func (g *gateway) hit() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.hits = append(g.hits, time.Now())
+}
+
+// wasHit reports whether something happened to its way to the server in this time.
+func (g *gateway) wasHit(from, to time.Time) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, when := range g.hits {
+		if when.After(from) && when.Before(to) {
+			return true
+		}
+	}
+	return false
+}
+
+// files counts the process's open files; -1 if nobody can tell.
+func (g *gateway) files() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", g.cmd.Process.Pid))
+	if err != nil {
+		return -1
+	}
+	return len(entries)
+}
+
+// memory is the process's resident memory in MiB; -1 if nobody can tell.
+func (g *gateway) memory() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", g.cmd.Process.Pid))
+	fields := strings.Fields(string(text))
+	if err != nil || len(fields) < 2 {
+		return -1
+	}
+	pages, err := strconv.Atoi(fields[1])
+	if err != nil {
+		return -1
+	}
+	return pages * os.Getpagesize() >> 20
+}
+
+// count is what the gateway itself counts: its links, and its agents.
+func (g *gateway) count() (links, agents int, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+g.metrics+"/metrics", http.NoBody)
+	if err != nil {
+		return 0, 0, err
+	}
+	r.Close = true // no connection of ours among its files
+	resp, err := http.DefaultClient.Do(r)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return 0, 0, err
+	}
+	found := 0
+	for line := range strings.Lines(string(text)) {
+		name, value, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if !strings.HasPrefix(name, "otelcol_opampgateway_connections{") {
+			continue
+		}
+		number, err := strconv.ParseFloat(value, 64)
+		if err != nil {
+			return 0, 0, err
+		}
+		found++
+		if strings.Contains(name, `"upstream"`) {
+			links = int(number)
+		} else {
+			agents = int(number)
+		}
+	}
+	if found != 2 {
+		return 0, 0, errors.New("the metrics of gateway " + g.name + " do not show its connections")
+	}
+	return links, agents, nil
+}
+
+// complaints returns the lines of the log that a gateway must never write.
+func (g *gateway) complaints() (lines []string) {
+	text, err := os.ReadFile(g.logPath())
+	if err != nil {
+		return []string{err.Error()}
+	}
+	scanner := bufio.NewScanner(bytes.NewReader(text))
+	scanner.Buffer(nil, 1<<20)
+	for scanner.Scan() {
+		line := scanner.Text()
+		for _, bad := range []string{"\terror\t", "\tfatal\t", "panic", "fatal error", "DATA RACE", "goroutine "} {
+			if strings.Contains(line, bad) {
+				lines = append(lines, line)
+				break
+			}
+		}
+	}
+	return lines
+}
+
+// freeAddress returns a loopback address that nobody uses. Its port is above those that Linux
+// gives to outgoing connections.
+func freeAddress(intN func(int) int) (string, error) {
+	for range 1000 {
+		address := net.JoinHostPort("127.0.0.1", strconv.Itoa(61000+intN(4500)))
+		l, err := net.Listen("tcp", address)
+		if err == nil {
+			l.Close()
+			return address, nil
+		}
+	}
+	return "", errors.New("no free port on 127.0.0.1")
+}
+
+// links is how many the gateway should have.
+func (g *gateway) links() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.connections
+}

@@ -1,0 +1,328 @@
+package main
+
+import (
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+)
+
+// ledger is the book of all that was said and heard. Its rules are in verdict.go.
+type ledger struct {
+	start time.Time
+
+	// mu guards all below, and all that belongs to it.
+	mu       sync.Mutex
+	actors   []*actor
+	members  []*member
+	findings []finding
+	counts   map[string]int
+}
+
+// member is one agent of the fleet: an instance UID, and everybody who speaks under it.
+type member struct {
+	number  int
+	uids    []uuid.UUID // that it was ever given; it uses the last as soon as it has heard of it
+	renamed time.Time   // when it was given the last, if that is not its first
+	clones  []*epoch    // the connections of its clones
+	downs   []*down     // all that the server has said to it
+}
+
+// actor is one program that is an agent: the member's own, or a clone of it.
+type actor struct {
+	id     uint32
+	member *member
+	clone  bool
+	epochs []*epoch
+}
+
+// epoch is one connection of an actor, from the attempt to connect until its end.
+type epoch struct {
+	actor    *actor
+	number   uint32
+	gateway  *gateway
+	opened   time.Time // zero when it was never let in
+	touched  time.Time // when a fault first hit it, zero when none did
+	hurt     string    // which fault
+	slow     bool      // it was pushed more to than its outbox holds, while it did not read
+	ended    time.Time
+	end      string // how it ended
+	byItself bool   // the agent ended it
+	polite   bool   // with a goodbye
+
+	said      []time.Time // when each message was sent, by number - 1
+	heardIn   []*segment  // where each arrived first, nil for not
+	segments  []*segment
+	lastDown  uint32    // of what was addressed to this connection
+}
+
+func (e *epoch) String() string {
+	kind := "agent"
+	if e.actor.clone {
+		kind = fmt.Sprintf("clone of agent %d,", e.actor.member.number)
+	}
+	return fmt.Sprintf("%s %d, connection %d by gateway %s", kind, e.actor.id, e.number, e.gateway.name)
+}
+
+// segment is the time of an epoch on one way to the server: it starts when the server is asked
+// about the agent, first when the agent connects, and then whenever a link on its way was lost.
+type segment struct {
+	epoch       *epoch
+	index       int
+	conn        *serverConn
+	asked       time.Time
+	first, last uint32    // of the messages that arrived here
+	described   time.Time // when an agent description arrived
+	lastHeard   uint32    // of downs, by index + 1: the last that was heard
+}
+
+// down is one message of the server.
+type down struct {
+	at      time.Time
+	segment *segment
+	heard   bool
+	oldUID  bool // it was sent under a UID that the agent had just been told to give up
+}
+
+// finding is something that must not be.
+type finding struct {
+	kind  string
+	at    time.Time
+	text  string
+	epoch *epoch // nil if it concerns none
+}
+
+func newLedger() *ledger { return &ledger{start: time.Now(), counts: map[string]int{}} }
+
+func (l *ledger) since(at time.Time) string {
+	return fmt.Sprintf("%.3fs", at.Sub(l.start).Seconds())
+}
+
+func (l *ledger) find(kind string, e *epoch, at time.Time, format string, args ...any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.findLocked(kind, e, at, format, args...)
+}
+
+func (l *ledger) findLocked(kind string, e *epoch, at time.Time, format string, args ...any) {
+	l.findings = append(l.findings, finding{kind, at, fmt.Sprintf(format, args...), e})
+}
+
+func (l *ledger) count(what string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.counts[what]++
+}
+
+// join takes a new member into the fleet.
+func (l *ledger) join() *member {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	m := &member{number: len(l.members), uids: []uuid.UUID{uuid.New()}}
+	l.members = append(l.members, m)
+	return m
+}
+
+func (l *ledger) addActor(m *member, clone bool) *actor {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	a := &actor{id: uint32(len(l.actors)), member: m, clone: clone}
+	l.actors = append(l.actors, a)
+	return a
+}
+
+// open starts the actor's next epoch, before it tries to connect.
+func (l *ledger) open(a *actor, g *gateway) *epoch {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e := &epoch{actor: a, number: uint32(len(a.epochs) + 1), gateway: g}
+	a.epochs = append(a.epochs, e)
+	return e
+}
+
+func (l *ledger) letIn(e *epoch) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e.opened = time.Now()
+	if e.actor.clone {
+		e.actor.member.clones = append(e.actor.member.clones, e)
+	}
+}
+
+// touch notes that a fault has hit the agent's own connection.
+func (l *ledger) touch(e *epoch, fault string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if e.touched.IsZero() {
+		e.touched, e.hurt = time.Now(), fault
+	}
+}
+
+// close notes how a connection ended; only the first to say so counts.
+func (l *ledger) close(e *epoch, how string, byItself, polite bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if e.ended.IsZero() {
+		e.ended, e.end, e.byItself, e.polite = time.Now(), how, byItself, polite
+	}
+}
+
+// say numbers the next message of an agent.
+func (l *ledger) say(e *epoch, size int) stamp {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e.said = append(e.said, time.Now())
+	e.heardIn = append(e.heardIn, nil)
+	l.counts["said by agents"]++
+	return stamp{actor: e.actor.id, epoch: e.number, number: uint32(len(e.said)), size: uint32(size)}
+}
+
+// rename draws a new UID for an agent.
+func (l *ledger) rename(m *member) uuid.UUID {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	uid := uuid.New()
+	m.uids, m.renamed = append(m.uids, uid), time.Now()
+	return uid
+}
+
+// epochOf returns the connection that a stamp names; nil if there is none.
+func (l *ledger) epochOf(actor, number uint32) *epoch {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.epochOfLocked(actor, number)
+}
+
+func (l *ledger) epochOfLocked(actor, number uint32) *epoch {
+	if int(actor) >= len(l.actors) || number == 0 || int(number) > len(l.actors[actor].epochs) {
+		return nil
+	}
+	return l.actors[actor].epochs[number-1]
+}
+
+// asked notes that the server was asked about an agent: from now on it speaks on c.
+func (l *ledger) asked(e *epoch, c *serverConn) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e.segments = append(e.segments, &segment{epoch: e, index: len(e.segments), conn: c, asked: time.Now()})
+}
+
+// arrived takes a message of an agent that arrived at the server on c. It returns where it
+// belongs, nil if nowhere.
+//
+// What a lost link had in flight may still arrive when the agent speaks on another already:
+// nobody reads two sockets in order. On another socket to the server that is seen by the
+// segment. On the same one, below another gateway, such a straggler is older than all that
+// the agent has said in the new segment, or is repeated there.
+func (l *ledger) arrived(c *serverConn, s stamp, uid uuid.UUID, described bool) *segment {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := time.Now()
+	e := l.epochOfLocked(s.actor, s.epoch)
+	if e == nil || s.down || int(s.number) > len(e.said) || s.number == 0 {
+		l.findLocked("corrupted", e, now, "%s arrived at the server, but nobody has said it", s)
+		return nil
+	}
+	if !e.actor.member.has(uid) {
+		l.findLocked("misdelivered", e, now, "%s arrived at the server under the UID %s of somebody else", s, uid)
+		return nil
+	}
+	var seg *segment
+	for _, of := range e.segments {
+		if of.conn == c {
+			seg = of
+		}
+	}
+	if seg == nil {
+		l.findLocked("misdelivered", e, now, "%s arrived on %s, on which the server was never asked about it", s, c)
+		return nil
+	}
+	l.counts["heard by the server"]++
+	first := e.heardIn[s.number-1]
+	switch {
+	case s.number > seg.last:
+		if seg.first == 0 {
+			seg.first = s.number
+		}
+		seg.last = s.number
+		if first != nil {
+			l.counts["repeated after a link was lost"]++
+		} else if seg.index < len(e.segments)-1 {
+			l.counts["late, from a link that was lost"]++
+		}
+	case seg.index > 0 && s.number > e.segments[seg.index-1].last && (s.number < seg.first || first == seg):
+		l.counts["late, from a link that was lost"]++
+		seg = e.segments[seg.index-1]
+		seg.last = s.number
+	case first != nil:
+		l.findLocked("duplicated", e, now, "%s arrived again on %s, where it was heard before; %d is the last there", s, c, seg.last)
+	default:
+		l.findLocked("reordered", e, now, "%s arrived on %s behind %d", s, c, seg.last)
+	}
+	if first == nil {
+		e.heardIn[s.number-1] = seg
+	}
+	if described {
+		seg.described = now
+	}
+	return seg
+}
+
+// tell numbers the next message of the server for an agent.
+func (l *ledger) tell(seg *segment, size int, uid uuid.UUID) stamp {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	m := seg.epoch.actor.member
+	oldUID := uid != m.uids[len(m.uids)-1] && time.Since(m.renamed) < inFlight
+	m.downs = append(m.downs, &down{at: time.Now(), segment: seg, oldUID: oldUID})
+	l.counts["said by the server"]++
+	return stamp{down: true, actor: seg.epoch.actor.id, epoch: seg.epoch.number, number: uint32(len(m.downs)), size: uint32(size)}
+}
+
+// heard takes a message of the server that arrived at an agent.
+func (l *ledger) heard(e *epoch, s stamp, uid []byte) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := time.Now()
+	m := e.actor.member
+	to := l.epochOfLocked(s.actor, s.epoch)
+	if to == nil || !s.down {
+		l.findLocked("corrupted", e, now, "%s arrived at an agent, but nobody has said it", s)
+		return
+	}
+	id, err := uuid.FromBytes(uid)
+	if to.actor.member != m || err != nil || !m.has(id) {
+		l.findLocked("misdelivered", e, now, "%s, under UID %x, arrived at %s", s, uid, e)
+		return
+	}
+	if s.number == 0 || int(s.number) > len(m.downs) {
+		l.findLocked("corrupted", e, now, "%s arrived, but the server has said %d", s, len(m.downs))
+		return
+	}
+	l.counts["heard by agents"]++
+	d := m.downs[s.number-1]
+	if d.heard {
+		l.findLocked("duplicated", e, now, "%s arrived again", s)
+		return
+	}
+	d.heard = true
+	d.segment.lastHeard = max(d.segment.lastHeard, s.number)
+	switch {
+	case to != e: // for the agent's earlier connection, or for its clone
+		l.counts["heard on another connection of the agent"]++
+	case s.number < e.lastDown:
+		l.findLocked("reordered", e, now, "%s arrived behind %d", s, e.lastDown)
+	default:
+		e.lastDown = s.number
+	}
+}
+
+func (m *member) has(uid uuid.UUID) bool {
+	for _, one := range m.uids {
+		if one == uid {
+			return true
+		}
+	}
+	return false
+}

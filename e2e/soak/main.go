@@ -1,0 +1,402 @@
+// Command soak has everything go wrong that networks, servers, agents and operators can do to
+// gateways, for a while, and keeps a book of every message both ways.
+//
+//	make soak DURATION=10m
+//
+// The cast: one server, in this process; three gateways, processes of the built collector; and
+// agents, in this process. The lines between them break things at random:
+//
+//	agents ══ gateway direct ══╗
+//	agents ══ gateway upper ═══╬═ server
+//	agents ══ gateway lower ═╗ ║
+//	                         ╚═╝ (by upper)
+//
+// It prints what was injected and what was found, and ends with 1 if something was found that
+// must not be.
+package main
+
+import (
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/open-telemetry/opamp-go/protobufs"
+
+	"github.com/opampgateway/opampgateway/e2e/fault"
+)
+
+func main() {
+	duration := flag.Duration("duration", time.Minute, "how long things go wrong")
+	agents := flag.Int("agents", 500, "number of agents")
+	seed := flag.Uint64("seed", uint64(time.Now().UnixNano())%100_000, "of the faults' order")
+	program := flag.String("collector", "../build/otelcol-opampgateway", "the collector with the gateway")
+	flag.Parse()
+	s := &soak{book: newLedger(), rand: rand.New(rand.NewPCG(*seed, 1))}
+	fmt.Printf("soak: %d agents for %s, seed %d\n", *agents, *duration, *seed)
+	if err := s.run(*program, *agents, *duration); err != nil {
+		s.book.find("soak", nil, time.Now(), "%v", err)
+	}
+	s.endGateways()
+	if !s.report(*duration) {
+		fmt.Printf("\nlogs of the gateways: %s\n", s.dir)
+		os.Exit(1)
+	}
+	os.RemoveAll(s.dir)
+}
+
+// soak is one run.
+type soak struct {
+	book     *ledger
+	rand     *rand.Rand
+	dir      string
+	server   *server
+	gateways []*gateway
+	faults   *injector
+	memory   int // the most that a gateway has had, in MiB
+
+	// mu guards the agents that belong to the fleet. Clones do not, nor do those that left.
+	mu     sync.Mutex
+	agents []*agent
+	left   []*agent
+}
+
+// healWithin bounds each step after the last fault. The second request for the full state,
+// which comes 60 to 90 s after a link was lost, is not waited for.
+const healWithin = 60 * time.Second
+
+func (s *soak) run(program string, agents int, duration time.Duration) error {
+	if err := s.setUp(program); err != nil {
+		return err
+	}
+	files := map[*gateway]int{}
+	for _, g := range s.gateways {
+		files[g] = g.files() - g.links()
+	}
+	for i := range agents {
+		s.add(s.gateways[i%len(s.gateways)], i/len(s.gateways)%2 == 0)
+	}
+	s.await("agents are connected", "unreachable", s.notConnected)
+
+	s.faults = &injector{soak: s, rand: s.rand, over: make(chan struct{}), count: map[string]int{}}
+	s.faults.run(time.Now().Add(duration))
+
+	s.await("agents are connected again", "unreachable", s.notConnected)
+	s.server.hush()
+	for _, a := range s.fleet() {
+		a.hush()
+	}
+	s.probe()
+	s.await("the server has forgotten who left", "leaked", s.notForgotten)
+	s.await("the gateways have the connections that there are", "leaked", func() string { return s.miscounted(false) })
+	s.checkFiles(files, true)
+	s.book.judge(time.Now())
+	for _, a := range s.fleet() {
+		a.goAway()
+		a.goodbye(0)
+	}
+	s.await("the agents have left", "unreachable", s.stillThere)
+	s.await("the gateways have no agents", "leaked", func() string { return s.miscounted(true) })
+	s.checkFiles(files, false)
+	return nil
+}
+
+// setUp starts server and gateways.
+func (s *soak) setUp(program string) error {
+	program, err := filepath.Abs(program)
+	if err != nil {
+		return err
+	}
+	if s.dir, err = os.MkdirTemp("", "soak"); err != nil {
+		return err
+	}
+	address, err := freeAddress(s.rand.IntN)
+	if err != nil {
+		return err
+	}
+	s.server = newServer(s.book, address)
+	if err := s.server.start(); err != nil {
+		return err
+	}
+	var upper *gateway
+	for _, name := range []string{"direct", "upper", "lower"} {
+		g := &gateway{name: name, program: program, dir: s.dir, connections: 3}
+		target := s.server.address
+		if name == "lower" {
+			g.above, target = upper, upper.address
+		}
+		if g.address, err = freeAddress(s.rand.IntN); err != nil {
+			return err
+		}
+		if g.metrics, err = freeAddress(s.rand.IntN); err != nil {
+			return err
+		}
+		if g.up, err = fault.Open(target); err != nil {
+			return err
+		}
+		if g.agents, err = fault.Open(g.address); err != nil {
+			return err
+		}
+		if err := g.start(); err != nil {
+			return err
+		}
+		s.gateways = append(s.gateways, g)
+		if name == "upper" {
+			upper = g
+		}
+	}
+	s.await("the gateways are up", "soak", func() string { return s.miscounted(false) })
+	return nil
+}
+
+// add starts an agent of a gateway, behind a line or not.
+func (s *soak) add(g *gateway, lined bool) {
+	address := g.address
+	if lined {
+		address = g.agents.Address()
+	}
+	a := startAgent(s.book, s.book.addActor(s.book.join(), false), g, address)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.agents = append(s.agents, a)
+}
+
+// replace has another agent join in place of one that leaves.
+func (s *soak) replace(a *agent) {
+	s.mu.Lock()
+	s.agents = slices.DeleteFunc(s.agents, func(other *agent) bool { return other == a })
+	s.left = append(s.left, a)
+	s.mu.Unlock()
+	s.add(a.gateway, a.address != a.gateway.address)
+}
+
+func (s *soak) fleet() []*agent {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.agents)
+}
+
+// await waits until wrong returns "".
+func (s *soak) await(what, kind string, wrong func() string) {
+	start := time.Now()
+	for {
+		last := wrong()
+		if last == "" {
+			fmt.Printf("%8s  %s (%s)\n", s.book.since(time.Now()), what, time.Since(start).Round(time.Millisecond))
+			return
+		}
+		if time.Since(start) > healWithin {
+			s.book.find(kind, nil, time.Now(), "after %s not yet: %s: %s", healWithin, what, last)
+			return
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+func (s *soak) notConnected() string {
+	n := 0
+	for _, a := range s.fleet() {
+		if a.socket() == nil {
+			n++
+		}
+	}
+	if n > 0 {
+		return fmt.Sprintf("%d agents are not", n)
+	}
+	return ""
+}
+
+func (s *soak) stillThere() string {
+	n := 0
+	for _, a := range s.fleet() {
+		select {
+		case <-a.done:
+		default:
+			n++
+			a.goodbye(0)
+		}
+	}
+	if n > 0 {
+		return fmt.Sprintf("%d agents have not", n)
+	}
+	return ""
+}
+
+// probe has every agent say something, and then the server tell it something; each must arrive.
+func (s *soak) probe() {
+	type said struct {
+		epoch  *epoch
+		number uint32
+	}
+	ups := map[*agent]said{}
+	s.await("what every agent says arrives", "unreachable", func() string {
+		for _, a := range s.fleet() {
+			if ups[a].epoch == nil {
+				if e, n, err := a.sayNow(time.Second); err == nil {
+					ups[a] = said{e, n}
+				}
+			}
+		}
+		missing, example := 0, ""
+		s.book.mu.Lock()
+		defer s.book.mu.Unlock()
+		for _, a := range s.fleet() {
+			up := ups[a]
+			switch {
+			case up.epoch == nil:
+			case up.epoch.heardIn[up.number-1] != nil:
+				continue
+			case !up.epoch.ended.IsZero():
+				delete(ups, a)
+			}
+			missing++
+			example = fmt.Sprintf("agent %d of gateway %s", a.id, a.gateway.name)
+		}
+		return some(missing, example)
+	})
+	downs := map[*agent]int{}
+	s.await("what the server tells every agent arrives", "unreachable", func() string {
+		missing, example := 0, ""
+		for _, a := range s.fleet() {
+			s.book.mu.Lock()
+			n, asked := downs[a]
+			heard := asked && a.member.downs[n].heard
+			s.book.mu.Unlock()
+			if heard {
+				continue
+			}
+			if !asked {
+				s.book.mu.Lock()
+				n := len(a.member.downs)
+				s.book.mu.Unlock()
+				if s.server.push(a.member, nil, &protobufs.ServerToAgent{}, 10) {
+					downs[a] = n
+				}
+			}
+			missing++
+			example = fmt.Sprintf("agent %d of gateway %s", a.id, a.gateway.name)
+		}
+		return some(missing, example)
+	})
+}
+
+func some(n int, example string) string {
+	if n == 0 {
+		return ""
+	}
+	return fmt.Sprintf("of %d agents, one is %s", n, example)
+}
+
+// notForgotten looks for agents that left and are connected to the server.
+func (s *soak) notForgotten() string {
+	living := map[*member]bool{}
+	for _, a := range s.fleet() {
+		living[a.member] = true
+	}
+	s.server.mu.Lock()
+	defer s.server.mu.Unlock()
+	var texts []string
+	for m, at := range s.server.places {
+		if !living[m] {
+			texts = append(texts, fmt.Sprintf("%s, on %s", at.segment.epoch, at.segment.conn))
+		}
+	}
+	if len(texts) == 0 {
+		return ""
+	}
+	return some(len(texts), texts[0])
+}
+
+// miscounted compares what the gateways count with what there is.
+func (s *soak) miscounted(empty bool) string {
+	agents := map[*gateway]int{}
+	if !empty {
+		for _, a := range s.fleet() {
+			agents[a.gateway]++
+		}
+	}
+	links := 0
+	for _, g := range s.gateways {
+		links += g.links()
+		if g.above != nil {
+			agents[g.above] += g.links()
+			links -= g.links()
+		}
+	}
+	for _, g := range s.gateways {
+		up, down, err := g.count()
+		if err != nil {
+			return err.Error()
+		}
+		if up != g.links() || down != agents[g] {
+			return fmt.Sprintf("gateway %s counts %d links and %d agents, not %d and %d", g.name, up, down, g.links(), agents[g])
+		}
+	}
+	s.server.mu.Lock()
+	defer s.server.mu.Unlock()
+	if len(s.server.conns) != links {
+		return fmt.Sprintf("the server has %d links, not %d", len(s.server.conns), links)
+	}
+	return ""
+}
+
+// checkFiles compares the files that the gateways have open with those that they had without
+// any connection.
+func (s *soak) checkFiles(base map[*gateway]int, withAgents bool) {
+	const spare = 12 // what the collector itself opens now and then
+	agents := map[*gateway]int{}
+	for _, a := range s.fleet() {
+		if withAgents {
+			agents[a.gateway]++
+		}
+	}
+	for _, g := range s.gateways {
+		if g.above != nil {
+			agents[g.above] += g.links()
+		}
+	}
+	for _, g := range s.gateways {
+		want := base[g] + g.links() + agents[g]
+		if g.above == nil && g == s.gateways[1] {
+			want -= 3 // the links of the gateway below were among its files at the start
+		}
+		s.await(fmt.Sprintf("gateway %s has no more files open than connections explain, %d", g.name, want), "leaked", func() string {
+			if got := g.files(); got > want+spare {
+				return fmt.Sprintf("it has %d", got)
+			}
+			return ""
+		})
+		s.memory = max(s.memory, g.memory())
+	}
+}
+
+// disturb notes that a gateway is about to end its links.
+func (s *soak) disturb(g *gateway) {
+	g.hit()
+	for _, c := range g.up.Conns() {
+		s.server.hit(c.Source(), "gateway disturbed")
+	}
+}
+
+// endGateways ends the gateways politely, the lower before the upper.
+func (s *soak) endGateways() {
+	for _, g := range slices.Backward(s.gateways) {
+		s.disturb(g)
+		g.signal(syscall.SIGTERM)
+		code, err := g.wait(20 * time.Second)
+		if err != nil {
+			g.signal(syscall.SIGKILL)
+			s.book.find("gateway's end", nil, time.Now(), "%v on SIGTERM", err)
+		} else if code != 0 {
+			s.book.find("gateway's end", nil, time.Now(), "gateway %s ended with %d on SIGTERM", g.name, code)
+		}
+		for _, line := range g.complaints() {
+			s.book.find("gateway's log", nil, time.Now(), "%s: %s", g.name, line)
+		}
+	}
+}

@@ -1,0 +1,173 @@
+package main
+
+import (
+	"time"
+)
+
+// inFlight bounds how long before an end something may have been said that is lost with it. It
+// only keeps an end from excusing everything before it: what is lost must in any case be the
+// last that was said there.
+const inFlight = 20 * time.Second
+
+// stateWithin is how soon after an agent came to a new way its full state must be there.
+const stateWithin = 10 * time.Second
+
+// judge goes through the book at the end of the run, when nothing is on its way any more.
+//
+//   - An agent's message may be lost when a link on its way was lost: the messages just before
+//     the server was asked about the agent again. And when the agent's own connection ended
+//     other than by a goodbye: the last of that connection.
+//   - A server's message may be lost when it was among the last that were said to the agent on
+//     that way, before a link or the agent's connection ended.
+//   - Nothing may be lost between two messages that went the same way.
+func (l *ledger) judge(end time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, a := range l.actors {
+		for _, e := range a.epochs {
+			if !e.opened.IsZero() {
+				l.judgeUpLocked(e)
+				l.judgeEndLocked(e)
+				l.judgeStateLocked(e, end)
+			}
+		}
+	}
+	for _, m := range l.members {
+		l.judgeDownLocked(m)
+	}
+}
+
+// judgeUpLocked looks for what a connection's agent said and the server has not heard.
+func (l *ledger) judgeUpLocked(e *epoch) {
+	before := 0 // index of the way of the last message that arrived
+	for i := 0; i < len(e.said); i++ {
+		if e.heardIn[i] != nil {
+			before = e.heardIn[i].index
+			continue
+		}
+		from := i
+		for i < len(e.said) && e.heardIn[i] == nil {
+			i++
+		}
+		lost := i - from
+		switch {
+		case i < len(e.said) && e.heardIn[i].index > before:
+			l.permitLocked("up, with a link", lost, e.said[from], e.heardIn[i].asked, e)
+		case i < len(e.said):
+			l.findLocked("lost", e, e.said[from], "up %d to %d of %s, said at %s to %s: those before and behind arrived on the same way, %s",
+				from+1, i, e, l.since(e.said[from]), l.since(e.said[i-1]), e.heardIn[i].conn)
+		case e.ended.IsZero():
+			l.findLocked("lost", e, e.said[from], "up %d to %d of %s, said from %s on: it is still connected", from+1, i, e, l.since(e.said[from]))
+		case e.polite && !e.wayHitLocked(e.said[from]):
+			l.findLocked("lost", e, e.said[from], "up %d to %d of %s, said at %s: it said goodbye and nothing hit its way", from+1, i, e, l.since(e.said[from]))
+		case !e.touched.IsZero():
+			l.permitLocked("up, with an agent's connection", lost, e.said[from], e.touched, e)
+		default:
+			why := "up, with an agent's connection"
+			if e.gateway.wasDisturbed(e.ended, inFlight) && !e.byItself {
+				why = "up, with a gateway that was reloaded or killed"
+			}
+			l.permitLocked(why, lost, e.said[from], e.ended, e)
+		}
+		if i < len(e.said) {
+			before = e.heardIn[i].index
+		}
+	}
+}
+
+// permitLocked counts what was lost with something that ended, if that was not long before.
+func (l *ledger) permitLocked(why string, n int, said, ended time.Time, e *epoch) {
+	if ended.Sub(said) > inFlight {
+		l.findLocked("lost", e, said, "%d messages %s of %s: they were said at %s, and the end came only at %s", n, why, e, l.since(said), l.since(ended))
+		return
+	}
+	l.counts["lost "+why] += n
+}
+
+// wayHitLocked reports whether a link or a gateway on the way of e was hit while what was said
+// at at may have been on its way.
+func (e *epoch) wayHitLocked(at time.Time) bool {
+	for _, s := range e.segments {
+		if s.asked.After(at) || (!s.conn.ended.IsZero() && s.conn.ended.After(at) && s.conn.ended.Before(e.ended.Add(inFlight))) {
+			return true
+		}
+	}
+	for g := e.gateway; g != nil; g = g.above {
+		if g.wasHit(at.Add(-inFlight), e.ended.Add(inFlight)) {
+			return true
+		}
+	}
+	return false
+}
+
+// judgeEndLocked looks for ends that nobody caused.
+func (l *ledger) judgeEndLocked(e *epoch) {
+	if e.ended.IsZero() || e.byItself || !e.touched.IsZero() || e.slow || e.gateway.wasDisturbed(e.ended, inFlight) {
+		return
+	}
+	l.findLocked("disconnected without reason", e, e.ended, "%s, let in at %s, ended at %s: %s", e, l.since(e.opened), l.since(e.ended), e.end)
+}
+
+// judgeStateLocked looks for ways on which an agent stayed and the server never saw its state.
+func (l *ledger) judgeStateLocked(e *epoch, end time.Time) {
+	if len(e.actor.member.clones) > 0 {
+		return // the request goes to whoever spoke last
+	}
+	for i, s := range e.segments {
+		until := end
+		if i+1 < len(e.segments) {
+			until = e.segments[i+1].asked
+		}
+		for _, at := range []time.Time{e.touched, e.ended, s.conn.ended} {
+			if !at.IsZero() && at.Before(until) {
+				until = at
+			}
+		}
+		if s.described.IsZero() && until.Sub(s.asked) > stateWithin {
+			l.findLocked("full state missing", e, s.asked, "of %s on %s, since the server was asked about it at %s (for the %d. time) until %s",
+				e, s.conn, l.since(s.asked), i+1, l.since(until))
+		}
+	}
+}
+
+// judgeDownLocked looks for what the server said to an agent and nobody has heard.
+func (l *ledger) judgeDownLocked(m *member) {
+	for i, d := range m.downs {
+		e, number := d.segment.epoch, uint32(i+1)
+		switch {
+		case d.heard:
+		case d.oldUID:
+			l.counts["lost down, under a UID that the agent was about to give up"]++
+		case m.hadCloneLocked(d.at):
+			l.counts["lost down, to an agent while it had a clone"]++
+		case number < d.segment.lastHeard:
+			l.findLocked("lost", e, d.at, "down %d for %s, said at %s on %s: %d was heard on the same way", number, e, l.since(d.at), d.segment.conn, d.segment.lastHeard)
+		default:
+			l.judgeLastLocked(d, number)
+		}
+	}
+}
+
+// judgeLastLocked looks for an end that excuses the loss of the last that was said on a way.
+func (l *ledger) judgeLastLocked(d *down, number uint32) {
+	s, e := d.segment, d.segment.epoch
+	excused := func(at time.Time) bool { return !at.IsZero() && at.Sub(d.at) < inFlight }
+	switch {
+	case excused(e.touched), excused(e.ended):
+		l.counts["lost down, with an agent's connection"]++
+	case s.index+1 < len(e.segments) && excused(e.segments[s.index+1].asked), excused(s.conn.ended):
+		l.counts["lost down, with a link"]++
+	default:
+		l.findLocked("lost", e, d.at, "down %d for %s, said at %s on %s: nothing has ended there", number, e, l.since(d.at), s.conn)
+	}
+}
+
+// hadCloneLocked reports whether the agent had a clone when something was on its way to it.
+func (m *member) hadCloneLocked(at time.Time) bool {
+	for _, e := range m.clones {
+		if at.After(e.opened.Add(-inFlight/4)) && (e.ended.IsZero() || at.Before(e.ended.Add(inFlight/4))) {
+			return true
+		}
+	}
+	return false
+}
