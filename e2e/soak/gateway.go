@@ -82,7 +82,7 @@ func (g *gateway) writeConfig() error {
 func (g *gateway) configPath() string { return filepath.Join(g.dir, g.name+".yaml") }
 func (g *gateway) logPath() string    { return filepath.Join(g.dir, g.name+".log") }
 
-// start starts the process; it does not wait for anything.
+// start starts the process; it does not wait for anything. It is for the main goroutine.
 func (g *gateway) start() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -96,6 +96,7 @@ func (g *gateway) start() error {
 	defer log.Close()
 	cmd := exec.Command(g.program, "--config", g.configPath())
 	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = child()
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start gateway %s: %w", g.name, err)
 	}

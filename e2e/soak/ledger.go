@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -51,10 +52,10 @@ type epoch struct {
 	byItself bool   // the agent ended it
 	polite   bool   // with a goodbye
 
-	said      []time.Time // when each message was sent, by number - 1
-	heardIn   []*segment  // where each arrived first, nil for not
-	segments  []*segment
-	lastDown  uint32    // of what was addressed to this connection
+	said     []time.Time // when each message was sent, by number - 1
+	heardIn  []*segment  // where each arrived first, nil for not
+	segments []*segment
+	lastDown uint32 // of what was addressed to this connection
 }
 
 func (e *epoch) String() string {
@@ -82,6 +83,7 @@ type down struct {
 	at      time.Time
 	segment *segment
 	heard   bool
+	between bool // it was said when the server had been asked again on the same socket already
 	oldUID  bool // it was sent under a UID that the agent had just been told to give up
 }
 
@@ -275,7 +277,8 @@ func (l *ledger) tell(seg *segment, size int, uid uuid.UUID) stamp {
 	defer l.mu.Unlock()
 	m := seg.epoch.actor.member
 	oldUID := uid != m.uids[len(m.uids)-1] && time.Since(m.renamed) < inFlight
-	m.downs = append(m.downs, &down{at: time.Now(), segment: seg, oldUID: oldUID})
+	between := slices.ContainsFunc(seg.epoch.segments[seg.index+1:], func(later *segment) bool { return later.conn == seg.conn })
+	m.downs = append(m.downs, &down{at: time.Now(), segment: seg, between: between, oldUID: oldUID})
 	l.counts["said by the server"]++
 	return stamp{down: true, actor: seg.epoch.actor.id, epoch: seg.epoch.number, number: uint32(len(m.downs)), size: uint32(size)}
 }
@@ -307,7 +310,9 @@ func (l *ledger) heard(e *epoch, s stamp, uid []byte) {
 		return
 	}
 	d.heard = true
-	d.segment.lastHeard = max(d.segment.lastHeard, s.number)
+	if !d.between { // if it was, it may have come the new way
+		d.segment.lastHeard = max(d.segment.lastHeard, s.number)
+	}
 	switch {
 	case to != e: // for the agent's earlier connection, or for its clone
 		l.counts["heard on another connection of the agent"]++
@@ -319,10 +324,5 @@ func (l *ledger) heard(e *epoch, s stamp, uid []byte) {
 }
 
 func (m *member) has(uid uuid.UUID) bool {
-	for _, one := range m.uids {
-		if one == uid {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(m.uids, uid)
 }

@@ -21,6 +21,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"sync"
 	"syscall"
@@ -37,6 +38,7 @@ func main() {
 	seed := flag.Uint64("seed", uint64(time.Now().UnixNano())%100_000, "of the faults' order")
 	program := flag.String("collector", "../build/otelcol-opampgateway", "the collector with the gateway")
 	flag.Parse()
+	runtime.LockOSThread() // see child
 	s := &soak{book: newLedger(), rand: rand.New(rand.NewPCG(*seed, 1))}
 	fmt.Printf("soak: %d agents for %s, seed %d\n", *agents, *duration, *seed)
 	if err := s.run(*program, *agents, *duration); err != nil {
@@ -47,7 +49,7 @@ func main() {
 		fmt.Printf("\nlogs of the gateways: %s\n", s.dir)
 		os.Exit(1)
 	}
-	os.RemoveAll(s.dir)
+	_ = os.RemoveAll(s.dir)
 }
 
 // soak is one run.

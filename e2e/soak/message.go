@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -61,7 +62,7 @@ func readStamp(b []byte) (stamp, error) {
 		state = next(state)
 		binary.LittleEndian.PutUint64(want[:], state)
 		n := min(8, len(rest))
-		if string(rest[:n]) != string(want[:n]) {
+		if !bytes.Equal(rest[:n], want[:n]) {
 			return s, fmt.Errorf("%s: other bytes than were sent", s)
 		}
 		rest = rest[n:]

@@ -185,8 +185,8 @@ func (c *serverConn) answer(asked *protobufs.CustomMessage) error {
 		RequestUID string      `json:"request_uid"`
 		Headers    http.Header `json:"headers"`
 	}
-	if err := json.Unmarshal(asked.GetData(), &question); err != nil {
-		c.server.book.find("corrupted", nil, time.Now(), "a connect on %s: %v", c, err)
+	if wrong := json.Unmarshal(asked.GetData(), &question); wrong != nil {
+		c.server.book.find("corrupted", nil, time.Now(), "a connect on %s: %v", c, wrong)
 		return nil
 	}
 	if name := question.Headers.Get(actorHeader); name != "" {
@@ -212,18 +212,18 @@ func (c *serverConn) answer(asked *protobufs.CustomMessage) error {
 // message answers an agent's message, and asks who does not say who it is.
 func (c *serverConn) message(m *protobufs.AgentToServer) error {
 	s := c.server
-	uid, err := uuid.FromBytes(m.GetInstanceUid())
-	if err != nil {
-		s.book.find("corrupted", nil, time.Now(), "an instance UID of %d bytes on %s", len(m.GetInstanceUid()), c)
+	uid, wrong := uuid.FromBytes(m.GetInstanceUid())
+	if wrong != nil {
+		s.book.find("corrupted", nil, time.Now(), "on %s: an instance UID: %v", c, wrong)
 		return nil
 	}
 	if m.GetCustomMessage() == nil && m.GetAgentDisconnect() != nil {
 		s.goodbye(c, uid)
 		return nil
 	}
-	said, err := readStamp(m.GetCustomMessage().GetData())
-	if err != nil {
-		s.book.find("corrupted", nil, time.Now(), "on %s: %v", c, err)
+	said, wrong := readStamp(m.GetCustomMessage().GetData())
+	if wrong != nil {
+		s.book.find("corrupted", nil, time.Now(), "on %s: %v", c, wrong)
 		return nil
 	}
 	seg := s.book.arrived(c, said, uid, m.GetAgentDescription() != nil)

@@ -85,15 +85,15 @@ func (l *ledger) permitLocked(why string, n int, said, ended time.Time, e *epoch
 }
 
 // wayHitLocked reports whether a link or a gateway on the way of e was hit while what was said
-// at at may have been on its way.
-func (e *epoch) wayHitLocked(at time.Time) bool {
+// then may have been on its way.
+func (e *epoch) wayHitLocked(said time.Time) bool {
 	for _, s := range e.segments {
-		if s.asked.After(at) || (!s.conn.ended.IsZero() && s.conn.ended.After(at) && s.conn.ended.Before(e.ended.Add(inFlight))) {
+		if s.asked.After(said) || (!s.conn.ended.IsZero() && s.conn.ended.After(said) && s.conn.ended.Before(e.ended.Add(inFlight))) {
 			return true
 		}
 	}
 	for g := e.gateway; g != nil; g = g.above {
-		if g.wasHit(at.Add(-inFlight), e.ended.Add(inFlight)) {
+		if g.wasHit(said.Add(-inFlight), e.ended.Add(inFlight)) {
 			return true
 		}
 	}
