@@ -2,7 +2,6 @@ package main
 
 import (
 	"errors"
-	"fmt"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -53,7 +52,7 @@ type agentSocket struct {
 	ended chan struct{}      // closed when its reader has ended
 	asked chan struct{}      // holds something when the server wants the full state
 	named chan uuid.UUID     // holds something when the agent was given another UID
-	say   chan chan<- uint32 // has the agent say something at once, and tell its number
+	say   chan chan<- uint32 // has the agent say something at once, and tell its number, 0 if it could not
 	leave chan struct{}      // has it say goodbye
 }
 
@@ -92,7 +91,7 @@ func (a *agent) connect() (time.Duration, error) {
 	e := a.book.open(a.actor, a.gateway)
 	dialer := websocket.Dialer{HandshakeTimeout: 45 * time.Second, WriteBufferSize: 4 << 10}
 	ws, resp, err := dialer.Dial("ws://"+a.address+"/v1/opamp", http.Header{
-		actorHeader:     {fmt.Sprintf("%d/%d", a.id, e.number)},
+		actorHeader:     {e.name()},
 		"Authorization": {"Secret-Key soak"},
 	})
 	if err != nil {
@@ -212,7 +211,14 @@ func (a *agent) speak(s *agentSocket, m *protobufs.AgentToServer) (uint32, error
 	if err != nil {
 		return 0, err
 	}
-	return said.number, s.ws.WriteMessage(websocket.BinaryMessage, frame)
+	err = s.ws.WriteMessage(websocket.BinaryMessage, frame)
+	if errors.Is(err, websocket.ErrCloseSent) {
+		a.book.unsay(s.epoch) // nothing was written
+	}
+	if err != nil {
+		return 0, err
+	}
+	return said.number, nil
 }
 
 func (a *agent) description() *protobufs.AgentDescription {
@@ -314,7 +320,9 @@ func (a *agent) sayNow(within time.Duration) (*epoch, uint32, error) {
 	number := make(chan uint32, 1)
 	select {
 	case s.say <- number:
-		return s.epoch, <-number, nil
+		if n := <-number; n > 0 {
+			return s.epoch, n, nil
+		}
 	case <-s.ended:
 	case <-time.After(within):
 	}

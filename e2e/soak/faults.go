@@ -126,24 +126,25 @@ func (in *injector) link() (*gateway, *fault.Conn) {
 	return g, conns[in.rand.IntN(len(conns))]
 }
 
-func (in *injector) hitLink(what string, do func(*fault.Conn)) *event {
+// hitLink does something to a link that takes the gateway so long to notice.
+func (in *injector) hitLink(what string, notice time.Duration, do func(*fault.Conn)) *event {
 	g, c := in.link()
 	if c == nil {
 		return nil
 	}
 	g.hit()
-	in.soak.server.hit(c.Source(), what)
+	in.soak.server.hit(c.Source(), what, notice)
 	do(c)
-	return &event{what: fmt.Sprintf("%s: one of gateway %s, %s", what, g.name, c.Source()), g: g}
+	return &event{what: fmt.Sprintf("one of gateway %s, %s", g.name, c.Source()), g: g}
 }
 
-func (in *injector) linkReset() *event  { return in.hitLink("reset", (*fault.Conn).Reset) }
-func (in *injector) linkFinish() *event { return in.hitLink("finished", (*fault.Conn).Finish) }
+func (in *injector) linkReset() *event  { return in.hitLink("was reset", 0, (*fault.Conn).Reset) }
+func (in *injector) linkFinish() *event { return in.hitLink("was finished", 0, (*fault.Conn).Finish) }
 
 // linkHole is a black hole for longer than the keep-alive takes. The server notices later.
 func (in *injector) linkHole() *event {
 	d := in.between(6*time.Second, 12*time.Second)
-	return in.hitLink(fmt.Sprintf("black hole for %s", d.Round(time.Millisecond)), func(c *fault.Conn) {
+	return in.hitLink("was in a black hole", linkTimeout+linkInterval, func(c *fault.Conn) {
 		c.Hold()
 		in.later(d, c.Reset)
 	})

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -21,6 +22,10 @@ import (
 
 	"github.com/opampgateway/opampgateway/e2e/fault"
 )
+
+// linkInterval and linkTimeout are the keep-alive of links: short, so that a short run sees
+// black holes found.
+const linkInterval, linkTimeout = time.Second, 4 * time.Second
 
 // gateway is one collector with the gateway extension, as a process.
 type gateway struct {
@@ -38,12 +43,17 @@ type gateway struct {
 	connections int
 	cmd         *exec.Cmd
 	ended       chan struct{} // closed when the process has ended
-	disturbed   []time.Time   // when it was reloaded or killed
-	hits        []time.Time   // when that, or a fault on its links, happened
+	disturbed   []disturbance // that the process went through
+	hits        []time.Time   // when something happened on its way to the server
 }
 
-// writeConfig writes the configuration. The keep-alives are short, so that a short run sees
-// black holes found.
+// disturbance is a reload of a gateway, or its end.
+type disturbance struct {
+	at     time.Time
+	signal os.Signal
+}
+
+// writeConfig writes the configuration.
 func (g *gateway) writeConfig() error {
 	host, port, err := net.SplitHostPort(g.metrics)
 	if err != nil {
@@ -60,7 +70,7 @@ func (g *gateway) writeConfig() error {
 		"extensions": m{"opampgateway": m{
 			"server": m{
 				"endpoint": "ws://" + g.up.Address() + "/v1/opamp", "agent_id": g.name, "connections": g.connections,
-				"keep_alive": m{"interval": "1s", "timeout": "4s"},
+				"keep_alive": m{"interval": linkInterval.String(), "timeout": linkTimeout.String()},
 			},
 			"listener": m{"endpoint": g.address},
 			"agents":   m{"keep_alive": m{"interval": "2s", "timeout": "10s"}},
@@ -113,7 +123,7 @@ func (g *gateway) start() error {
 func (g *gateway) signal(sig os.Signal) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.disturbed = append(g.disturbed, time.Now())
+	g.disturbed = append(g.disturbed, disturbance{time.Now(), sig})
 	_ = g.cmd.Process.Signal(sig) // its end is seen where it matters
 }
 
@@ -143,16 +153,17 @@ func (g *gateway) wait(within time.Duration) (code int, err error) {
 	}
 }
 
-// wasDisturbed reports whether the process was reloaded or killed in a time that ends at at.
-func (g *gateway) wasDisturbed(at time.Time, within time.Duration) bool {
+// wasDisturbed returns the last signal that the process was sent in a time that ends at at; nil
+// if there was none.
+func (g *gateway) wasDisturbed(at time.Time, within time.Duration) (last os.Signal) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for _, when := range g.disturbed {
-		if at.After(when) && at.Before(when.Add(within)) {
-			return true
+	for _, d := range g.disturbed {
+		if at.After(d.at) && at.Before(d.at.Add(within)) {
+			last = d.signal
 		}
 	}
-	return false
+	return last
 }
 
 // hit notes that something happens to the gateway's way to the server.
@@ -162,16 +173,13 @@ func (g *gateway) hit() {
 	g.hits = append(g.hits, time.Now())
 }
 
-// wasHit reports whether something happened to its way to the server in this time.
+// wasHit reports whether something happened on its way to the server in this time.
 func (g *gateway) wasHit(from, to time.Time) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for _, when := range g.hits {
-		if when.After(from) && when.Before(to) {
-			return true
-		}
-	}
-	return false
+	in := func(at time.Time) bool { return at.After(from) && at.Before(to) }
+	return slices.ContainsFunc(g.hits, in) ||
+		g.above != nil && (g.above.wasHit(from, to) || g.above.wasDisturbed(to, to.Sub(from)) != nil)
 }
 
 // files counts the process's open files; -1 if nobody can tell.

@@ -180,6 +180,14 @@ func (l *ledger) say(e *epoch, size int) stamp {
 	return stamp{actor: e.actor.id, epoch: e.number, number: uint32(len(e.said)), size: uint32(size)}
 }
 
+// unsay takes back the last message, which never left.
+func (l *ledger) unsay(e *epoch) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e.said, e.heardIn = e.said[:len(e.said)-1], e.heardIn[:len(e.heardIn)-1]
+	l.counts["said by agents"]--
+}
+
 // rename draws a new UID for an agent.
 func (l *ledger) rename(m *member) uuid.UUID {
 	l.mu.Lock()
@@ -189,13 +197,21 @@ func (l *ledger) rename(m *member) uuid.UUID {
 	return uid
 }
 
-// epochOf returns the connection that a stamp names; nil if there is none.
-func (l *ledger) epochOf(actor, number uint32) *epoch {
+// name is how a connection is known to the server before the agent has said anything.
+func (e *epoch) name() string { return fmt.Sprintf("%d/%d", e.actor.id, e.number) }
+
+// epochNamed returns the connection of that name; nil if there is none.
+func (l *ledger) epochNamed(name string) *epoch {
+	var actor, number uint32
+	if _, err := fmt.Sscanf(name, "%d/%d", &actor, &number); err != nil {
+		return nil
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.epochOfLocked(actor, number)
 }
 
+// epochOfLocked returns the connection that a stamp names; nil if there is none.
 func (l *ledger) epochOfLocked(actor, number uint32) *epoch {
 	if int(actor) >= len(l.actors) || number == 0 || int(number) > len(l.actors[actor].epochs) {
 		return nil
@@ -310,7 +326,7 @@ func (l *ledger) heard(e *epoch, s stamp, uid []byte) {
 		return
 	}
 	d.heard = true
-	if !d.between { // if it was, it may have come the new way
+	if to == e && !d.between { // what comes later, or elsewhere, says nothing about this way
 		d.segment.lastHeard = max(d.segment.lastHeard, s.number)
 	}
 	switch {

@@ -23,6 +23,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -122,6 +123,14 @@ func (s *soak) setUp(program string) error {
 		return err
 	}
 	s.server = newServer(s.book, address)
+	s.server.excuse = func(c *serverConn) bool {
+		for _, g := range s.gateways {
+			if strings.HasPrefix(c.name, g.name+"/") {
+				return g.wasDisturbed(time.Now(), inFlight/2) != nil
+			}
+		}
+		return false
+	}
 	if err := s.server.start(); err != nil {
 		return err
 	}
@@ -379,9 +388,8 @@ func (s *soak) checkFiles(base map[*gateway]int, withAgents bool) {
 
 // disturb notes that a gateway is about to end its links.
 func (s *soak) disturb(g *gateway) {
-	g.hit()
 	for _, c := range g.up.Conns() {
-		s.server.hit(c.Source(), "gateway disturbed")
+		s.server.hit(c.Source(), "was ended by its gateway", inFlight)
 	}
 }
 

@@ -36,8 +36,11 @@ type server struct {
 	starts  int
 	conns   map[*serverConn]struct{}
 	places  map[*member]*place
-	removed map[string]string // connections that a fault has hit, by the address they come from
-	quiet   bool              // it says nothing on its own account any more
+	hits    map[string]linkHit // by the address that a connection comes from
+	quiet   bool               // it says nothing on its own account any more
+
+	// excuse tells whether a gateway has ended its link because something was done to it. Set once.
+	excuse func(*serverConn) bool
 }
 
 // place is where an agent spoke last.
@@ -58,13 +61,24 @@ type serverConn struct {
 	// writing is held while a message for an agent is numbered and written.
 	writing sync.Mutex
 
-	ended time.Time // guarded by ledger.mu
+	// Guarded by ledger.mu.
+	ended time.Time
+	hit   linkHit // why, if the soak knows
 }
+
+// linkHit is a fault of a link.
+type linkHit struct {
+	what string
+	by   time.Time // when its gateway has noticed at the latest
+}
+
+// noticeWithin is how soon a gateway on a busy machine notices what its kernel knows.
+const noticeWithin = 2 * time.Second
 
 func (c *serverConn) String() string { return fmt.Sprintf("link %s (%d)", c.name, c.number) }
 
 func newServer(book *ledger, address string) *server {
-	return &server{address: address, book: book, conns: map[*serverConn]struct{}{}, places: map[*member]*place{}, removed: map[string]string{}}
+	return &server{address: address, book: book, conns: map[*serverConn]struct{}{}, places: map[*member]*place{}, hits: map[string]linkHit{}}
 }
 
 // start starts a server that knows nobody.
@@ -160,21 +174,23 @@ func (c *serverConn) read() {
 		}
 	}
 	c.ws.NetConn().Close()
-	s.book.mu.Lock()
-	c.ended = time.Now()
-	s.book.mu.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	hit, was := s.hits[c.ws.RemoteAddr().String()]
+	_, open := s.conns[c]
+	if !was && !open {
+		hit = linkHit{"ended with the server", time.Now().Add(noticeWithin)}
+	}
+	s.book.mu.Lock()
+	c.ended, c.hit = time.Now(), hit
+	s.book.mu.Unlock()
 	for m, at := range s.places {
 		if at.segment.conn == c {
 			delete(s.places, m)
 		}
 	}
-	if _, open := s.conns[c]; !open {
-		return // we have ended it
-	}
 	delete(s.conns, c)
-	if s.removed[c.ws.RemoteAddr().String()] == "" {
+	if open && !was && !s.excuse(c) {
 		s.book.find("link lost without reason", nil, time.Now(), "%s, after %s: %v", c, time.Since(c.opened).Round(time.Millisecond), err)
 	}
 }
@@ -185,15 +201,13 @@ func (c *serverConn) answer(asked *protobufs.CustomMessage) error {
 		RequestUID string      `json:"request_uid"`
 		Headers    http.Header `json:"headers"`
 	}
-	if wrong := json.Unmarshal(asked.GetData(), &question); wrong != nil {
-		c.server.book.find("corrupted", nil, time.Now(), "a connect on %s: %v", c, wrong)
-		return nil
+	if json.Unmarshal(asked.GetData(), &question) != nil {
+		c.server.book.find("corrupted", nil, time.Now(), "a connect on %s: %q", c, asked.GetData())
+		return nil //nolint:nilerr // it is found; the server goes on
 	}
 	if name := question.Headers.Get(actorHeader); name != "" {
-		var actor, number uint32
-		_, err := fmt.Sscanf(name, "%d/%d", &actor, &number)
-		e := c.server.book.epochOf(actor, number)
-		if err != nil || e == nil {
+		e := c.server.book.epochNamed(name)
+		if e == nil {
 			c.server.book.find("corrupted", nil, time.Now(), "a connect on %s names agent %q", c, name)
 			return nil
 		}
@@ -332,11 +346,12 @@ func (s *server) push(m *member, c *serverConn, message *protobufs.ServerToAgent
 	return seg.conn.tell(seg, uid, message, size) == nil
 }
 
-// hit notes that a fault hits the connection that comes from this address.
-func (s *server) hit(address, fault string) {
+// hit notes that a fault hits the connection that comes from this address, which its gateway
+// notices after a while.
+func (s *server) hit(address, what string, notice time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.removed[address] = fault
+	s.hits[address] = linkHit{what, time.Now().Add(notice + noticeWithin)}
 }
 
 // someSize draws a size for a payload: mostly small, some large.

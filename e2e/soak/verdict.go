@@ -1,6 +1,7 @@
 package main
 
 import (
+	"syscall"
 	"time"
 )
 
@@ -8,6 +9,10 @@ import (
 // only keeps an end from excusing everything before it: what is lost must in any case be the
 // last that was said there.
 const inFlight = 20 * time.Second
+
+// troubled is how long a fault on a link may keep messages in the gateway: it is noticed, and
+// the agents find another way.
+const troubled = 8 * time.Second
 
 // stateWithin is how soon after an agent came to a new way its full state must be there.
 const stateWithin = 10 * time.Second
@@ -52,26 +57,57 @@ func (l *ledger) judgeUpLocked(e *epoch) {
 		lost := i - from
 		switch {
 		case i < len(e.said) && e.heardIn[i].index > before:
-			l.permitLocked("up, with a link", lost, e.said[from], e.heardIn[i].asked, e)
+			l.judgeWayLocked(e, from, i, before)
 		case i < len(e.said):
 			l.findLocked("lost", e, e.said[from], "up %d to %d of %s, said at %s to %s: those before and behind arrived on the same way, %s",
 				from+1, i, e, l.since(e.said[from]), l.since(e.said[i-1]), e.heardIn[i].conn)
 		case e.ended.IsZero():
 			l.findLocked("lost", e, e.said[from], "up %d to %d of %s, said from %s on: it is still connected", from+1, i, e, l.since(e.said[from]))
-		case e.polite && !e.wayHitLocked(e.said[from]):
-			l.findLocked("lost", e, e.said[from], "up %d to %d of %s, said at %s: it said goodbye and nothing hit its way", from+1, i, e, l.since(e.said[from]))
 		case !e.touched.IsZero():
 			l.permitLocked("up, with an agent's connection", lost, e.said[from], e.touched, e)
 		default:
-			why := "up, with an agent's connection"
-			if e.gateway.wasDisturbed(e.ended, inFlight) && !e.byItself {
-				why = "up, with a gateway that was reloaded or killed"
-			}
-			l.permitLocked(why, lost, e.said[from], e.ended, e)
+			l.judgeLastWordsLocked(e, lost, e.said[from])
 		}
 		if i < len(e.said) {
 			before = e.heardIn[i].index
 		}
+	}
+}
+
+// judgeWayLocked looks at what was lost when an agent came from one way to another. What it said
+// when its gateway knew of the end of the first cannot have gone there: the gateway had it.
+func (l *ledger) judgeWayLocked(e *epoch, from, to, before int) {
+	old, asked := e.segments[before].conn, e.heardIn[to].asked
+	last := e.said[to-1]
+	switch {
+	case e.gateway.above != nil || old.hit.what == "":
+		l.permitLocked("up, with a link between gateways", to-from, e.said[from], asked, e)
+	case last.After(old.hit.by):
+		l.findLocked("lost", e, last, "up %d to %d of %s, said at %s to %s: %s %s, which was known at %s at the latest",
+			from+1, to, e, l.since(e.said[from]), l.since(last), old, old.hit.what, l.since(old.hit.by))
+	default:
+		l.permitLocked("up, with a link that "+old.hit.what, to-from, e.said[from], asked, e)
+	}
+}
+
+// judgeLastWordsLocked looks for why the last that an agent said is lost, when nothing happened
+// on its own connection but what the agent did itself, or the gateway.
+func (l *ledger) judgeLastWordsLocked(e *epoch, lost int, said time.Time) {
+	sig := e.gateway.wasDisturbed(e.ended, inFlight)
+	hit := e.wayHitLocked(said)
+	switch {
+	case e.byItself && !e.polite:
+		l.permitLocked("up, with an agent's connection", lost, said, e.ended, e)
+	case sig == syscall.SIGKILL:
+		l.permitLocked("up, with a gateway that was killed", lost, said, e.ended, e)
+	case sig != nil && hit:
+		l.permitLocked("up, with a gateway that was reloaded while its links were lost", lost, said, e.ended, e)
+	case e.polite && hit:
+		l.permitLocked("up, with a link, last words before a goodbye", lost, said, e.ended, e)
+	case e.slow:
+		l.permitLocked("up, with an agent that was too slow", lost, said, e.ended, e)
+	default:
+		l.findLocked("lost", e, said, "the last %d that %s said, from %s on: nothing happened on its way, and it ended so: %s", lost, e, l.since(said), e.end)
 	}
 }
 
@@ -84,25 +120,15 @@ func (l *ledger) permitLocked(why string, n int, said, ended time.Time, e *epoch
 	l.counts["lost "+why] += n
 }
 
-// wayHitLocked reports whether a link or a gateway on the way of e was hit while what was said
-// then may have been on its way.
+// wayHitLocked reports whether something happened on the way of e while what was said then was
+// on it.
 func (e *epoch) wayHitLocked(said time.Time) bool {
-	for _, s := range e.segments {
-		if s.asked.After(said) || (!s.conn.ended.IsZero() && s.conn.ended.After(said) && s.conn.ended.Before(e.ended.Add(inFlight))) {
-			return true
-		}
-	}
-	for g := e.gateway; g != nil; g = g.above {
-		if g.wasHit(said.Add(-inFlight), e.ended.Add(inFlight)) {
-			return true
-		}
-	}
-	return false
+	return e.gateway.wasHit(said.Add(-troubled), e.ended.Add(time.Second))
 }
 
 // judgeEndLocked looks for ends that nobody caused.
 func (l *ledger) judgeEndLocked(e *epoch) {
-	if e.ended.IsZero() || e.byItself || !e.touched.IsZero() || e.slow || e.gateway.wasDisturbed(e.ended, inFlight) {
+	if e.ended.IsZero() || e.byItself || !e.touched.IsZero() || e.slow || e.gateway.wasDisturbed(e.ended, inFlight) != nil {
 		return
 	}
 	l.findLocked("disconnected without reason", e, e.ended, "%s, let in at %s, ended at %s: %s", e, l.since(e.opened), l.since(e.ended), e.end)
