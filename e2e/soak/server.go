@@ -72,6 +72,9 @@ type linkHit struct {
 	by   time.Time // when its gateway has noticed at the latest
 }
 
+// endedByGateway is that the gateway was reloaded or killed.
+const endedByGateway = "was ended by its gateway"
+
 // noticeWithin is how soon a gateway on a busy machine notices what its kernel knows.
 const noticeWithin = 2 * time.Second
 
@@ -351,7 +354,9 @@ func (s *server) push(m *member, c *serverConn, message *protobufs.ServerToAgent
 func (s *server) hit(address, what string, notice time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.hits[address] = linkHit{what, time.Now().Add(notice + noticeWithin)}
+	if _, was := s.hits[address]; !was { // the first is what the gateway has to find out about
+		s.hits[address] = linkHit{what, time.Now().Add(notice + noticeWithin)}
+	}
 }
 
 // someSize draws a size for a payload: mostly small, some large.

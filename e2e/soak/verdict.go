@@ -100,8 +100,8 @@ func (l *ledger) judgeLastWordsLocked(e *epoch, lost int, said time.Time) {
 		l.permitLocked("up, with an agent's connection", lost, said, e.ended, e)
 	case sig == syscall.SIGKILL:
 		l.permitLocked("up, with a gateway that was killed", lost, said, e.ended, e)
-	case sig != nil && hit:
-		l.permitLocked("up, with a gateway that was reloaded while its links were lost", lost, said, e.ended, e)
+	case sig != nil && hit && e.lastLinkLost():
+		l.permitLocked("up, with a gateway that was reloaded when the link was lost", lost, said, e.ended, e)
 	case e.polite && hit:
 		l.permitLocked("up, with a link, last words before a goodbye", lost, said, e.ended, e)
 	case e.slow:
@@ -124,6 +124,16 @@ func (l *ledger) permitLocked(why string, n int, said, ended time.Time, e *epoch
 // on it.
 func (e *epoch) wayHitLocked(said time.Time) bool {
 	return e.gateway.wasHit(said.Add(-troubled), e.ended.Add(time.Second))
+}
+
+// lastLinkLost reports whether a fault hit the last link that the agent spoke on, as far as that
+// is known: not below another gateway.
+func (e *epoch) lastLinkLost() bool {
+	if e.gateway.above != nil || len(e.segments) == 0 {
+		return true
+	}
+	hit := e.segments[len(e.segments)-1].conn.hit
+	return hit.what != "" && hit.what != endedByGateway
 }
 
 // judgeEndLocked looks for ends that nobody caused.
