@@ -126,25 +126,33 @@ func (in *injector) link() (*gateway, *fault.Conn) {
 	return g, conns[in.rand.IntN(len(conns))]
 }
 
-// hitLink does something to a link that takes the gateway so long to notice.
+// hitLink does something to a link that the gateway notices within some time.
 func (in *injector) hitLink(what string, notice time.Duration, do func(*fault.Conn)) *event {
 	g, c := in.link()
 	if c == nil {
 		return nil
 	}
 	g.hit()
-	in.soak.server.hit(c.Source(), what, notice)
+	hit := in.soak.server.hit(c.Source(), what)
 	do(c)
+	if hit.by.IsZero() {
+		hit.by = time.Now().Add(notice)
+	}
 	return &event{what: fmt.Sprintf("one of gateway %s, %s", g.name, c.Source()), g: g}
 }
 
-func (in *injector) linkReset() *event  { return in.hitLink("was reset", 0, (*fault.Conn).Reset) }
-func (in *injector) linkFinish() *event { return in.hitLink("was finished", 0, (*fault.Conn).Finish) }
+func (in *injector) linkReset() *event {
+	return in.hitLink("was reset", resetNotice, (*fault.Conn).Reset)
+}
+
+func (in *injector) linkFinish() *event {
+	return in.hitLink("was finished", endNotice, (*fault.Conn).Finish)
+}
 
 // linkHole is a black hole for longer than the keep-alive takes. The server notices later.
 func (in *injector) linkHole() *event {
 	d := in.between(6*time.Second, 12*time.Second)
-	return in.hitLink("was in a black hole", linkTimeout+linkInterval, func(c *fault.Conn) {
+	return in.hitLink("was in a black hole", linkTimeout+linkInterval+endNotice, func(c *fault.Conn) {
 		c.Hold()
 		in.later(d, c.Reset)
 	})

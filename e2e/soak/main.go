@@ -389,7 +389,7 @@ func (s *soak) checkFiles(base map[*gateway]int, withAgents bool) {
 // disturb notes that a gateway is about to end its links.
 func (s *soak) disturb(g *gateway) {
 	for _, c := range g.up.Conns() {
-		s.server.hit(c.Source(), endedByGateway, inFlight)
+		s.server.hit(c.Source(), endedByGateway)
 	}
 }
 

@@ -36,8 +36,9 @@ type server struct {
 	starts  int
 	conns   map[*serverConn]struct{}
 	places  map[*member]*place
-	hits    map[string]linkHit // by the address that a connection comes from
-	quiet   bool               // it says nothing on its own account any more
+	known   map[*member]*epoch  // on which connection an agent said who it is
+	hits    map[string]*linkHit // by the address that a connection comes from
+	quiet   bool                // it says nothing on its own account any more
 
 	// excuse tells whether a gateway has ended its link because something was done to it. Set once.
 	excuse func(*serverConn) bool
@@ -47,7 +48,6 @@ type server struct {
 type place struct {
 	segment *segment
 	uid     uuid.UUID
-	known   bool // it has said who it is
 }
 
 // serverConn is one WebSocket to the server: a link of a gateway.
@@ -63,25 +63,29 @@ type serverConn struct {
 
 	// Guarded by ledger.mu.
 	ended time.Time
-	hit   linkHit // why, if the soak knows
+	hit   *linkHit // why it ended; nil if nobody knows, or it has not
 }
+
+// address is where the connection comes from.
+func (c *serverConn) address() string { return c.ws.RemoteAddr().String() }
 
 // linkHit is a fault of a link.
 type linkHit struct {
 	what string
-	by   time.Time // when its gateway has noticed at the latest
+	by   time.Time // when its gateway has noticed at the latest; zero if that is not known; for the injector, then for judge
 }
 
 // endedByGateway is that the gateway was reloaded or killed.
 const endedByGateway = "was ended by its gateway"
 
-// noticeWithin is how soon a gateway on a busy machine notices what its kernel knows.
-const noticeWithin = 2 * time.Second
+// How soon a gateway on a busy machine notices the end of a link: after a reset it can write
+// nothing more there; after a FIN it can until it has read it.
+const resetNotice, endNotice = 250 * time.Millisecond, time.Second
 
 func (c *serverConn) String() string { return fmt.Sprintf("link %s (%d)", c.name, c.number) }
 
 func newServer(book *ledger, address string) *server {
-	return &server{address: address, book: book, conns: map[*serverConn]struct{}{}, places: map[*member]*place{}, hits: map[string]linkHit{}}
+	return &server{address: address, book: book, conns: map[*serverConn]struct{}{}, places: map[*member]*place{}, hits: map[string]*linkHit{}}
 }
 
 // start starts a server that knows nobody.
@@ -101,7 +105,7 @@ func (s *server) start() error {
 	defer s.mu.Unlock()
 	s.up = true
 	s.starts++
-	s.places = map[*member]*place{}
+	s.places, s.known = map[*member]*place{}, map[*member]*epoch{}
 	s.http = &http.Server{Handler: http.HandlerFunc(s.serve), ReadHeaderTimeout: 10 * time.Second}
 	s.serving.Go(func() { _ = s.http.Serve(listener) }) // it ends by Close
 	return nil
@@ -179,21 +183,26 @@ func (c *serverConn) read() {
 	c.ws.NetConn().Close()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	hit, was := s.hits[c.ws.RemoteAddr().String()]
 	_, open := s.conns[c]
-	if !was && !open {
-		hit = linkHit{"ended with the server", time.Now().Add(noticeWithin)}
+	hit := s.hits[c.address()]
+	delete(s.hits, c.address()) // another link may come from there one day
+	if hit == nil && !open {
+		hit = &linkHit{"ended with the server", time.Now().Add(endNotice)}
 	}
 	s.book.mu.Lock()
 	c.ended, c.hit = time.Now(), hit
 	s.book.mu.Unlock()
 	for m, at := range s.places {
-		if at.segment.conn == c {
-			delete(s.places, m)
+		if at.segment.conn != c {
+			continue
+		}
+		delete(s.places, m)
+		if m.number%2 == 0 { // some servers forget with the link, some do not
+			delete(s.known, m)
 		}
 	}
 	delete(s.conns, c)
-	if open && !was && !s.excuse(c) {
+	if open && hit == nil && !s.excuse(c) {
 		s.book.find("link lost without reason", nil, time.Now(), "%s, after %s: %v", c, time.Since(c.opened).Round(time.Millisecond), err)
 	}
 }
@@ -257,14 +266,12 @@ func (c *serverConn) message(m *protobufs.AgentToServer) error {
 		return nil
 	}
 	s.mu.Lock()
-	at := s.places[member]
-	if at == nil || at.segment.epoch != seg.epoch {
-		at = &place{} // whoever connects anew is asked, since it does not say by itself
-		s.places[member] = at
+	s.places[member] = &place{seg, uid}
+	if m.GetAgentDescription() != nil {
+		s.known[member] = seg.epoch
 	}
-	at.segment, at.uid, at.known = seg, uid, at.known || m.GetAgentDescription() != nil
 	reply := &protobufs.ServerToAgent{}
-	if !at.known {
+	if s.known[member] != seg.epoch { // whoever connects anew does not say by itself
 		reply.Flags = uint64(protobufs.ServerToAgentFlags_ServerToAgentFlags_ReportFullState)
 	}
 	s.mu.Unlock()
@@ -349,14 +356,15 @@ func (s *server) push(m *member, c *serverConn, message *protobufs.ServerToAgent
 	return seg.conn.tell(seg, uid, message, size) == nil
 }
 
-// hit notes that a fault hits the connection that comes from this address, which its gateway
-// notices after a while.
-func (s *server) hit(address, what string, notice time.Duration) {
+// hit notes that a fault hits the connection that comes from this address. The first is what its
+// gateway has to find out about; by is to be set when it has to have noticed.
+func (s *server) hit(address, what string) *linkHit {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, was := s.hits[address]; !was { // the first is what the gateway has to find out about
-		s.hits[address] = linkHit{what, time.Now().Add(notice + noticeWithin)}
+	if s.hits[address] == nil {
+		s.hits[address] = &linkHit{what: what}
 	}
+	return s.hits[address]
 }
 
 // someSize draws a size for a payload: mostly small, some large.

@@ -80,7 +80,7 @@ func (l *ledger) judgeWayLocked(e *epoch, from, to, before int) {
 	old, asked := e.segments[before].conn, e.heardIn[to].asked
 	last := e.said[to-1]
 	switch {
-	case e.gateway.above != nil || old.hit.what == "":
+	case e.gateway.above != nil || old.hit == nil || old.hit.by.IsZero():
 		l.permitLocked("up, with a link between gateways", to-from, e.said[from], asked, e)
 	case last.After(old.hit.by):
 		l.findLocked("lost", e, last, "up %d to %d of %s, said at %s to %s: %s %s, which was known at %s at the latest",
@@ -133,7 +133,7 @@ func (e *epoch) lastLinkLost() bool {
 		return true
 	}
 	hit := e.segments[len(e.segments)-1].conn.hit
-	return hit.what != "" && hit.what != endedByGateway
+	return hit != nil && hit.what != endedByGateway
 }
 
 // judgeEndLocked looks for ends that nobody caused.
