@@ -83,7 +83,7 @@ type down struct {
 	at      time.Time
 	segment *segment
 	heard   bool
-	between bool // it was said when the server had been asked again on the same socket already
+	between bool // it was said when the server had been asked about the agent again already
 	oldUID  bool // it was sent under a UID that the agent had just been told to give up
 }
 
@@ -293,7 +293,7 @@ func (l *ledger) tell(seg *segment, size int, uid uuid.UUID) stamp {
 	defer l.mu.Unlock()
 	m := seg.epoch.actor.member
 	oldUID := uid != m.uids[len(m.uids)-1] && time.Since(m.renamed) < inFlight
-	between := slices.ContainsFunc(seg.epoch.segments[seg.index+1:], func(later *segment) bool { return later.conn == seg.conn })
+	between := seg.index < len(seg.epoch.segments)-1
 	m.downs = append(m.downs, &down{at: time.Now(), segment: seg, between: between, oldUID: oldUID})
 	l.counts["said by the server"]++
 	return stamp{down: true, actor: seg.epoch.actor.id, epoch: seg.epoch.number, number: uint32(len(m.downs)), size: uint32(size)}
