@@ -4,18 +4,28 @@
 //	make soak DURATION=10m
 //
 // The cast: one server, in this process; three gateways, processes of the built collector; and
-// agents, in this process. The lines between them break things at random:
+// agents, in this process. Each dash is a line that breaks, and so does everybody else:
 //
-//	agents ══ gateway direct ══╗
-//	agents ══ gateway upper ═══╬═ server
-//	agents ══ gateway lower ═╗ ║
-//	                         ╚═╝ (by upper)
+//	agents ── gateway direct ── server
+//	agents ── gateway upper ── server
+//	agents ── gateway lower ── gateway upper
 //
 // It prints what was injected and what was found, and ends with 1 if something was found that
 // must not be.
+//
+//	main.go      the run, from its beginning to its end
+//	server.go    the server
+//	gateway.go   the gateways
+//	agent.go     the agents
+//	faults.go    what goes wrong
+//	message.go   what is said: who, on which connection, the how manyth
+//	ledger.go    the book of what was said and heard
+//	verdict.go   what of that must not be
+//	report.go    what is printed
 package main
 
 import (
+	"errors"
 	"flag"
 	"fmt"
 	"math/rand/v2"
@@ -46,7 +56,7 @@ func main() {
 		s.book.find("soak", nil, time.Now(), "%v", err)
 	}
 	s.endGateways()
-	if !s.report(*duration) {
+	if !s.report() {
 		fmt.Printf("\nlogs of the gateways: %s\n", s.dir)
 		os.Exit(1)
 	}
@@ -61,7 +71,8 @@ type soak struct {
 	server   *server
 	gateways []*gateway
 	faults   *injector
-	memory   int // the most that a gateway has had, in MiB
+	memory   int           // the most that a gateway had at the end, in MiB
+	talked   time.Duration // how long agents and server have talked
 
 	// mu guards the agents that belong to the fleet. Clones do not, nor do those that left.
 	mu     sync.Mutex
@@ -79,7 +90,7 @@ func (s *soak) run(program string, agents int, duration time.Duration) error {
 	}
 	files := map[*gateway]int{}
 	for _, g := range s.gateways {
-		files[g] = g.files() - g.links()
+		files[g] = g.files() - g.links() - s.connections(true)[g]
 	}
 	for i := range agents {
 		s.add(s.gateways[i%len(s.gateways)], i/len(s.gateways)%2 == 0)
@@ -90,6 +101,7 @@ func (s *soak) run(program string, agents int, duration time.Duration) error {
 	s.faults.run(time.Now().Add(duration))
 
 	s.await("agents are connected again", "unreachable", s.notConnected)
+	s.talked = time.Since(s.book.start)
 	s.server.hush()
 	for _, a := range s.fleet() {
 		a.hush()
@@ -97,7 +109,7 @@ func (s *soak) run(program string, agents int, duration time.Duration) error {
 	s.probe()
 	s.await("the server has forgotten who left", "leaked", s.notForgotten)
 	s.await("the gateways have the connections that there are", "leaked", func() string { return s.miscounted(false) })
-	s.checkFiles(files, true)
+	s.checkFiles(files, false)
 	s.book.judge(time.Now())
 	for _, a := range s.fleet() {
 		a.goAway()
@@ -105,7 +117,7 @@ func (s *soak) run(program string, agents int, duration time.Duration) error {
 	}
 	s.await("the agents have left", "unreachable", s.stillThere)
 	s.await("the gateways have no agents", "leaked", func() string { return s.miscounted(true) })
-	s.checkFiles(files, false)
+	s.checkFiles(files, true)
 	return nil
 }
 
@@ -161,7 +173,9 @@ func (s *soak) setUp(program string) error {
 			upper = g
 		}
 	}
-	s.await("the gateways are up", "soak", func() string { return s.miscounted(false) })
+	if !s.await("the gateways are up", "soak", func() string { return s.miscounted(true) }) {
+		return errors.New("nothing was injected")
+	}
 	return nil
 }
 
@@ -192,18 +206,18 @@ func (s *soak) fleet() []*agent {
 	return slices.Clone(s.agents)
 }
 
-// await waits until wrong returns "".
-func (s *soak) await(what, kind string, wrong func() string) {
+// await waits until wrong returns "", and reports whether it ever did.
+func (s *soak) await(what, kind string, wrong func() string) bool {
 	start := time.Now()
 	for {
 		last := wrong()
 		if last == "" {
 			fmt.Printf("%8s  %s (%s)\n", s.book.since(time.Now()), what, time.Since(start).Round(time.Millisecond))
-			return
+			return true
 		}
 		if time.Since(start) > healWithin {
 			s.book.find(kind, nil, time.Now(), "after %s not yet: %s: %s", healWithin, what, last)
-			return
+			return false
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
@@ -323,23 +337,29 @@ func (s *soak) notForgotten() string {
 	return some(len(texts), texts[0])
 }
 
-// miscounted compares what the gateways count with what there is.
-func (s *soak) miscounted(empty bool) string {
+// connections is how many agents each gateway should have, another gateway's links among them.
+func (s *soak) connections(empty bool) map[*gateway]int {
 	agents := map[*gateway]int{}
-	if !empty {
-		for _, a := range s.fleet() {
+	for _, a := range s.fleet() {
+		if !empty {
 			agents[a.gateway]++
 		}
 	}
-	links := 0
 	for _, g := range s.gateways {
-		links += g.links()
 		if g.above != nil {
 			agents[g.above] += g.links()
-			links -= g.links()
 		}
 	}
+	return agents
+}
+
+// miscounted compares what the gateways count with what there is.
+func (s *soak) miscounted(empty bool) string {
+	agents, links := s.connections(empty), 0
 	for _, g := range s.gateways {
+		if g.above == nil {
+			links += g.links()
+		}
 		up, down, err := g.count()
 		if err != nil {
 			return err.Error()
@@ -358,32 +378,18 @@ func (s *soak) miscounted(empty bool) string {
 
 // checkFiles compares the files that the gateways have open with those that they had without
 // any connection.
-func (s *soak) checkFiles(base map[*gateway]int, withAgents bool) {
-	const spare = 12 // what the collector itself opens now and then
-	agents := map[*gateway]int{}
-	for _, a := range s.fleet() {
-		if withAgents {
-			agents[a.gateway]++
-		}
-	}
-	for _, g := range s.gateways {
-		if g.above != nil {
-			agents[g.above] += g.links()
-		}
-	}
-	for _, g := range s.gateways {
-		want := base[g] + g.links() + agents[g]
-		if g.above == nil && g == s.gateways[1] {
-			want -= 3 // the links of the gateway below were among its files at the start
-		}
-		s.await(fmt.Sprintf("gateway %s has no more files open than connections explain, %d", g.name, want), "leaked", func() string {
-			if got := g.files(); got > want+spare {
-				return fmt.Sprintf("it has %d", got)
+func (s *soak) checkFiles(base map[*gateway]int, empty bool) {
+	const spare = 4 // what the collector itself opens now and then
+	agents := s.connections(empty)
+	s.await("the gateways have no more files open than connections explain", "leaked", func() string {
+		for _, g := range s.gateways {
+			if got, want := g.files(), base[g]+g.links()+agents[g]; got > want+spare {
+				return fmt.Sprintf("gateway %s has %d, not %d", g.name, got, want)
 			}
-			return ""
-		})
-		s.memory = max(s.memory, g.memory())
-	}
+			s.memory = max(s.memory, g.memory())
+		}
+		return ""
+	})
 }
 
 // disturb notes that a gateway is about to end its links.

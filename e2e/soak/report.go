@@ -5,7 +5,6 @@ import (
 	"maps"
 	"slices"
 	"strings"
-	"time"
 )
 
 // mustBeNone are the kinds of findings, in the order of the report.
@@ -15,7 +14,7 @@ var mustBeNone = []string{
 }
 
 // report prints what was injected and found; it returns false if something must not be.
-func (s *soak) report(duration time.Duration) bool {
+func (s *soak) report() bool {
 	b := s.book
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -32,7 +31,7 @@ func (s *soak) report(duration time.Duration) bool {
 		fmt.Printf("%8d  %s\n", b.counts[what], what)
 	}
 	heard := b.counts["heard by the server"] + b.counts["heard by agents"]
-	fmt.Printf("%8.0f  messages relayed a second\n", float64(heard)/duration.Seconds())
+	fmt.Printf("%8.0f  messages relayed a second\n", float64(heard)/max(1, s.talked.Seconds()))
 	fmt.Printf("%8d  MiB that a gateway had at most at the end\n", s.memory)
 
 	fmt.Println("\nfound, must be 0:")

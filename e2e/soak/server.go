@@ -356,12 +356,12 @@ func (s *server) push(m *member, c *serverConn, message *protobufs.ServerToAgent
 	return seg.conn.tell(seg, uid, message, size) == nil
 }
 
-// hit notes that a fault hits the connection that comes from this address. The first is what its
-// gateway has to find out about; by is to be set when it has to have noticed.
+// hit notes that a fault hits the connection that comes from this address. The first fault is
+// what its gateway has to find out about; by is to be set when it has to have noticed.
 func (s *server) hit(address, what string) *linkHit {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.hits[address] == nil {
+	if h := s.hits[address]; h == nil || h.what == endedByGateway {
 		s.hits[address] = &linkHit{what: what}
 	}
 	return s.hits[address]

@@ -14,6 +14,10 @@ const inFlight = 20 * time.Second
 // the agents find another way.
 const troubled = 8 * time.Second
 
+// endedWithin is how soon a gateway that is reloaded or killed has closed its agents, and they
+// have read it.
+const endedWithin = 10 * time.Second
+
 // stateWithin is how soon after an agent came to a new way its full state must be there.
 const stateWithin = 10 * time.Second
 
@@ -138,7 +142,7 @@ func (e *epoch) lastLinkLost() bool {
 
 // judgeEndLocked looks for ends that nobody caused.
 func (l *ledger) judgeEndLocked(e *epoch) {
-	if e.ended.IsZero() || e.byItself || !e.touched.IsZero() || e.slow || e.gateway.wasDisturbed(e.ended, inFlight) != nil {
+	if e.ended.IsZero() || e.byItself || !e.touched.IsZero() || e.slow || e.gateway.wasDisturbed(e.ended, endedWithin) != nil {
 		return
 	}
 	l.findLocked("disconnected without reason", e, e.ended, "%s, let in at %s, ended at %s: %s", e, l.since(e.opened), l.since(e.ended), e.end)
