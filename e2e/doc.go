@@ -18,5 +18,6 @@
 //	certs.go       certificates
 //	wait.go        waiting for what has to happen; no test sleeps
 //
-// The files *_test.go tell the stories.
+// The files *_test.go tell the stories. Package fault breaks connections on the way, and soak
+// is a program that does so at random, for as long as one likes: make soak.
 package e2e

@@ -101,6 +101,9 @@ func (a *agent) connect() (time.Duration, error) {
 			return 0, err
 		}
 		a.book.count("attempts of agents to connect that were answered " + resp.Status)
+		if resp.StatusCode != http.StatusServiceUnavailable {
+			a.book.find("refused", e, time.Now(), "%s: %s", e, resp.Status)
+		}
 		after, _ := strconv.Atoi(resp.Header.Get("Retry-After"))
 		return time.Duration(after) * time.Second, err
 	}

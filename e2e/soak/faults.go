@@ -37,7 +37,8 @@ type event struct {
 	a    *actor   // the one agent that it concerns
 }
 
-// kinds are the faults, and how often each comes, relative to the others.
+// kinds are the faults, and how often each comes, relative to the others: together about four
+// a second.
 func (in *injector) kinds() []kind {
 	return []kind{
 		{"link reset", 8, 0, in.linkReset},

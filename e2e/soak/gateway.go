@@ -23,9 +23,9 @@ import (
 	"github.com/opampgateway/opampgateway/e2e/fault"
 )
 
-// linkInterval and linkTimeout are the keep-alive of links: short, so that a short run sees
-// black holes found.
-const linkInterval, linkTimeout = time.Second, 4 * time.Second
+// linkInterval and linkTimeout are the keep-alive of links, and gracePeriod is how long agents
+// may be without: short, so that a short run sees their ends.
+const linkInterval, linkTimeout, gracePeriod = time.Second, 4 * time.Second, 20 * time.Second
 
 // gateway is one collector with the gateway extension, as a process.
 type gateway struct {
@@ -70,7 +70,8 @@ func (g *gateway) writeConfig() error {
 		"extensions": m{"opampgateway": m{
 			"server": m{
 				"endpoint": "ws://" + g.up.Address() + "/v1/opamp", "agent_id": g.name, "connections": g.connections,
-				"keep_alive": m{"interval": linkInterval.String(), "timeout": linkTimeout.String()},
+				"keep_alive":   m{"interval": linkInterval.String(), "timeout": linkTimeout.String()},
+				"grace_period": gracePeriod.String(),
 			},
 			"listener": m{"endpoint": g.address},
 			"agents":   m{"keep_alive": m{"interval": "2s", "timeout": "10s"}},

@@ -81,7 +81,7 @@ type soak struct {
 }
 
 // healWithin bounds each step after the last fault. The second request for the full state,
-// which comes 60 to 90 s after a link was lost, is not waited for.
+// which comes 60 to 90 s after a link was lost, is not waited for by itself.
 const healWithin = 60 * time.Second
 
 func (s *soak) run(program string, agents int, duration time.Duration) error {

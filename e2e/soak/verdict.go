@@ -18,6 +18,10 @@ const troubled = 8 * time.Second
 // have read it.
 const endedWithin = 10 * time.Second
 
+// forgottenWithin is how soon the server has been told of an agent's end: below another gateway
+// after the grace period, if a link took the first news with it.
+const forgottenWithin = gracePeriod + inFlight
+
 // stateWithin is how soon after an agent came to a new way its full state must be there.
 const stateWithin = 10 * time.Second
 
@@ -84,8 +88,11 @@ func (l *ledger) judgeWayLocked(e *epoch, from, to, before int) {
 	old, asked := e.segments[before].conn, e.heardIn[to].asked
 	last := e.said[to-1]
 	switch {
-	case e.gateway.above != nil || old.hit == nil || old.hit.by.IsZero():
+	case e.gateway.above != nil: // which link below it was, nobody knows
 		l.permitLocked("up, with a link between gateways", to-from, e.said[from], asked, e)
+	case old.hit == nil || old.hit.by.IsZero():
+		l.findLocked("lost", e, last, "up %d to %d of %s, said at %s to %s: no fault has ended %s",
+			from+1, to, e, l.since(e.said[from]), l.since(last), old)
 	case last.After(old.hit.by):
 		l.findLocked("lost", e, last, "up %d to %d of %s, said at %s to %s: %s %s, which was known at %s at the latest",
 			from+1, to, e, l.since(e.said[from]), l.since(last), old, old.hit.what, l.since(old.hit.by))
@@ -191,7 +198,9 @@ func (l *ledger) judgeDownLocked(m *member) {
 // judgeLastLocked looks for an end that excuses the loss of the last that was said on a way.
 func (l *ledger) judgeLastLocked(d *down, number uint32) {
 	s, e := d.segment, d.segment.epoch
-	excused := func(at time.Time) bool { return !at.IsZero() && at.Sub(d.at) < inFlight }
+	excused := func(at time.Time) bool {
+		return !at.IsZero() && at.Sub(d.at) < inFlight && d.at.Sub(at) < forgottenWithin
+	}
 	switch {
 	case excused(e.touched), excused(e.ended):
 		l.counts["lost down, with an agent's connection"]++
