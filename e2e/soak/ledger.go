@@ -55,7 +55,7 @@ type epoch struct {
 	said     []time.Time // when each message was sent, by number - 1
 	heardIn  []*segment  // where each arrived first, nil for not
 	segments []*segment
-	lastDown uint32 // of what was addressed to this connection
+	lastDown uint32 // the last that was heard of what is for this connection
 }
 
 func (e *epoch) String() string {
@@ -75,7 +75,8 @@ type segment struct {
 	asked       time.Time
 	first, last uint32    // of the messages that arrived here
 	described   time.Time // when an agent description arrived
-	lastHeard   uint32    // of downs, by index + 1: the last that was heard
+	lastDown    uint32    // the last of the server's messages from here that was heard
+	lastHeard   uint32    // the same, of those that have certainly come this way
 }
 
 // down is one message of the server.
@@ -332,11 +333,15 @@ func (l *ledger) heard(e *epoch, s stamp, uid []byte) {
 	switch {
 	case to != e: // for the agent's earlier connection, or for its clone
 		l.counts["heard on another connection of the agent"]++
-	case s.number < e.lastDown:
-		l.findLocked("reordered", e, now, "%s arrived behind %d", s, e.lastDown)
-	default:
+	case s.number > e.lastDown:
 		e.lastDown = s.number
+	case e.gateway.above != nil && d.segment.index < len(e.segments)-1 && s.number > d.segment.lastDown:
+		// Two links of the gateway above live, and it reads them in no order.
+		l.counts["late, on the way before"]++
+	default:
+		l.findLocked("reordered", e, now, "%s arrived behind %d", s, e.lastDown)
 	}
+	d.segment.lastDown = max(d.segment.lastDown, s.number)
 }
 
 func (m *member) has(uid uuid.UUID) bool {
