@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -26,6 +27,7 @@ type injector struct {
 	mu    sync.Mutex
 	log   []event
 	count map[string]int
+	held  map[*fault.Conn]bool
 }
 
 // event is one fault, for the report.
@@ -117,14 +119,34 @@ func (in *injector) later(d time.Duration, do func()) {
 	})
 }
 
-// link picks a link of some gateway.
+// link picks a link of some gateway, one on which nothing goes on.
 func (in *injector) link() (*gateway, *fault.Conn) {
-	g := in.soak.gateways[in.rand.IntN(len(in.soak.gateways))]
-	conns := g.up.Conns()
+	g := in.gateway()
+	conns := slices.DeleteFunc(g.up.Conns(), in.isHeld)
 	if len(conns) == 0 {
 		return nil, nil
 	}
 	return g, conns[in.rand.IntN(len(conns))]
+}
+
+func (in *injector) isHeld(c *fault.Conn) bool {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return in.held[c]
+}
+
+// hold holds a connection for a while, on which nothing else is to happen, and then has it end so.
+func (in *injector) hold(c *fault.Conn, d time.Duration, end func(*fault.Conn)) {
+	in.mu.Lock()
+	in.held[c] = true
+	in.mu.Unlock()
+	c.Hold()
+	in.later(d, func() {
+		end(c)
+		in.mu.Lock()
+		defer in.mu.Unlock()
+		delete(in.held, c)
+	})
 }
 
 // hitLink does something to a link that the gateway notices within some time.
@@ -154,8 +176,7 @@ func (in *injector) linkFinish() *event {
 func (in *injector) linkHole() *event {
 	d := in.between(6*time.Second, 12*time.Second)
 	return in.hitLink("was in a black hole", linkTimeout+linkInterval+endNotice, func(c *fault.Conn) {
-		c.Hold()
-		in.later(d, c.Reset)
+		in.hold(c, d, (*fault.Conn).Reset)
 	})
 }
 
@@ -166,8 +187,7 @@ func (in *injector) linkDelay() *event {
 		return nil
 	}
 	d := in.between(200*time.Millisecond, 1500*time.Millisecond)
-	c.Hold()
-	in.later(d, c.Release)
+	in.hold(c, d, (*fault.Conn).Release)
 	return &event{what: fmt.Sprintf("one of gateway %s, for %s", g.name, d.Round(time.Millisecond)), g: g}
 }
 
@@ -256,7 +276,7 @@ func (in *injector) hitAgent(what string, do func(*fault.Conn)) *event {
 		return nil
 	}
 	for _, c := range a.gateway.agents.Conns() {
-		if c.From() == s.ws.LocalAddr().String() {
+		if c.From() == s.ws.LocalAddr().String() && !in.isHeld(c) {
 			in.soak.book.touch(s.epoch, what)
 			do(c)
 			return in.about(a, "%s", what)
@@ -272,8 +292,7 @@ func (in *injector) agentFinish() *event { return in.hitAgent("finished", (*faul
 func (in *injector) agentHole() *event {
 	d := in.between(time.Second, 16*time.Second)
 	return in.hitAgent(fmt.Sprintf("black hole for %s", d.Round(time.Millisecond)), func(c *fault.Conn) {
-		c.Hold()
-		in.later(d, c.Reset)
+		in.hold(c, d, (*fault.Conn).Reset)
 	})
 }
 

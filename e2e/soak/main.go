@@ -97,7 +97,7 @@ func (s *soak) run(program string, agents int, duration time.Duration) error {
 	}
 	s.await("agents are connected", "unreachable", s.notConnected)
 
-	s.faults = &injector{soak: s, rand: s.rand, over: make(chan struct{}), count: map[string]int{}}
+	s.faults = &injector{soak: s, rand: s.rand, over: make(chan struct{}), count: map[string]int{}, held: map[*fault.Conn]bool{}}
 	s.faults.run(time.Now().Add(duration))
 
 	s.await("agents are connected again", "unreachable", s.notConnected)

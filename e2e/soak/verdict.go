@@ -82,22 +82,31 @@ func (l *ledger) judgeUpLocked(e *epoch) {
 	}
 }
 
-// judgeWayLocked looks at what was lost when an agent came from one way to another. What it said
-// when its gateway knew of the end of the first cannot have gone there: the gateway had it.
+// judgeWayLocked looks at what was lost when an agent came from one way to another, perhaps by
+// some on which nothing was heard. What it said when its gateway knew of the end of the last of
+// these cannot have gone there: the gateway had it.
 func (l *ledger) judgeWayLocked(e *epoch, from, to, before int) {
-	old, asked := e.segments[before].conn, e.heardIn[to].asked
-	last := e.said[to-1]
+	next := e.heardIn[to]
+	last, lost := e.said[to-1], to-from
+	if e.gateway.above != nil { // which link below it was, nobody knows
+		l.permitLocked("up, with a link between gateways", lost, e.said[from], next.asked, e)
+		return
+	}
+	var old *serverConn
+	for _, s := range e.segments[before:next.index] {
+		if hit := s.conn.hit; hit != nil && !hit.by.IsZero() && (old == nil || hit.by.After(old.hit.by)) {
+			old = s.conn
+		}
+	}
 	switch {
-	case e.gateway.above != nil: // which link below it was, nobody knows
-		l.permitLocked("up, with a link between gateways", to-from, e.said[from], asked, e)
-	case old.hit == nil || old.hit.by.IsZero():
+	case old == nil:
 		l.findLocked("lost", e, last, "up %d to %d of %s, said at %s to %s: no fault has ended %s",
-			from+1, to, e, l.since(e.said[from]), l.since(last), old)
+			from+1, to, e, l.since(e.said[from]), l.since(last), e.segments[before].conn)
 	case last.After(old.hit.by):
 		l.findLocked("lost", e, last, "up %d to %d of %s, said at %s to %s: %s %s, which was known at %s at the latest",
 			from+1, to, e, l.since(e.said[from]), l.since(last), old, old.hit.what, l.since(old.hit.by))
 	default:
-		l.permitLocked("up, with a link that "+old.hit.what, to-from, e.said[from], asked, e)
+		l.permitLocked("up, with a link that "+old.hit.what, lost, e.said[from], next.asked, e)
 	}
 }
 
