@@ -8,15 +8,18 @@
 //
 // The cast, one file each:
 //
-//	process.go     any program that is started here, its log, its end
-//	collector.go   the built collector, as gateway and as agent, and the supervisor
-//	server.go      an OpAMP server on opamp-go's library, with or without the gateway capability
-//	agent.go       agents on opamp-go's client library
-//	raw.go         agents of bare WebSockets, for what a library hides or does not do
-//	bare.go        a server of bare WebSockets, for the same
-//	bystanders.go  agents that are to notice nothing of what happens to others
-//	certs.go       certificates
-//	wait.go        waiting for what has to happen; no test sleeps
+//	process.go       any program that is started here, its log, its end
+//	collector.go     the built collector, as gateway and as agent, and the supervisor
+//	server.go        an OpAMP server on opamp-go's library, with or without the gateway capability
+//	agent.go         agents on opamp-go's client library
+//	raw.go           agents of bare WebSockets, for what a library hides or does not do
+//	bare.go          a server of bare WebSockets, for the same
+//	bystanders.go    agents that are to notice nothing of what happens to others
+//	fleet.go         thousands of such agents, which number what they say and come back when closed
+//	fleet_server.go  a server that bears those, and keeps a record of all that it hears
+//	fault/           a line that does to TCP connections what networks do
+//	certs.go         certificates
+//	wait.go          waiting for what has to happen; no test sleeps
 //
 // The files *_test.go tell the stories. Package fault breaks connections on the way, and soak
 // is a program that does so at random, for as long as one likes: make soak.

@@ -57,3 +57,12 @@ func (p *Process) usage(t *testing.T) (u usage) {
 	u.files = len(files)
 	return u
 }
+
+// maxFiles is how many files one process may open.
+func maxFiles() uint64 {
+	var limit syscall.Rlimit
+	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit) != nil {
+		return 0
+	}
+	return limit.Max
+}

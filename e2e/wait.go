@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"fmt"
 	"net"
 	"strconv"
 	"sync/atomic"
@@ -31,6 +32,33 @@ func within(t *testing.T, limit time.Duration, wrong func() string) {
 			t.Fatalf("after %s: %s", limit, last)
 		}
 	}
+}
+
+// throughout checks for a while that nothing is wrong.
+func throughout(t *testing.T, while time.Duration, wrong func() string) {
+	t.Helper()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for start := time.Now(); time.Since(start) < while; <-tick.C {
+		if now := wrong(); now != "" {
+			t.Fatalf("after %s: %s", time.Since(start), now)
+		}
+	}
+}
+
+// wantStill waits until a number has not changed for a while.
+func wantStill(t *testing.T, while time.Duration, what string, number func() uint64) {
+	t.Helper()
+	last, since := number(), time.Now()
+	eventually(t, func() string {
+		if now := number(); now != last {
+			last, since = now, time.Now()
+		}
+		if time.Since(since) < while {
+			return fmt.Sprintf("%s still changes: %d", what, last)
+		}
+		return ""
+	})
 }
 
 // lastPort is the last port given out. The ports below 32768 are those that no system gives
