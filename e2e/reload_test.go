@@ -92,7 +92,7 @@ func TestReloads(t *testing.T) {
 	gateway.Signal(t, syscall.SIGQUIT)
 	gateway.wantExit(t)
 	goroutines := 0
-	in := map[string]int{"(*agentConn).read(": 0, "(*upstreamPool).keep(": 0, "(*upstreamPool).tellStatus(": 0, "(*downstreamServer).serve.": 0, "(*gateway).sweep(": 0}
+	in := map[string]int{"(*agentConn).read(": 0, "(*upstreamPool).keep(": 0, "(*upstreamPool).tellStatus(": 0, "(*downstreamServer).serve.": 0, "sweep(": 0}
 	for stack := range strings.SplitSeq(gateway.log.String(), "\n\n") {
 		if strings.Contains(stack, "\ncreated by ") {
 			goroutines++
@@ -105,7 +105,7 @@ func TestReloads(t *testing.T) {
 	}
 	t.Logf("%d goroutines, among them %v", goroutines, in)
 	require.Equal(t, map[string]int{
-		"(*agentConn).read(": n, "(*upstreamPool).keep(": links, "(*upstreamPool).tellStatus(": 1, "(*downstreamServer).serve.": 1, "(*gateway).sweep(": 1,
+		"(*agentConn).read(": n, "(*upstreamPool).keep(": links, "(*upstreamPool).tellStatus(": 1, "(*downstreamServer).serve.": 1, "sweep(": 2,
 	}, in)
 	require.Less(t, goroutines-n-links, reloads, "goroutines besides those of agents and links: not one more with each reload")
 	require.Empty(t, gateway.log.with("\terror\t"))
