@@ -72,6 +72,7 @@ func (c *serverConn) address() string { return c.ws.RemoteAddr().String() }
 // linkHit is a fault of a link.
 type linkHit struct {
 	what string
+	at   time.Time
 	by   time.Time // when its gateway has noticed at the latest; zero if that is not known; for the injector, then for judge
 }
 
@@ -139,6 +140,9 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s.conns[c] = struct{}{}
+	if h := s.hits[c.address()]; h != nil && time.Since(h.at) > inFlight {
+		delete(s.hits, c.address()) // of another link that came from there once
+	}
 	s.book.mu.Lock()
 	s.book.counts["links to the server"]++
 	c.number = s.book.counts["links to the server"]
@@ -185,9 +189,9 @@ func (c *serverConn) read() {
 	defer s.mu.Unlock()
 	_, open := s.conns[c]
 	hit := s.hits[c.address()]
-	delete(s.hits, c.address()) // another link may come from there one day
+	delete(s.hits, c.address())
 	if hit == nil && !open {
-		hit = &linkHit{"ended with the server", time.Now().Add(endNotice)}
+		hit = &linkHit{"ended with the server", time.Now(), time.Now().Add(endNotice)}
 	}
 	s.book.mu.Lock()
 	c.ended, c.hit = time.Now(), hit
@@ -362,7 +366,7 @@ func (s *server) hit(address, what string) *linkHit {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if h := s.hits[address]; h == nil || h.what == endedByGateway {
-		s.hits[address] = &linkHit{what: what}
+		s.hits[address] = &linkHit{what: what, at: time.Now()}
 	}
 	return s.hits[address]
 }

@@ -133,7 +133,11 @@ func (l *ledger) judgeLastWordsLocked(e *epoch, lost int, said time.Time) {
 
 // permitLocked counts what was lost with something that ended, if that was not long before.
 func (l *ledger) permitLocked(why string, n int, said, ended time.Time, e *epoch) {
-	if ended.Sub(said) > inFlight {
+	bound := inFlight
+	if e.gateway.above != nil { // it may go from one broken way to the next, as long as it is not let go
+		bound += gracePeriod * 3 / 2
+	}
+	if ended.Sub(said) > bound {
 		l.findLocked("lost", e, said, "%d messages %s of %s: they were said at %s, and the end came only at %s", n, why, e, l.since(said), l.since(ended))
 		return
 	}
