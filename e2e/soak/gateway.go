@@ -154,14 +154,14 @@ func (g *gateway) wait(within time.Duration) (code int, err error) {
 	}
 }
 
-// wasDisturbed returns the last signal that the process was sent in a time that ends at at; nil
-// if there was none.
-func (g *gateway) wasDisturbed(at time.Time, within time.Duration) (last os.Signal) {
+// wasDisturbed returns what the process went through last in a time that ends at at; nil if that
+// is nothing.
+func (g *gateway) wasDisturbed(at time.Time, within time.Duration) (last *disturbance) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for _, d := range g.disturbed {
 		if at.After(d.at) && at.Before(d.at.Add(within)) {
-			last = d.signal
+			last = &d
 		}
 	}
 	return last

@@ -190,7 +190,7 @@ func (c *serverConn) read() {
 	_, open := s.conns[c]
 	hit := s.hits[c.address()]
 	delete(s.hits, c.address())
-	if hit == nil && !open {
+	if !open && (hit == nil || hit.what == endedByGateway) {
 		hit = &linkHit{"ended with the server", time.Now(), time.Now().Add(endNotice)}
 	}
 	s.book.mu.Lock()

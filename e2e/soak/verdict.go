@@ -22,6 +22,10 @@ const endedWithin = 10 * time.Second
 // after the grace period, if a link took the first news with it.
 const forgottenWithin = gracePeriod + inFlight
 
+// lastWords is how long a gateway that is reloaded hears an agent that does not read that it is
+// closed.
+const lastWords = time.Second
+
 // stateWithin is how soon after an agent came to a new way its full state must be there.
 const stateWithin = 10 * time.Second
 
@@ -113,14 +117,16 @@ func (l *ledger) judgeWayLocked(e *epoch, from, to, before int) {
 // judgeLastWordsLocked looks for why the last that an agent said is lost, when nothing happened
 // on its own connection but what the agent did itself, or the gateway.
 func (l *ledger) judgeLastWordsLocked(e *epoch, lost int, said time.Time) {
-	sig := e.gateway.wasDisturbed(e.ended, inFlight)
+	gateway := e.gateway.wasDisturbed(e.ended, inFlight)
 	hit := e.wayHitLocked(said)
 	switch {
 	case e.byItself && !e.polite:
 		l.permitLocked("up, with an agent's connection", lost, said, e.ended, e)
-	case sig == syscall.SIGKILL:
+	case gateway != nil && gateway.signal == syscall.SIGKILL:
 		l.permitLocked("up, with a gateway that was killed", lost, said, e.ended, e)
-	case sig != nil && hit && e.lastLinkLost():
+	case gateway != nil && said.After(gateway.at.Add(lastWords)):
+		l.permitLocked("up, said long after a gateway that was reloaded had closed the connection", lost, said, e.ended, e)
+	case gateway != nil && hit && e.lastLinkLost():
 		l.permitLocked("up, with a gateway that was reloaded when the link was lost", lost, said, e.ended, e)
 	case e.polite && hit:
 		l.permitLocked("up, with a link, last words before a goodbye", lost, said, e.ended, e)
