@@ -160,7 +160,7 @@ func TestChainServerThatDoesNotListIt(t *testing.T) {
 		s.door = lower.door
 		for i := range 6 {
 			agent := s.introduce(fmt.Sprint("agent ", i))
-			s.server.WantLinks(3)[0].Send(reply(agent.UID))
+			s.linkOf(agent).Send(reply(agent.UID)) // where the server has stated them in its answer
 			agent.WantMessage(reply(agent.UID))
 			agent.WantCapabilities(measurements)
 		}

@@ -761,7 +761,9 @@ func (a *agentConn) sweep(now time.Time, limits sweepLimits) {
 	}
 	if cancel := a.paused.Load(); cancel != nil {
 		a.sock.Excuse()
-		_ = a.outbox.Try(entry{Kind: outbox.Ping}) // nobody reads, so only writing tells that the agent is gone
+		// Nobody reads, so only writing tells that the agent is gone. Not a ping: an agent that cannot
+		// get rid of its answer ends the connection. A pong wants none (RFC 6455, section 5.5.3).
+		_ = a.outbox.Try(entry{Kind: outbox.Pong})
 		if closing := a.closing.Load(); closing != 0 && now.Sub(time.Unix(0, closing)) > heldUpLimit {
 			(*cancel)()
 		}

@@ -44,8 +44,8 @@ const (
 	// write that timed out cannot be taken up again, it is one record.
 	chunkSize, tlsChunkSize = 128 << 10, 16 << 10
 
-	// stallParts is into how many parts the write timeout is divided.
-	stallParts = 6
+	// stallPart is how long one call to write may take on a plain connection.
+	stallPart = time.Second
 
 	// moment is how long the last words of a connection may take: this much to write them,
 	// and as much again to hear the peer's.
@@ -215,13 +215,13 @@ func WriteBatch[S any](s *Socket, batch []outbox.Entry[S]) (written int, err err
 }
 
 // write hands b to the connection. It fails when nothing moves for the write timeout. What moved
-// is only known when a call returns, so on a plain connection, where a write that timed out
-// can go on, a call gets a part of that time.
+// is only known when a call returns, and when it moved is not known at all. So on a plain
+// connection, where a write that timed out can go on, a call gets a part of that time.
 func (s *Socket) write(b []byte) error {
 	defer s.writing.Store(0)
 	parts := time.Duration(1)
 	if s.conn == s.raw {
-		parts = stallParts
+		parts = max(1, s.writeTimeout/stallPart)
 	}
 	for idle := time.Duration(0); len(b) > 0; {
 		now := time.Now()
