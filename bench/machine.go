@@ -1,0 +1,48 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"syscall"
+)
+
+// maxFiles is how many files one process may open.
+func maxFiles() int {
+	var limit syscall.Rlimit
+	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit) != nil {
+		return 1024
+	}
+	return int(min(limit.Cur, 1<<20))
+}
+
+// machine says what it was measured on.
+func machine() []string {
+	lines := []string{
+		fmt.Sprintf("%s, %d cores, kernel %s, files per process: %d", model(), runtime.NumCPU(), firstLine("/proc/sys/kernel/osrelease"), maxFiles()),
+		"bench and naive relay: " + runtime.Version() + "; gorilla/websocket with its defaults",
+	}
+	if out, err := exec.Command("haproxy", "-v").Output(); err == nil {
+		version, _, _ := strings.Cut(string(out), "\n")
+		lines = append(lines, version)
+	}
+	return lines
+}
+
+func model() string {
+	text, _ := os.ReadFile("/proc/cpuinfo")
+	for line := range strings.Lines(string(text)) {
+		if name, value, found := strings.Cut(line, ":"); found && strings.TrimSpace(name) == "model name" {
+			return strings.TrimSpace(value)
+		}
+	}
+	return runtime.GOARCH
+}
+
+func firstLine(file string) string {
+	text, _ := os.ReadFile(file)
+	line, _, _ := strings.Cut(string(text), "\n")
+	return line
+}
