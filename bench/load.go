@@ -322,13 +322,14 @@ func (l *load) Start(args Start, _ *struct{}) error {
 		}
 		return nil
 	}
-	l.stopPacing = make(chan struct{})
-	l.pacing.Go(func() { l.pace(agents, args.Rate) })
+	stop := make(chan struct{})
+	l.stopPacing = stop
+	l.pacing.Go(func() { l.pace(agents, args.Rate, stop) })
 	return nil
 }
 
-// pace has the agents speak in turn, until the load is stopped.
-func (l *load) pace(agents []*agent, rate int) {
+// pace has the agents speak in turn, until stop is closed.
+func (l *load) pace(agents []*agent, rate int, stop <-chan struct{}) {
 	start := time.Now()
 	for n := 0; ; n++ {
 		due := start.Add(time.Duration(n) * time.Second / time.Duration(rate))
@@ -336,7 +337,7 @@ func (l *load) pace(agents []*agent, rate int) {
 			time.Sleep(wait)
 		}
 		select {
-		case <-l.stopPacing:
+		case <-stop:
 			return
 		default:
 		}
