@@ -11,20 +11,23 @@ import (
 
 // bench is one run of the program.
 type bench struct {
-	gateway  string // the collector's program
-	work     string // directory for configurations, certificates and logs
-	subjects []*subject
-	quick    bool
-	repeat   int           // repetitions
-	window   time.Duration // of each measurement under load
-	settle   time.Duration // before memory is read
-	results  *results
+	gateway   string // the collector's program
+	scenarios []*scenario
+	work      string // directory for configurations, certificates and logs
+	subjects  []*subject
+	quick     bool
+	repeat    int           // repetitions
+	window    time.Duration // of each measurement under load
+	settle    time.Duration // before memory is read
+	results   *results
 }
 
 func (b *bench) certFile() string           { return filepath.Join(b.work, "cert.pem") }
 func (b *bench) keyFile() string            { return filepath.Join(b.work, "key.pem") }
 func (b *bench) pemFile() string            { return filepath.Join(b.work, "both.pem") } // as HAProxy wants it
 func (b *bench) logFile(name string) string { return filepath.Join(b.work, name+".log") }
+
+// choose is for numbers that a quick run has less of.
 func (b *bench) choose(full, quick int) int {
 	if b.quick {
 		return quick
@@ -34,9 +37,10 @@ func (b *bench) choose(full, quick int) int {
 
 // run repeats the scenarios. In each repetition, all subjects are measured one after the other,
 // each time beginning with another one.
-func (b *bench) run(scenarios []*scenario) {
+func (b *bench) run() {
 	for repetition := range b.repeat {
-		for _, s := range scenarios {
+		b.results.repetition = repetition
+		for _, s := range b.scenarios {
 			if repetition >= s.repeat && s.repeat > 0 {
 				continue
 			}

@@ -6,17 +6,7 @@ import (
 	"os/exec"
 	"runtime"
 	"strings"
-	"syscall"
 )
-
-// maxFiles is how many files one process may open.
-func maxFiles() int {
-	var limit syscall.Rlimit
-	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit) != nil {
-		return 1024
-	}
-	return int(min(limit.Cur, 1<<20))
-}
 
 // machine says what it was measured on.
 func machine() []string {

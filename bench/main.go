@@ -25,6 +25,7 @@ func main() {
 	flag.DurationVar(&b.settle, "settle", 15*time.Second, "how long agents are idle before memory is read")
 	target := flag.String("target", "", "size the gateway at this URL instead")
 	listen := flag.String("server-listen", "127.0.0.1:4321", "with -target: where the bench's server listens, which that gateway has to use")
+	agents := flag.Int("agents", 1000, "with -target: how many agents connect")
 	pid := flag.Int("pid", 0, "with -target: the gateway's process, if it is on this machine")
 	flag.Parse()
 
@@ -49,16 +50,15 @@ func main() {
 	}
 	b.results = &results{}
 	if *target != "" {
-		exit(b.target(*target, *listen, *pid))
+		exit(b.size(*out, sizing{*target, *listen, *agents, *pid}))
 	}
-	chosen, err := choose(scenarios, *only, func(s *scenario) string { return s.name })
-	if err != nil {
+	if b.scenarios, err = choose(scenarios, *only, func(s *scenario) string { return s.name }); err != nil {
 		exit(err)
 	}
 	if b.subjects, err = choose(subjects, *under, func(s *subject) string { return s.name }); err != nil {
 		exit(err)
 	}
-	b.run(chosen)
+	b.run()
 	if err := b.report(*out); err != nil {
 		exit(err)
 	}

@@ -33,6 +33,15 @@ func cpuTime(pid int) (time.Duration, error) {
 	return time.Duration(spec.Nano()), nil
 }
 
+// maxFiles is how many files one process may open.
+func maxFiles() int {
+	var limit syscall.Rlimit
+	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit) != nil {
+		return 1024
+	}
+	return int(min(limit.Cur, 1<<20))
+}
+
 // resident is the memory of a process that is in RAM, in bytes.
 func resident(pid int) (float64, error) {
 	file, err := os.Open(fmt.Sprintf("/proc/%d/status", pid))

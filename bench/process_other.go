@@ -14,4 +14,6 @@ func withParent() *syscall.SysProcAttr { return nil }
 
 func cpuTime(int) (time.Duration, error) { return 0, errLinuxOnly }
 
+func maxFiles() int { return 1024 }
+
 func resident(int) (float64, error) { return 0, errLinuxOnly }

@@ -37,7 +37,7 @@ func (b *bench) write(w io.Writer, as style) {
 	if b.quick {
 		as.line(w, "This was a quick run, with fewer agents and short windows: it shows that all works, its figures mean little.")
 	}
-	for _, s := range scenarios {
+	for _, s := range b.scenarios {
 		b.writeScenario(w, as, s)
 	}
 	b.writeGoals(w, as)
@@ -129,7 +129,7 @@ func (markdown) table(w io.Writer, rows [][]string) {
 func (b *bench) charts() map[string]string {
 	charts := map[string]*chart{}
 	for _, f := range b.results.figures {
-		s := scenarios[slices.IndexFunc(scenarios, func(s *scenario) bool { return s.name == f.scenario })]
+		s := b.scenarios[slices.IndexFunc(b.scenarios, func(s *scenario) bool { return s.name == f.scenario })]
 		file := chartFile(f)
 		c := charts[file]
 		if c == nil {

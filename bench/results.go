@@ -10,12 +10,15 @@ import (
 
 // results is what was measured so far.
 type results struct {
+	repetition int // counts from 0
+
 	figures  []*figure
 	failures []string
 	loops    []float64 // what the same work took each time, in milliseconds
 }
 
-// figure is one thing that was measured, of each subject, once per repetition.
+// figure is one thing that was measured, of each subject, once per repetition: not a number where
+// that failed.
 type figure struct {
 	scenario, name, unit string
 	values               map[string][]float64 // by subject
@@ -26,6 +29,9 @@ func (r *results) add(scenario, name, unit, subject string, value float64) {
 	if f == nil {
 		f = &figure{scenario, name, unit, map[string][]float64{}}
 		r.figures = append(r.figures, f)
+	}
+	for len(f.values[subject]) < r.repetition {
+		f.values[subject] = append(f.values[subject], math.NaN())
 	}
 	f.values[subject] = append(f.values[subject], value)
 }
@@ -60,6 +66,7 @@ func (r *results) calibrate() {
 type spread struct{ median, low, high float64 }
 
 func spreadOf(values []float64) spread {
+	values = slices.DeleteFunc(slices.Clone(values), math.IsNaN)
 	if len(values) == 0 {
 		return spread{math.NaN(), math.NaN(), math.NaN()}
 	}

@@ -59,6 +59,11 @@ func (b *bench) underLoad(scenario string, s *subject, t traffic) error {
 	if err := st.connect(t.agents, 200, true); err != nil {
 		return err
 	}
+	return b.measure(scenario, st, t)
+}
+
+// measure puts a load on a stage whose agents are connected.
+func (b *bench) measure(scenario string, st *stage, t traffic) error {
 	if err := st.load.call("Start", Start{Size: t.size, Rate: t.rate}, nil); err != nil {
 		return err
 	}
@@ -77,13 +82,13 @@ func (b *bench) underLoad(scenario string, s *subject, t traffic) error {
 		return errors.New("no replies")
 	}
 	r := b.results
-	if st.process != nil {
-		r.add(scenario, "CPU per round trip", "µs", s.name, float64(w.cpu.Nanoseconds())/1e3/float64(w.replies))
-		r.add(scenario, "CPU used", "cores", s.name, w.cpu.Seconds()/w.took.Seconds())
+	if st.pid != 0 {
+		r.add(scenario, perRoundTrip, "µs", st.name, float64(w.cpu.Nanoseconds())/1e3/float64(w.replies))
+		r.add(scenario, "CPU used", "cores", st.name, w.cpu.Seconds()/w.took.Seconds())
 	}
-	r.add(scenario, "round trips", "1/s", s.name, float64(w.replies)/w.took.Seconds())
-	r.add(scenario, "latency p50", "µs", s.name, w.latency.quantile(0.5)/1e3)
-	r.add(scenario, "latency p99", "µs", s.name, w.latency.quantile(0.99)/1e3)
+	r.add(scenario, "round trips", "1/s", st.name, float64(w.replies)/w.took.Seconds())
+	r.add(scenario, "latency p50", "µs", st.name, w.latency.quantile(0.5)/1e3)
+	r.add(scenario, "latency p99", "µs", st.name, w.latency.quantile(0.99)/1e3)
 	return nil
 }
 
@@ -214,7 +219,7 @@ func (b *bench) memory(scenario string, s *subject, tls bool) error {
 	}
 	defer st.close()
 	time.Sleep(min(b.settle, 3*time.Second))
-	empty, err := resident(st.process.pid())
+	empty, err := resident(st.pid)
 	if err != nil {
 		return err
 	}
@@ -229,7 +234,7 @@ func (b *bench) memory(scenario string, s *subject, tls bool) error {
 		}
 		connected = agents
 		time.Sleep(b.settle)
-		full, err := resident(st.process.pid())
+		full, err := resident(st.pid)
 		if err != nil {
 			return err
 		}

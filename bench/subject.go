@@ -38,8 +38,11 @@ var subjects = []*subject{
 // running is a subject that runs.
 type running struct {
 	url     string
-	process *process // nil: nothing but the server
+	pid     int      // whose CPU time and memory count; 0: nobody's
+	process *process // nil: it is not ours, or there is nothing but the server
 }
+
+func runs(url string, p *process) *running { return &running{url, p.pid(), p} }
 
 func agentURL(tls bool, address string) string {
 	if tls {
@@ -92,7 +95,7 @@ func startGateway(b *bench, tls bool, server ServerAddress) (*running, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &running{agentURL(tls, address), p}, nil
+	return runs(agentURL(tls, address), p), nil
 }
 
 const haproxyConfig = `global
@@ -131,7 +134,7 @@ func startHAProxy(b *bench, tls bool, server ServerAddress) (*running, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &running{agentURL(tls, address), p}, nil
+	return runs(agentURL(tls, address), p), nil
 }
 
 func startNaive(b *bench, tls bool, server ServerAddress) (*running, error) {
@@ -147,7 +150,7 @@ func startNaive(b *bench, tls bool, server ServerAddress) (*running, error) {
 		r.kill()
 		return nil, err
 	}
-	return &running{agentURL(tls, cfg.Listen), r.process}, nil
+	return runs(agentURL(tls, cfg.Listen), r.process), nil
 }
 
 // freeAddress is an address that nobody listens on. Somebody else may take it before it is used,
@@ -241,12 +244,12 @@ func (st *stage) loadState() (state LoadState, err error) {
 	return state, nil
 }
 
-// cpu is the CPU time of the subject; of none, if there is nothing but the server.
+// cpu is the CPU time of the subject; 0 where there is none.
 func (st *stage) cpu() (time.Duration, error) {
-	if st.process == nil {
+	if st.pid == 0 {
 		return 0, nil
 	}
-	return cpuTime(st.process.pid())
+	return cpuTime(st.pid)
 }
 
 // quiet waits until the subject has nothing more to do, and returns its CPU time.
