@@ -335,9 +335,10 @@ func (l *ledger) heard(e *epoch, s stamp, uid []byte) {
 		l.counts["heard on another connection of the agent"]++
 	case s.number > e.lastDown:
 		e.lastDown = s.number
-	case e.gateway.above != nil && d.segment.index < len(e.segments)-1 && s.number > d.segment.lastDown:
-		// Two links of the gateway above live, and it reads them in no order.
-		l.counts["late, on the way before"]++
+	case e.gateway.above != nil && s.number > d.segment.lastDown:
+		// Two links of the gateway above live, and it reads them in no order: what is said on the
+		// new way may be overtaken by the last reply on the old, or the other way round.
+		l.counts["late, below a gateway with two ways"]++
 	default:
 		l.findLocked("reordered", e, now, "%s arrived behind %d", s, e.lastDown)
 	}
