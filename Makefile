@@ -16,6 +16,16 @@ DURATION := 60s
 AGENTS := 500
 SEED :=
 
+# For `make bench`: flags for it; and, to size a gateway of your own, where AGENTS
+# agents connect, where the bench's server listens, and the gateway's process, if that
+# is on this machine. See bench/README.md.
+BENCHFLAGS :=
+TARGET :=
+SERVER_LISTEN :=
+PID :=
+BENCH_TARGET = $(if $(TARGET),-target '$(TARGET)' -agents $(AGENTS) \
+	$(if $(SERVER_LISTEN),-server-listen '$(SERVER_LISTEN)') $(if $(PID),-pid $(PID)))
+
 # The modules with Go code of our own, and those whose go.mod `go mod tidy` keeps:
 # not e2e/supervisor, where it would ask for all that the supervisor's own tests
 # import, the whole test bed of collector-contrib.
@@ -122,6 +132,13 @@ soak: collector ## everything goes wrong for DURATION (60s), and nothing may get
 
 opampsupervisor: build/opampsupervisor ## build the OpAMP supervisor that e2e tests the gateway with
 
+##@ Measure it
+.PHONY: bench
+
+bench: collector $(if $(TARGET),,haproxy) ## the gateway next to HAProxy and others; TARGET=ws://…: size that gateway
+	@cd bench && $(GOBUILD) bench -o ../build/opampbench .
+	@cd bench && exec ../build/opampbench $(BENCH_TARGET) $(BENCHFLAGS)
+
 ##@ Other
 .PHONY: help clean
 
@@ -172,3 +189,11 @@ c-compiler:
 		echo 'The race detector needs a C compiler: gcc and libc6-dev on Debian.'; \
 		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo 'Installing them.' && \
 		apt-get update -qq && apt-get install -y -qq --no-install-recommends gcc libc6-dev; }
+
+# A peer that the bench measures. Debian has it on the PATH of root only.
+.PHONY: haproxy
+haproxy:
+	@PATH="$$PATH:/usr/sbin"; command -v haproxy >/dev/null || { \
+		echo 'The bench measures HAProxy, too: haproxy on Debian.'; \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo 'Installing it.' && \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends haproxy; }

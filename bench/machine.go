@@ -14,7 +14,8 @@ func machine() []string {
 		fmt.Sprintf("%s, %d cores, kernel %s, files per process: %d", model(), runtime.NumCPU(), firstLine("/proc/sys/kernel/osrelease"), maxFiles()),
 		"bench and naive relay: " + runtime.Version() + "; gorilla/websocket with its defaults",
 	}
-	if out, err := exec.Command("haproxy", "-v").Output(); err == nil {
+	if program, err := haproxyProgram(); err == nil {
+		out, _ := exec.Command(program, "-v").Output()
 		version, _, _ := strings.Cut(string(out), "\n")
 		lines = append(lines, version)
 	}

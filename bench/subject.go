@@ -113,13 +113,19 @@ backend server
   server server %s
 `
 
+// haproxyProgram is where Debian puts it, which is on the PATH of root only, or on the PATH.
+func haproxyProgram() (string, error) {
+	if program, err := exec.LookPath("/usr/sbin/haproxy"); err == nil {
+		return program, nil
+	}
+	return exec.LookPath("haproxy")
+}
+
 // startHAProxy runs it with as many threads as it likes, which is one per core.
 func startHAProxy(b *bench, tls bool, server ServerAddress) (*running, error) {
-	program, err := exec.LookPath("haproxy")
+	program, err := haproxyProgram()
 	if err != nil {
-		if program, err = exec.LookPath("/usr/sbin/haproxy"); err != nil {
-			return nil, errors.New("haproxy is not installed: apt-get install haproxy, or choose other -subjects")
-		}
+		return nil, errors.New("haproxy is not installed: apt-get install haproxy, or choose other -subjects")
 	}
 	address, withTLS := freeAddress(), ""
 	if tls {
