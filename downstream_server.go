@@ -153,6 +153,7 @@ func (s *downstreamServer) prepare(ctx context.Context, host component.Host, set
 // serve takes agents from listener, which it owns from here on. failed is called if the
 // listener breaks down later.
 func (s *downstreamServer) serve(listener net.Listener, failed func(error)) {
+	listener = socket.Listen(listener)
 	if s.tls != nil {
 		listener = tls.NewListener(listener, s.tls)
 	}
@@ -721,6 +722,13 @@ func (a *agentConn) askFullState() {
 	for _, h := range a.server.router.reached(a) {
 		a.sendOwn(h.format.ReportFullState(h.route.uid))
 	}
+}
+
+// TryBatch writes to the agent's socket what it takes at once; the outbox calls it.
+func (a *agentConn) TryBatch(batch []entry) (int, error) {
+	n, err := socket.TryBatch(a.sock, batch)
+	countRelayed(&a.server.tel.Down, batch[:n])
+	return n, err
 }
 
 // WriteBatch writes to the agent's socket; the outbox calls it.

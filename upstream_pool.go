@@ -755,7 +755,7 @@ func newLink(p *upstreamPool, slot int, conn net.Conn, in *bufio.Reader) *link {
 		asked:       map[string]chan<- connect.Result{}, relayed: map[string]relayedQuestion{},
 		deaf: make(chan struct{}),
 	}
-	l.outbox = outbox.New(l, linkOutboxSize, &p.memory.Up)
+	l.outbox = outbox.NewForLink(l, linkOutboxSize, &p.memory.Up)
 	l.sock = socket.New(conn, in, true, p.cfg.MaxMessageSize, linkWriteTimeout, l, func(payload []byte) {
 		_ = l.outbox.Try(entry{Frame: payload, Kind: outbox.Pong})
 	})

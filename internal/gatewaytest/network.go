@@ -167,8 +167,13 @@ func (c *Conn) Read(b []byte) (int, error) {
 }
 
 // Write is that of net.Conn.
-func (c *Conn) Write(b []byte) (int, error) {
-	n, err := c.out.write(b)
+func (c *Conn) Write(b []byte) (int, error) { return c.write(b, true) }
+
+// TryWrite writes as much as there is room for.
+func (c *Conn) TryWrite(b []byte) (int, error) { return c.write(b, false) }
+
+func (c *Conn) write(b []byte, wait bool) (int, error) {
+	n, err := c.out.write(b, wait)
 	if errors.Is(err, errDeaf) {
 		c.in.reset(false)
 		c.out.reset(false)
@@ -283,7 +288,7 @@ func (p *pipe) read(b []byte) (int, error) {
 	}
 }
 
-func (p *pipe) write(b []byte) (n int, err error) {
+func (p *pipe) write(b []byte, wait bool) (n int, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for {
@@ -308,6 +313,9 @@ func (p *pipe) write(b []byte) (n int, err error) {
 			}
 			p.changed.Broadcast()
 			continue
+		}
+		if !wait {
+			return n, nil
 		}
 		p.changed.Wait()
 	}

@@ -1,13 +1,18 @@
-// Package outbox holds what waits to be written to one socket: in order, bounded
-// in bytes, and without a goroutine while nothing waits.
+// Package outbox holds what waits to be written to one socket: in order, and bounded in bytes.
 //
-// A frame handed to an outbox is not looked at again by the giver. The goroutine
-// that writes starts with the first entry and leaves when nothing is left.
+// A frame handed to an outbox is not looked at again by the giver. There are two kinds:
+//
+//   - Of an agent's, there are many, and mostly nothing waits. Whoever brings the first entry
+//     writes it, if the socket takes it at once; a goroutine writes what it does not, and leaves
+//     when nothing is left.
+//   - Of a link's, there are few, and many bring something at the same time. One goroutine writes
+//     as much as it can at once, and stays.
 package outbox
 
 import (
 	"context"
 	"errors"
+	"runtime"
 	"slices"
 	"sync"
 
@@ -50,6 +55,9 @@ type Entry[S any] struct {
 // overhead is what an entry costs beyond its frame, so that a flood of tiny frames is bounded too.
 const overhead = 128
 
+// keptEntries is for how many entries a link's outbox keeps memory while it is idle.
+const keptEntries = 256
+
 func (e *Entry[S]) size() int { return len(e.Frame) + overhead }
 
 // Memory is what the entry takes, in bytes.
@@ -67,12 +75,21 @@ type Socket[S any] interface {
 	Close()
 }
 
+// AgentSocket is what an agent's outbox writes to.
+type AgentSocket[S any] interface {
+	Socket[S]
+	// TryBatch is WriteBatch as far as nothing has to wait. What it has not written, it may have
+	// begun: the next WriteBatch begins with the same entries.
+	TryBatch(batch []Entry[S]) (written int, err error)
+}
+
 // Outbox holds the entries for one socket.
 type Outbox[S any] struct {
 	// Set once.
 	socket  Socket[S]
 	limit   int
 	account *memory.Account
+	agent   AgentSocket[S] // the socket of an agent's; nil for a link's
 
 	// mu guards what follows. It is never held while the socket is written to.
 	mu      sync.Mutex
@@ -81,9 +98,11 @@ type Outbox[S any] struct {
 	taken   int          // what they take, of the account
 	waiting []*waiter[S] // callers of Put for whom there is no room yet, longest wait first
 	closed  bool         // nothing more is taken
-	writing bool         // the writer runs
-	left    sync.Cond    // the writer has left
+	writing bool         // somebody is the writer, and has something to write
+	stays   bool         // the writer's goroutine, which stays, is there
+	changed sync.Cond    // writing, stays, or, for the writer that stays, the queue
 	aside   []Entry[S]   // what a failed write, or Reply, left unwritten
+	first   [1]Entry[S]  // memory for a queue of one
 }
 
 type waiter[S any] struct {
@@ -91,12 +110,19 @@ type waiter[S any] struct {
 	done  chan error // buffered; decided once, under mu
 }
 
-// New returns an outbox for socket that holds up to limit bytes, or one entry of any size. What
-// it holds is counted in account. A frame is the outbox's own from when it is taken: once
-// written, its memory is used again.
-func New[S any](socket Socket[S], limit int, account *memory.Account) *Outbox[S] {
+// New returns an agent's outbox, for socket, that holds up to limit bytes, or one entry of any
+// size. What it holds is counted in account. A frame is the outbox's own from when it is taken:
+// once written, its memory is used again.
+func New[S any](socket AgentSocket[S], limit int, account *memory.Account) *Outbox[S] {
+	o := NewForLink[S](socket, limit, account)
+	o.agent, o.queue = socket, o.first[:0]
+	return o
+}
+
+// NewForLink returns a link's outbox; see New.
+func NewForLink[S any](socket Socket[S], limit int, account *memory.Account) *Outbox[S] {
 	o := &Outbox[S]{socket: socket, limit: limit, account: account}
-	o.left.L = &o.mu
+	o.changed.L = &o.mu
 	return o
 }
 
@@ -104,14 +130,24 @@ func New[S any](socket Socket[S], limit int, account *memory.Account) *Outbox[S]
 // those for which Put waits: to them the outbox is full.
 func (o *Outbox[S]) Try(e Entry[S]) error {
 	o.mu.Lock()
-	defer o.mu.Unlock()
 	switch {
 	case o.closed:
+		o.mu.Unlock()
 		return ErrClosed
 	case !o.fitsLocked(&e), e.Kind == Message && len(o.waiting) > 0:
+		o.mu.Unlock()
 		return ErrFull
 	}
-	o.addLocked(e)
+	o.queueLocked(e)
+	if o.writing || o.agent == nil {
+		o.startLocked()
+		o.mu.Unlock()
+		return nil
+	}
+	o.writing = true
+	batch := o.batchLocked(nil)
+	o.mu.Unlock()
+	o.writeNow(batch)
 	return nil
 }
 
@@ -124,7 +160,8 @@ func (o *Outbox[S]) Put(ctx context.Context, e Entry[S]) error {
 		return ErrClosed
 	}
 	if len(o.waiting) == 0 && o.fitsLocked(&e) {
-		o.addLocked(e)
+		o.queueLocked(e)
+		o.startLocked()
 		o.mu.Unlock()
 		return nil
 	}
@@ -157,7 +194,8 @@ func (o *Outbox[S]) Close(payload []byte) {
 		o.mu.Unlock()
 		return
 	}
-	o.addLocked(Entry[S]{Frame: payload, Kind: Close})
+	o.queueLocked(Entry[S]{Frame: payload, Kind: Close})
+	o.startLocked()
 	o.closeLocked()
 	o.mu.Unlock()
 	o.socket.Hurry()
@@ -172,7 +210,8 @@ func (o *Outbox[S]) Reply(payload []byte) {
 		return
 	}
 	o.aside, o.queue = o.queue, nil
-	o.addLocked(Entry[S]{Frame: payload, Kind: Close})
+	o.queueLocked(Entry[S]{Frame: payload, Kind: Close})
+	o.startLocked()
 	o.closeLocked()
 	o.mu.Unlock()
 	o.socket.Hurry()
@@ -183,13 +222,13 @@ func (o *Outbox[S]) Drain(ctx context.Context) {
 	stop := context.AfterFunc(ctx, func() {
 		o.mu.Lock()
 		defer o.mu.Unlock()
-		o.left.Broadcast()
+		o.changed.Broadcast()
 	})
 	defer stop()
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for o.writing && ctx.Err() == nil {
-		o.left.Wait()
+		o.changed.Wait()
 	}
 }
 
@@ -200,8 +239,8 @@ func (o *Outbox[S]) Abort() (unwritten []Entry[S]) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.closeLocked()
-	for o.writing {
-		o.left.Wait()
+	for o.writing || o.stays {
+		o.changed.Wait()
 	}
 	unwritten = slices.Concat(o.aside, o.queue)
 	o.account.Give(o.taken)
@@ -220,14 +259,22 @@ func (o *Outbox[S]) fitsLocked(e *Entry[S]) bool {
 	return o.size == 0 || o.size+e.size() <= o.limit
 }
 
-// addLocked queues e, and starts the writer unless it runs.
-func (o *Outbox[S]) addLocked(e Entry[S]) {
+func (o *Outbox[S]) queueLocked(e Entry[S]) {
 	o.queue = append(o.queue, e)
 	o.size += e.size()
 	o.taken += e.Memory()
 	o.account.Take(e.Memory())
-	if !o.writing {
+}
+
+// startLocked has what is queued written by a goroutine, unless there is a writer.
+func (o *Outbox[S]) startLocked() {
+	switch {
+	case o.writing:
+	case o.stays:
 		o.writing = true
+		o.changed.Broadcast()
+	default:
+		o.writing, o.stays = true, o.agent == nil
 		go o.write()
 	}
 }
@@ -238,7 +285,7 @@ func (o *Outbox[S]) admitLocked() {
 		w := o.waiting[0]
 		o.waiting[0] = nil // so that its frame is not held for as long as the slice
 		o.waiting = o.waiting[1:]
-		o.addLocked(w.entry)
+		o.queueLocked(w.entry)
 		w.done <- nil
 	}
 }
@@ -249,30 +296,80 @@ func (o *Outbox[S]) closeLocked() {
 		w.done <- ErrClosed
 	}
 	o.waiting = nil
+	o.changed.Broadcast()
 }
 
-// write is the writer: it runs while there is something to write, and is waited for by Abort.
-func (o *Outbox[S]) write() {
-	var batch []Entry[S]
-	for {
-		batch = o.next(batch)
-		if batch == nil {
+// writeNow is the writer for what the socket takes at once. The rest is for a goroutine.
+func (o *Outbox[S]) writeNow(batch []Entry[S]) {
+	n, err := o.agent.TryBatch(batch)
+	if err != nil {
+		o.fail(batch[n:])
+		return
+	}
+	if n == len(batch) {
+		batch, n = o.next(batch), 0
+	}
+	if batch != nil {
+		go o.finish(batch, n)
+	}
+}
+
+// write is the writer as a goroutine: of a link's outbox until its end, of an agent's while there
+// is something to write. Abort waits for it.
+func (o *Outbox[S]) write() { o.finish(o.next(nil), 0) }
+
+// finish writes the rest of a batch of which n entries are written, and then what is queued.
+func (o *Outbox[S]) finish(batch []Entry[S], n int) {
+	for batch != nil {
+		written, err := o.socket.WriteBatch(batch[n:])
+		if err != nil {
+			o.fail(batch[n+written:])
 			return
 		}
-		if n, err := o.socket.WriteBatch(batch); err != nil {
-			o.socket.Close() // wakes the reader, which cleans up
-			o.fail(batch[n:])
-			return
-		}
+		batch, n = o.next(batch), 0
 	}
 }
 
 // next makes room for what was written and returns all that waits now; nil tells the writer
-// to leave. The two slices change places, so a busy outbox allocates nothing and an idle
-// one holds nothing.
+// to leave. The two slices change places, so a busy outbox allocates nothing.
 func (o *Outbox[S]) next(written []Entry[S]) []Entry[S] {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	o.forgetLocked(written)
+	o.admitLocked()
+	if len(o.queue) == 0 {
+		o.writing = false
+		o.changed.Broadcast()
+		if o.agent != nil {
+			o.queue, o.first = o.first[:0], [1]Entry[S]{} // an idle one holds nothing
+			return nil
+		}
+		if cap(written) > keptEntries || cap(o.queue) > keptEntries {
+			written, o.queue = nil, nil
+		}
+		for len(o.queue) == 0 && !o.closed {
+			o.changed.Wait()
+		}
+		if len(o.queue) == 0 {
+			o.stays = false
+			o.changed.Broadcast()
+			return nil
+		}
+	}
+	if o.agent == nil {
+		// Those who are about to bring something do so first: it is all written in one call.
+		o.mu.Unlock()
+		runtime.Gosched()
+		o.mu.Lock()
+	}
+	return o.batchLocked(written)
+}
+
+// forgetLocked takes what was written off the books, and gives its memory back.
+func (o *Outbox[S]) forgetLocked(written []Entry[S]) {
+	if len(written) == 0 {
+		return
+	}
 	given := 0
 	for i := range written {
 		o.size -= written[i].size()
@@ -283,27 +380,24 @@ func (o *Outbox[S]) next(written []Entry[S]) []Entry[S] {
 	for i := range written {
 		o.account.Recycle(written[i].Frame)
 	}
-	o.admitLocked()
-	if len(o.queue) == 0 {
-		o.queue = nil
-		o.leaveLocked()
-		return nil
-	}
 	clear(written)
+}
+
+// batchLocked takes all that is queued, and leaves the memory of what was written for a queue.
+func (o *Outbox[S]) batchLocked(written []Entry[S]) []Entry[S] {
 	batch := o.queue
 	o.queue = written[:0]
 	return batch
 }
 
+// fail ends the outbox after an error of the socket, which it closes: that wakes the reader,
+// which cleans up.
 func (o *Outbox[S]) fail(unwritten []Entry[S]) {
+	o.socket.Close()
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.closeLocked()
 	o.aside = slices.Concat(unwritten, o.aside)
-	o.leaveLocked()
-}
-
-func (o *Outbox[S]) leaveLocked() {
-	o.writing = false
-	o.left.Broadcast()
+	o.writing, o.stays = false, false
+	o.changed.Broadcast()
 }

@@ -42,18 +42,40 @@ type fakeSocket struct {
 
 func newSocket() *fakeSocket { return &fakeSocket{breaksAt: -1, ended: make(chan struct{})} }
 
-// start returns an outbox that ends with the test, and its socket.
-func start(t *testing.T, limit int) (*Outbox[string], *fakeSocket) {
+// startFunc returns an outbox that ends with the test, and its socket.
+type startFunc func(t *testing.T, limit int) (*Outbox[string], *fakeSocket)
+
+// eachKind runs a test in a bubble, for an agent's outbox and for a link's.
+func eachKind(t *testing.T, test func(t *testing.T, start startFunc)) {
 	t.Helper()
-	sock := newSocket()
-	account := newAccount()
-	o := New(sock, limit, account)
+	for name, start := range map[string]startFunc{"agent": startAgents, "link": startLinks} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) { test(t, start) })
+		})
+	}
+}
+
+func startAgents(t *testing.T, limit int) (*Outbox[string], *fakeSocket) {
+	t.Helper()
+	sock, account := newSocket(), newAccount()
+	return ending(t, New(sock, limit, account), account), sock
+}
+
+func startLinks(t *testing.T, limit int) (*Outbox[string], *fakeSocket) {
+	t.Helper()
+	sock, account := newSocket(), newAccount()
+	return ending(t, NewForLink(sock, limit, account), account), sock
+}
+
+func ending(t *testing.T, o *Outbox[string], account *memory.Account) *Outbox[string] {
+	t.Helper()
+	sock := o.socket.(*fakeSocket)
 	t.Cleanup(func() {
 		o.Abort()
 		assert.Empty(t, sock.violation)
 		assert.Zero(t, account.Held(), "bytes counted for an outbox that has ended")
 	})
-	return o, sock
+	return o
 }
 
 func newAccount() *memory.Account {
@@ -86,6 +108,17 @@ func (s *fakeSocket) WriteBatch(batch []Entry[string]) (int, error) {
 		s.got = append(s.got, e)
 	}
 	return len(batch), nil
+}
+
+// TryBatch takes what WriteBatch would, but for a part of it while the socket is stalled: that is begun.
+func (s *fakeSocket) TryBatch(batch []Entry[string]) (int, error) {
+	s.mu.Lock()
+	stalled := s.stalled
+	s.mu.Unlock()
+	if stalled != nil {
+		return 0, nil
+	}
+	return s.WriteBatch(batch)
 }
 
 func (s *fakeSocket) Hurry() {
@@ -185,11 +218,11 @@ func (p putting) want(t *testing.T, want error, who string) {
 // writers counts the goroutines that write for any outbox.
 func writers() int {
 	stacks := make([]byte, 1<<20)
-	return strings.Count(string(stacks[:runtime.Stack(stacks, true)]), ").write(")
+	return strings.Count(string(stacks[:runtime.Stack(stacks, true)]), ").finish(")
 }
 
 func TestFramesAreWrittenInOrder(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	eachKind(t, func(t *testing.T, start startFunc) {
 		o, sock := start(t, 1<<20)
 		require.NoError(t, o.Put(t.Context(), message("alice", "1")))
 		require.NoError(t, o.Try(message("bob", "2")))
@@ -206,7 +239,7 @@ func TestFramesAreWrittenInOrder(t *testing.T) {
 }
 
 func TestAllThatWaitsIsWrittenAtOnce(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	eachKind(t, func(t *testing.T, start startFunc) {
 		o, sock := start(t, 1<<20)
 		resume := sock.stall()
 		for _, text := range []string{"1", "2", "3", "4"} {
@@ -221,7 +254,7 @@ func TestAllThatWaitsIsWrittenAtOnce(t *testing.T) {
 }
 
 func TestOutboxIsBoundedInBytes(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	eachKind(t, func(t *testing.T, start startFunc) {
 		o, sock := start(t, 1000)
 		resume := sock.stall()
 		require.NoError(t, o.Try(ofSize(400, "1")))
@@ -246,7 +279,7 @@ func TestOutboxIsBoundedInBytes(t *testing.T) {
 }
 
 func TestAFloodOfTinyFramesIsBoundedToo(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	eachKind(t, func(t *testing.T, start startFunc) {
 		o, sock := start(t, 1<<20)
 		sock.stall()
 		taken := 0
@@ -264,7 +297,7 @@ func TestOneOversizeFrameFitsIntoAnEmptyOutbox(t *testing.T) {
 		"put":   func(o *Outbox[string], e Entry[string]) error { return o.Put(context.Background(), e) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			eachKind(t, func(t *testing.T, start startFunc) {
 				o, sock := start(t, 1000)
 				resume := sock.stall()
 				require.NoError(t, add(o, ofSize(5000, "large")))
@@ -281,7 +314,7 @@ func TestOneOversizeFrameFitsIntoAnEmptyOutbox(t *testing.T) {
 }
 
 func TestPutWaitsItsTurn(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	eachKind(t, func(t *testing.T, start startFunc) {
 		o, sock := start(t, 1000)
 		resume := sock.stall()
 		require.NoError(t, o.Put(t.Context(), ofSize(850, "first")))
@@ -315,7 +348,7 @@ func TestPutWaitsItsTurn(t *testing.T) {
 
 // Many agents with small frames must not keep out one with a large frame for ever.
 func TestTryDoesNotOvertakeThoseWhoWait(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	eachKind(t, func(t *testing.T, start startFunc) {
 		o, sock := start(t, 1000)
 		resume := sock.stall()
 		require.NoError(t, o.Try(ofSize(500, "first")))
@@ -337,7 +370,7 @@ func TestTryDoesNotOvertakeThoseWhoWait(t *testing.T) {
 }
 
 func TestPutThatIsGivenUpLeavesNothingBehind(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	eachKind(t, func(t *testing.T, start startFunc) {
 		o, sock := start(t, 1000)
 		resume := sock.stall()
 		require.NoError(t, o.Try(ofSize(500, "first")))
@@ -363,15 +396,15 @@ func TestPutThatIsGivenUpLeavesNothingBehind(t *testing.T) {
 }
 
 func TestPutReturnsTheErrorOfItsContext(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	eachKind(t, func(t *testing.T, start startFunc) {
 		o, sock := start(t, 1000)
 		sock.stall()
 		require.NoError(t, o.Try(ofSize(1000, "first")))
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		start := time.Now()
+		began := time.Now()
 		require.ErrorIs(t, o.Put(ctx, message("alice", "late")), context.DeadlineExceeded)
-		assert.Equal(t, time.Minute, time.Since(start))
+		assert.Equal(t, time.Minute, time.Since(began))
 	})
 }
 
@@ -394,7 +427,7 @@ func (c *doneWhenAsked) Err() error { return context.Canceled }
 // has to say what happened: a sender that hears an error sends the frame again.
 func TestPutGivenUpWhenItsTurnHasCome(t *testing.T) {
 	for range 50 {
-		synctest.Test(t, func(t *testing.T) {
+		eachKind(t, func(t *testing.T, start startFunc) {
 			o, sock := start(t, 1000)
 			resume := sock.stall()
 			require.NoError(t, o.Try(ofSize(1000, "first")))
@@ -408,7 +441,7 @@ func TestPutGivenUpWhenItsTurnHasCome(t *testing.T) {
 			require.Len(t, sock.written(), 2)
 		})
 
-		synctest.Test(t, func(t *testing.T) {
+		eachKind(t, func(t *testing.T, start startFunc) {
 			o, sock := start(t, 1000)
 			resume := sock.stall()
 			require.NoError(t, o.Try(ofSize(1000, "first")))
@@ -430,7 +463,7 @@ func TestPutGivenUpWhenItsTurnHasCome(t *testing.T) {
 }
 
 func TestCloseWritesWhatWaitsAndThenACloseFrame(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	eachKind(t, func(t *testing.T, start startFunc) {
 		o, sock := start(t, 1000)
 		resume := sock.stall()
 		require.NoError(t, o.Try(ofSize(500, "1")))
@@ -466,7 +499,7 @@ func TestCloseWritesWhatWaitsAndThenACloseFrame(t *testing.T) {
 func TestReplyKeepsWhatWaits(t *testing.T) {
 	for name, breaksAt := range map[string]int{"the write succeeds": -1, "the write fails": 0} {
 		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			eachKind(t, func(t *testing.T, start startFunc) {
 				o, sock := start(t, 1000)
 				resume := sock.stall()
 				sock.breakAt(breaksAt)
@@ -494,7 +527,7 @@ func TestReplyKeepsWhatWaits(t *testing.T) {
 }
 
 func TestCloseOfAnIdleOutbox(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	eachKind(t, func(t *testing.T, start startFunc) {
 		o, sock := start(t, 1000)
 		o.Close([]byte("goodbye"))
 		synctest.Wait()
@@ -505,7 +538,7 @@ func TestCloseOfAnIdleOutbox(t *testing.T) {
 }
 
 func TestCloseAfterTheEndDoesNothing(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	eachKind(t, func(t *testing.T, start startFunc) {
 		o, sock := start(t, 1000)
 		assert.Empty(t, o.Abort())
 		o.Close([]byte("goodbye"))
@@ -522,7 +555,7 @@ func TestCloseAfterTheEndDoesNothing(t *testing.T) {
 func TestAbortReturnsExactlyWhatWasNotWritten(t *testing.T) {
 	for breaksAt := range 7 {
 		t.Run(fmt.Sprintf("breaks after %d", breaksAt), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			eachKind(t, func(t *testing.T, start startFunc) {
 				o, sock := start(t, 6*(overhead+1))
 				resume := sock.stall()
 				sock.breakAt(breaksAt)
@@ -558,7 +591,7 @@ func TestAbortReturnsExactlyWhatWasNotWritten(t *testing.T) {
 }
 
 func TestAbortDoesNotWaitForAStalledWrite(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	eachKind(t, func(t *testing.T, start startFunc) {
 		o, sock := start(t, 1000)
 		sock.stall()
 		require.NoError(t, o.Try(ofSize(400, "1")))
@@ -567,9 +600,9 @@ func TestAbortDoesNotWaitForAStalledWrite(t *testing.T) {
 		alice := put(t.Context(), o, ofSize(400, "alice"))
 		alice.wantWaiting(t, "alice")
 
-		start := time.Now()
+		began := time.Now()
 		unwritten := o.Abort()
-		assert.Zero(t, time.Since(start))
+		assert.Zero(t, time.Since(began))
 		require.Len(t, unwritten, 2, "what is being written, and what waits")
 		assert.Contains(t, string(unwritten[0].Frame), "1")
 		assert.Contains(t, string(unwritten[1].Frame), "2")
@@ -579,7 +612,7 @@ func TestAbortDoesNotWaitForAStalledWrite(t *testing.T) {
 }
 
 func TestAbortReturnsTheCloseFrameThatWasNotWritten(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	eachKind(t, func(t *testing.T, start startFunc) {
 		o, sock := start(t, 1000)
 		sock.stall()
 		require.NoError(t, o.Try(message("alice", "1")))
@@ -592,9 +625,9 @@ func TestAbortReturnsTheCloseFrameThatWasNotWritten(t *testing.T) {
 	})
 }
 
-func TestAnIdleOutboxHasNoGoroutine(t *testing.T) {
+func TestAnIdleOutboxOfAnAgentHasNoGoroutine(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		o, sock := start(t, 1000)
+		o, sock := startAgents(t, 1000)
 		assert.Zero(t, writers(), "before the first frame")
 		for range 3 {
 			resume := sock.stall()
@@ -606,6 +639,72 @@ func TestAnIdleOutboxHasNoGoroutine(t *testing.T) {
 			require.Zero(t, writers(), "when nothing is left")
 		}
 	})
+}
+
+func TestTheWriterOfALinkStaysUntilItsEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, sock := startLinks(t, 1000)
+		assert.Zero(t, writers(), "before the first frame")
+		for range 3 {
+			require.NoError(t, o.Try(message("alice", "1")))
+			synctest.Wait()
+			require.Equal(t, 1, writers())
+		}
+		assert.Len(t, sock.written(), 3)
+		o.Abort()
+		assert.Zero(t, writers())
+	})
+}
+
+// An agent that reads is written to at once, by who has something for it.
+func TestAnAgentThatReadsIsWrittenToAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, sock := startAgents(t, 1000)
+		for _, want := range [][]string{{"1"}, {"1", "2"}} {
+			require.NoError(t, o.Try(message("", want[len(want)-1])))
+			require.Equal(t, want, sock.written())
+			require.Zero(t, writers())
+		}
+		sock.breakAt(2)
+		require.NoError(t, o.Try(message("", "3")))
+		require.ErrorIs(t, o.Try(message("", "4")), ErrClosed)
+		assert.Equal(t, 1, sock.closed)
+		assert.Equal(t, []string{"3"}, frames(o.Abort()))
+	})
+}
+
+// Those who bring something to a link at the same time have it written in one call.
+func TestALinkGathersWhatIsBroughtAtTheSameTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+		o, sock := startLinks(t, 1<<20)
+		for round := range 3 {
+			for i := range 20 {
+				go func() { _ = o.Try(message("", strconv.Itoa(i))) }()
+			}
+			synctest.Wait()
+			require.Len(t, sock.written(), 20*(round+1))
+			require.Len(t, sock.batches, round+1)
+		}
+	})
+}
+
+// What is relayed costs no memory but its own.
+func TestOutboxesAllocateNothing(t *testing.T) {
+	for name, o := range map[string]*Outbox[string]{
+		"agent": New[string](discard{}, 1<<20, newAccount()), "link": NewForLink[string](discard{}, 1<<20, newAccount()),
+	} {
+		e := message("alice", "hello")
+		assert.Zero(t, testing.AllocsPerRun(1000, func() {
+			if o.Try(e) != nil {
+				t.Fail()
+			}
+			for o.Memory() > 0 {
+				runtime.Gosched()
+			}
+		}), name)
+		o.Abort()
+	}
 }
 
 // released returns entries, and asserts in the end that none of their frames is held any more.
@@ -663,7 +762,7 @@ func TestAnIdleOutboxHoldsNoMemory(t *testing.T) {
 	waiting.Wait()
 	o.Drain(t.Context())
 	said.want(t)
-	assert.Nil(t, o.queue)
+	assert.Equal(t, 1, cap(o.queue))
 	o.Abort()
 }
 
@@ -708,6 +807,14 @@ func (s forgetful) WriteBatch(batch []Entry[string]) (int, error) {
 	return n, err
 }
 
+func (s forgetful) TryBatch(batch []Entry[string]) (int, error) {
+	n, err := s.fakeSocket.TryBatch(batch)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.got = nil
+	return n, err
+}
+
 // waitFor waits for what other goroutines are about to do, where a bubble would be in the way of
 // what is tested.
 func waitFor(t *testing.T, reached func() bool) {
@@ -720,11 +827,11 @@ func waitFor(t *testing.T, reached func() bool) {
 }
 
 func TestDrainWaitsUntilNothingIsLeft(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	eachKind(t, func(t *testing.T, start startFunc) {
 		o, sock := start(t, 1000)
-		start := time.Now()
+		began := time.Now()
 		o.Drain(t.Context()) // nothing to do
-		assert.Zero(t, time.Since(start))
+		assert.Zero(t, time.Since(began))
 
 		resume := sock.stall()
 		time.AfterFunc(3*time.Second, resume)
@@ -732,37 +839,37 @@ func TestDrainWaitsUntilNothingIsLeft(t *testing.T) {
 		alice := put(t.Context(), o, ofSize(800, "alice"))
 		alice.wantWaiting(t, "alice")
 		o.Drain(t.Context())
-		assert.Equal(t, 3*time.Second, time.Since(start))
+		assert.Equal(t, 3*time.Second, time.Since(began))
 		alice.want(t, nil, "alice")
 		assert.Len(t, sock.written(), 2, "those who wait for room are waited for, too")
 	})
 }
 
 func TestDrainWaitsNoLongerThanItsContext(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	eachKind(t, func(t *testing.T, start startFunc) {
 		o, sock := start(t, 1000)
 		sock.stall()
 		require.NoError(t, o.Try(message("alice", "1")))
 		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 		defer cancel()
-		start := time.Now()
+		began := time.Now()
 		o.Drain(ctx)
-		assert.Equal(t, 2*time.Second, time.Since(start))
+		assert.Equal(t, 2*time.Second, time.Since(began))
 		o.Drain(ctx) // and not at all when it is done already
-		assert.Equal(t, 2*time.Second, time.Since(start))
+		assert.Equal(t, 2*time.Second, time.Since(began))
 	})
 }
 
 func TestDrainEndsWithTheSocket(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	eachKind(t, func(t *testing.T, start startFunc) {
 		o, sock := start(t, 1000)
 		resume := sock.stall()
 		time.AfterFunc(time.Second, resume)
 		sock.breakAt(0)
 		require.NoError(t, o.Try(message("alice", "1")))
-		start := time.Now()
+		began := time.Now()
 		o.Drain(t.Context())
-		assert.Equal(t, time.Second, time.Since(start))
+		assert.Equal(t, time.Second, time.Since(began))
 		assert.Len(t, o.Abort(), 1)
 	})
 }
@@ -839,7 +946,7 @@ func TestManySendersAtOnce(t *testing.T) {
 func BenchmarkPut(b *testing.B) {
 	for _, size := range []int{25, 2 << 10, 100 << 10} {
 		b.Run(fmt.Sprintf("%dB", size), func(b *testing.B) {
-			o := New[string](discard{}, 8<<20, newAccount())
+			o := NewForLink[string](discard{}, 8<<20, newAccount())
 			e := Entry[string]{Kind: Message, Frame: make([]byte, size)}
 			b.ReportAllocs()
 			b.RunParallel(func(pb *testing.PB) {
@@ -853,8 +960,10 @@ func BenchmarkPut(b *testing.B) {
 	}
 }
 
+// discard is a socket that takes everything.
 type discard struct{}
 
 func (discard) WriteBatch(batch []Entry[string]) (int, error) { return len(batch), nil }
+func (discard) TryBatch(batch []Entry[string]) (int, error)   { return len(batch), nil }
 func (discard) Hurry()                                        {}
 func (discard) Close()                                        {}

@@ -41,16 +41,17 @@ func (d *Dialer) Dial(ctx context.Context, endpoint *url.URL, headers http.Heade
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	raw := Wrap(conn)
+	conn = raw
+	stop := context.AfterFunc(ctx, func() { raw.Close() })
 	defer func() {
 		if !stop() && err == nil {
 			err = context.Cause(ctx)
 		}
 		if err != nil {
-			conn.Close()
+			raw.Close()
 		}
 	}()
-	raw := conn
 	if secure {
 		if conn, err = d.startTLS(ctx, raw, endpoint.Hostname()); err != nil {
 			return raw, nil, nil, err

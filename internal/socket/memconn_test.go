@@ -81,7 +81,7 @@ func (s *stream) read(b []byte) (int, error) {
 	}
 }
 
-func (s *stream) write(b []byte) (n int, err error) {
+func (s *stream) write(b []byte, wait bool) (n int, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.writes++
@@ -108,6 +108,9 @@ func (s *stream) write(b []byte) (n int, err error) {
 		n += room
 		s.changed.Broadcast()
 		if n == len(b) {
+			return n, nil
+		}
+		if room == 0 && !wait {
 			return n, nil
 		}
 		if room == 0 {
@@ -186,7 +189,9 @@ func (c *memConn) take(tb testing.TB, n int) {
 }
 
 func (c *memConn) Read(b []byte) (int, error)  { return c.in.read(b) }
-func (c *memConn) Write(b []byte) (int, error) { return c.out.write(b) }
+func (c *memConn) Write(b []byte) (int, error) { return c.out.write(b, true) }
+
+func (c *memConn) TryWrite(b []byte) (int, error) { return c.out.write(b, false) }
 
 func (c *memConn) Close() error {
 	c.in.close(reading)

@@ -40,11 +40,12 @@ const (
 	// batchSize is how much is put together before it is handed to the socket.
 	batchSize = 16 << 10
 
-	// chunkSize is how much of a larger message is written under one deadline. On TLS, where a
-	// write that timed out cannot be taken up again, it is one record.
-	chunkSize, tlsChunkSize = 128 << 10, 16 << 10
+	// chunkSize is how much of a larger message is written under one deadline.
+	chunkSize = 128 << 10
+	// tlsChunkSize is how much TLS gets at once, to be kept where there is no room: one record.
+	tlsChunkSize = 16 << 10
 
-	// stallPart is how long one call to write may take on a plain connection.
+	// stallPart is how long one call to write may wait.
 	stallPart = time.Second
 
 	// moment is how long the last words of a connection may take: this much to write them,
@@ -70,10 +71,9 @@ type Memory interface {
 // Socket is one WebSocket.
 type Socket struct {
 	// Set once.
-	conn         net.Conn // plain, or TLS
-	raw          net.Conn // what is below TLS; its Close never waits
+	conn         net.Conn // below, or TLS
+	below        *Conn    // its Close never waits
 	client       bool     // masks what it writes (RFC 6455, section 5.3)
-	chunk        int      // chunkSize, or tlsChunkSize
 	limit        int      // of one message read, in bytes
 	writeTimeout time.Duration
 	memory       Memory
@@ -89,6 +89,7 @@ type Socket struct {
 	// Owned by the writer.
 	batch   *[]byte // what is put together; nil when nothing is
 	pending int     // frames of which a part is in the batch, and those left out among them
+	begun   int     // frames that TryBatch has begun
 
 	// Shared.
 	heard    atomic.Bool   // something came since the last sweep
@@ -103,19 +104,20 @@ type Socket struct {
 	lastWriting bool   // a call to write had not returned at the last sweep
 }
 
-// New takes over conn after the handshake, with what in has read of it already. Messages above
-// limit bytes are not read; a write that makes no progress for writeTimeout fails. What is
-// read is counted in mem. pong is called by the reader for each ping of the peer, to queue the
-// answer; it must not wait.
+// New takes over conn, a *Conn or TLS over one, after the handshake, with what in has read of it
+// already. Messages above limit bytes are not read; a write that makes no progress for
+// writeTimeout fails. What is read is counted in mem. pong is called by the reader for each ping of
+// the peer, to queue the answer; it must not wait.
 func New(conn net.Conn, in *bufio.Reader, client bool, limit int, writeTimeout time.Duration, mem Memory, pong func(payload []byte)) *Socket {
-	s := &Socket{
-		conn: conn, raw: conn, in: in, client: client, chunk: chunkSize,
+	below, ok := conn.(*Conn)
+	if !ok {
+		below = conn.(interface{ NetConn() net.Conn }).NetConn().(*Conn)
+	}
+	below.keep()
+	return &Socket{
+		conn: conn, below: below, in: in, client: client,
 		limit: limit, writeTimeout: writeTimeout, memory: mem, pong: pong,
 	}
-	if tls, ok := conn.(interface{ NetConn() net.Conn }); ok {
-		s.raw, s.chunk = tls.NetConn(), tlsChunkSize
-	}
-	return s
 }
 
 // alive notes a sign of life. It mostly only looks, since writing costs the other core its cache line.
@@ -125,24 +127,87 @@ func (s *Socket) alive() {
 	}
 }
 
-// Write adds one WebSocket frame to the batch, and hands over what is full. The payload is
-// not changed, and not kept. The opcodes are those of RFC 6455, section 5.2.
-func (s *Socket) Write(opcode byte, payload []byte) error {
-	if s.batch == nil {
-		s.batch = batchPool.Get().(*[]byte)
+// WriteBatch is what both kinds of connection do for their outbox; see outbox.Socket.
+func WriteBatch[S any](s *Socket, batch []outbox.Entry[S]) (written int, err error) {
+	begun := s.begun
+	if err := s.resume(); err != nil {
+		return 0, err
 	}
-	const headerMax = 14
+	for i := begun; i < len(batch); i++ {
+		e := &batch[i]
+		if e.Stale != nil && e.Stale() {
+			if s.pending > 0 {
+				s.pending++ // it stands between those that are
+			}
+			continue
+		}
+		if err := s.writeFrame(byte(e.Kind), e.Frame); err != nil {
+			return max(begun, i+1-s.pending), err
+		}
+	}
+	if err := s.flush(); err != nil {
+		return max(begun, len(batch)-s.pending), err
+	}
+	return len(batch), nil
+}
+
+// TryBatch is WriteBatch as far as nothing has to wait; see outbox.Socket.
+func TryBatch[S any](s *Socket, batch []outbox.Entry[S]) (written int, err error) {
+	for written < len(batch) && err == nil {
+		n := written
+		s.openBatch()
+		for ; n < len(batch); n++ {
+			e := &batch[n]
+			if e.Stale != nil && e.Stale() {
+				continue
+			}
+			if len(*s.batch)+headerMax+len(e.Frame) > batchSize {
+				break // a large one waits for WriteBatch
+			}
+			s.appendFrame(byte(e.Kind), e.Frame)
+		}
+		if n == written {
+			break
+		}
+		if len(*s.batch) > 0 { // not all were stale
+			_, err = s.conn.Write(*s.batch)
+		}
+		switch {
+		case err != nil:
+		case s.below.full():
+			s.begun = n - written
+			s.closeBatch()
+			return written, nil
+		default:
+			written, *s.batch = n, (*s.batch)[:0]
+		}
+	}
+	s.closeBatch()
+	return written, err
+}
+
+// resume finishes what TryBatch has begun.
+func (s *Socket) resume() error {
+	if s.begun == 0 {
+		return nil
+	}
+	s.begun = 0
+	return s.below.drain(s.await)
+}
+
+const headerMax = 14
+
+// writeFrame adds one WebSocket frame to the batch, and hands over what is full. The payload is
+// not changed, and not kept. The opcodes are those of RFC 6455, section 5.2.
+func (s *Socket) writeFrame(opcode byte, payload []byte) error {
+	s.openBatch()
 	if len(*s.batch)+headerMax+min(len(payload), batchSize/4) > batchSize {
 		if err := s.handOver(); err != nil {
 			s.pending++ // this one is not written either
 			return err
 		}
 	}
-	var key [4]byte
-	if s.client {
-		binary.LittleEndian.PutUint32(key[:], rand.Uint32())
-	}
-	*s.batch = appendHeader(*s.batch, opcode, len(payload), s.client, key)
+	key := s.appendHeader(opcode, len(payload))
 	s.pending++
 	for offset := 0; len(payload) > 0; {
 		room := batchSize - len(*s.batch)
@@ -158,11 +223,7 @@ func (s *Socket) Write(opcode byte, payload []byte) error {
 			return nil
 		}
 		n := min(room, len(payload))
-		start := len(*s.batch)
-		*s.batch = append(*s.batch, payload[:n]...)
-		if s.client {
-			mask((*s.batch)[start:], key, offset)
-		}
+		s.appendPayload(payload[:n], key, offset)
 		offset, payload = offset+n, payload[n:]
 		if len(payload) > 0 {
 			if err := s.handOver(); err != nil {
@@ -174,19 +235,54 @@ func (s *Socket) Write(opcode byte, payload []byte) error {
 	return nil
 }
 
-// Flush hands over what the batch holds and gives its memory back.
-func (s *Socket) Flush() error {
+// appendFrame adds a whole frame to the batch, which has room for it.
+func (s *Socket) appendFrame(opcode byte, payload []byte) {
+	s.appendPayload(payload, s.appendHeader(opcode, len(payload)), 0)
+}
+
+func (s *Socket) appendHeader(opcode byte, length int) (key [4]byte) {
+	if s.client {
+		binary.LittleEndian.PutUint32(key[:], rand.Uint32())
+	}
+	*s.batch = appendHeader(*s.batch, opcode, length, s.client, key)
+	return key
+}
+
+func (s *Socket) appendPayload(payload []byte, key [4]byte, offset int) {
+	start := len(*s.batch)
+	*s.batch = append(*s.batch, payload...)
+	if s.client {
+		mask((*s.batch)[start:], key, offset)
+	}
+}
+
+func (s *Socket) openBatch() {
+	if s.batch == nil {
+		s.batch = batchPool.Get().(*[]byte)
+	}
+}
+
+// closeBatch gives the batch's memory back, after an error, too: the next to use it is another
+// connection.
+func (s *Socket) closeBatch() {
+	*s.batch = (*s.batch)[:0]
+	batchPool.Put(s.batch)
+	s.batch = nil
+}
+
+// flush hands over what the batch holds.
+func (s *Socket) flush() error {
 	if s.batch == nil {
 		return nil
 	}
-	err := s.handOver()
-	*s.batch = (*s.batch)[:0] // after an error, too: the next to use it is another connection
-	batchPool.Put(s.batch)
-	s.batch = nil
-	return err
+	defer s.closeBatch()
+	return s.handOver()
 }
 
 func (s *Socket) handOver() error {
+	if len(*s.batch) == 0 {
+		return nil
+	}
 	if err := s.write(*s.batch); err != nil {
 		return err
 	}
@@ -194,33 +290,36 @@ func (s *Socket) handOver() error {
 	return nil
 }
 
-// WriteBatch is what both kinds of connection do for their outbox; see outbox.Socket.
-func WriteBatch[S any](s *Socket, batch []outbox.Entry[S]) (written int, err error) {
-	for i := range batch {
-		e := &batch[i]
-		if e.Stale != nil && e.Stale() {
-			if s.pending > 0 {
-				s.pending++ // it stands between those that are
-			}
-			continue
+// write hands b to the connection. Mostly there is room for it; only if not, it takes a deadline
+// and a wait.
+func (s *Socket) write(b []byte) error {
+	if s.conn == net.Conn(s.below) {
+		n, err := s.below.tryWrite(b)
+		if err != nil || n == len(b) {
+			return err
 		}
-		if err := s.Write(byte(e.Kind), e.Frame); err != nil {
-			return max(0, i+1-s.pending), err
+		return s.await(b[n:])
+	}
+	for len(b) > 0 {
+		n := min(len(b), tlsChunkSize)
+		if _, err := s.conn.Write(b[:n]); err != nil {
+			return err
 		}
+		if err := s.below.drain(s.await); err != nil {
+			return err
+		}
+		b = b[n:]
 	}
-	if err := s.Flush(); err != nil {
-		return max(0, len(batch)-s.pending), err
-	}
-	return len(batch), nil
+	return nil
 }
 
-// write hands b to the connection. It fails when nothing moves for the write timeout. What moved
-// is only known when a call returns, and when it moved is not known at all. So on a plain
-// connection, where a write that timed out can go on, a call gets a part of that time.
-func (s *Socket) write(b []byte) error {
+// await writes b below TLS, and waits for room. It fails when nothing moves for the write timeout.
+// What moved is only known when a call returns, and when it moved is not known at all. So a call
+// gets a part of that time, where it can be taken up again.
+func (s *Socket) await(b []byte) error {
 	defer s.writing.Store(0)
 	parts := time.Duration(1)
-	if s.conn == s.raw {
+	if s.below.resumes() {
 		parts = max(1, s.writeTimeout/stallPart)
 	}
 	for idle := time.Duration(0); len(b) > 0; {
@@ -228,15 +327,10 @@ func (s *Socket) write(b []byte) error {
 		if idle == 0 {
 			s.writing.Store(now.UnixNano())
 		}
-		if err := s.conn.SetWriteDeadline(now.Add(s.writeTimeout / parts)); err != nil {
+		if err := s.setWriteDeadline(now.Add(s.writeTimeout / parts)); err != nil {
 			return err
 		}
-		if hurry := s.hurry.Load(); hurry != 0 { // Hurry was first, or came in between: its deadline stands
-			if err := s.conn.SetWriteDeadline(time.Unix(0, hurry)); err != nil {
-				return err
-			}
-		}
-		n, err := s.conn.Write(b[:min(len(b), s.chunk)])
+		n, err := s.below.Conn.Write(b[:min(len(b), chunkSize)])
 		b = b[n:]
 		idle++
 		if n > 0 {
@@ -246,11 +340,22 @@ func (s *Socket) write(b []byte) error {
 		hurry := s.hurry.Load()
 		late := hurry != 0 && time.Now().UnixNano() >= hurry
 		switch paused := errors.Is(err, os.ErrDeadlineExceeded) && !late; {
-		case paused && (idle == parts || parts == 1): // a TLS record cannot be taken up again
+		case paused && (idle == parts || parts == 1):
 			return ErrStalled
 		case err != nil && !paused:
 			return err
 		}
+	}
+	return s.setWriteDeadline(time.Time{}) // for what is only tried
+}
+
+// setWriteDeadline sets a deadline, unless Hurry was first, or comes in between: its own stands.
+func (s *Socket) setWriteDeadline(t time.Time) error {
+	if err := s.below.SetWriteDeadline(t); err != nil {
+		return err
+	}
+	if hurry := s.hurry.Load(); hurry != 0 {
+		return s.below.SetWriteDeadline(time.Unix(0, hurry))
 	}
 	return nil
 }
@@ -265,7 +370,7 @@ func (s *Socket) Hurry() {
 }
 
 // Close ends the connection. It never waits, which TLS does to say goodbye.
-func (s *Socket) Close() { _ = s.raw.Close() }
+func (s *Socket) Close() { _ = s.below.Close() }
 
 // Sweep returns for how many sweeps in a row the peer gave no sign of life: nothing was
 // read, and a blocked write moved nothing. A write that did not block proves nothing; the

@@ -71,9 +71,9 @@ func newFixture(tb testing.TB, client bool, limit, capacity int) *fixture {
 	// The handshake must not depend on how little is taken later.
 	f.conn, f.peerConn = memPipe(max(capacity, 4<<10))
 	if client {
-		f.ws, f.peer = handshake(tb, f.conn, f.peerConn)
+		f.ws, f.peer = handshake(tb, Wrap(f.conn), f.peerConn)
 	} else {
-		f.peer, f.ws = handshake(tb, f.peerConn, f.conn)
+		f.peer, f.ws = handshake(tb, f.peerConn, Wrap(f.conn))
 	}
 	f.conn.out.capacity, f.conn.in.capacity = capacity, capacity
 	f.conn.out.writes = 0
@@ -220,7 +220,7 @@ func TestABatchOfSmallMessagesIsHandedOverAtOnce(t *testing.T) {
 		assert.Equal(t, 1, f.conn.writes())
 		require.NoError(t, f.write(payload(1, 1<<20)))
 		if !t.client { // what is not masked is not copied either
-			assert.Equal(t, 1+1+(1<<20)/chunkSize, f.conn.writes())
+			assert.Equal(t, 1+1+1, f.conn.writes())
 		}
 	})
 }
@@ -303,6 +303,7 @@ func TestStaleEntriesAreLeftOut(t *testing.T) {
 type link struct{ *fixture }
 
 func (l link) WriteBatch(batch []entry) (int, error) { return WriteBatch(l.Socket, batch) }
+func (l link) TryBatch(batch []entry) (int, error)   { return TryBatch(l.Socket, batch) }
 
 // What was left out gives its room back; otherwise an outbox would be full one day, for ever.
 func TestStaleEntriesGiveTheirRoomBack(t *testing.T) {
@@ -652,7 +653,7 @@ func TestCloseDoesNotWaitForTLS(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn, peerConn := memPipe(10_000)
 		defer peerConn.Close()
-		ours := tls.Server(conn, &tls.Config{Certificates: []tls.Certificate{certificate}})
+		ours := tls.Server(Wrap(conn), &tls.Config{Certificates: []tls.Certificate{certificate}})
 		// InsecureSkipVerify: what is tested is how the connection ends.
 		theirs := tls.Client(peerConn, &tls.Config{InsecureSkipVerify: true})
 		peer, ws := handshake(t, theirs, ours)
@@ -678,7 +679,7 @@ func TestATLSPeerThatStallsIsNoticed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn, peerConn := memPipe(10_000)
 		defer peerConn.Close()
-		ours := tls.Server(conn, &tls.Config{Certificates: []tls.Certificate{certificate}})
+		ours := tls.Server(Wrap(conn), &tls.Config{Certificates: []tls.Certificate{certificate}})
 		theirs := tls.Client(peerConn, &tls.Config{InsecureSkipVerify: true})
 		_, ws := handshake(t, theirs, ours)
 		s := New(ws.NetConn(), bufio.NewReaderSize(ws.NetConn(), readBufferSize), false, unlimited, writeTimeout, &counted{}, func([]byte) {})
@@ -779,7 +780,7 @@ func TestSweepSeesTheProgressOfABlockedWrite(t *testing.T) {
 		require.Equal(t, 1, f.Sweep(), "what the kernel took proves nothing")
 		for range 5 {
 			f.peerConn.take(t, 5000) // alice reads, if slowly, and has no time to say anything
-			time.Sleep(writeTimeout)
+			time.Sleep(writeTimeout - stallPart)
 			synctest.Wait()
 			require.Zero(t, f.Sweep())
 		}
@@ -879,6 +880,95 @@ func TestNothingCountsAsWrittenThatWasNotHandedOver(t *testing.T) {
 			}
 		})
 	}
+}
+
+// What there is no room for at once is written later, from just where it was left.
+func TestWhatWasTriedIsFinishedLater(t *testing.T) {
+	certificate := selfSigned(t)
+	for name, open := range map[string]func(t *testing.T) *fixture{
+		"client": func(t *testing.T) *fixture { return newFixture(t, true, unlimited, 1<<20) },
+		"server": func(t *testing.T) *fixture { return newFixture(t, false, unlimited, 1<<20) },
+		"tls":    func(t *testing.T) *fixture { return newTLSFixture(t, certificate) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			random := rand.New(rand.NewPCG(1, 2))
+			for range 100 {
+				var batch []entry
+				var sent [][]byte
+				for i := range 1 + random.IntN(60) {
+					size := random.IntN(1000)
+					if random.IntN(10) == 0 {
+						size = sizes[random.IntN(len(sizes)-2)]
+					}
+					e := entry{Kind: outbox.Message, Frame: payload(uint64(i), size)}
+					if random.IntN(4) == 0 {
+						asked := false
+						e.Stale = func() bool {
+							require.False(t, asked, "asked twice")
+							asked = true
+							return asked
+						}
+					} else {
+						sent = append(sent, e.Frame)
+					}
+					batch = append(batch, e)
+				}
+				room := random.IntN(40_000)
+				synctest.Test(t, func(t *testing.T) {
+					f := open(t)
+					f.conn.out.capacity = room
+					tried, err := TryBatch(f.Socket, batch)
+					require.NoError(t, err)
+					require.LessOrEqual(t, f.conn.unread(), room)
+					heard := f.listen()
+					written, err := WriteBatch(f.Socket, batch[tried:])
+					require.NoError(t, err)
+					require.Equal(t, len(batch), tried+written)
+					f.Close()
+					wantMessages(t, sent, (<-heard).messages)
+				})
+			}
+		})
+	}
+}
+
+// newTLSFixture is newFixture for a server with TLS.
+func newTLSFixture(t *testing.T, certificate tls.Certificate) *fixture {
+	t.Helper()
+	f := &fixture{}
+	f.conn, f.peerConn = memPipe(1 << 20)
+	ours := tls.Server(Wrap(f.conn), &tls.Config{Certificates: []tls.Certificate{certificate}})
+	theirs := tls.Client(f.peerConn, &tls.Config{InsecureSkipVerify: true})
+	f.peer, f.ws = handshake(t, theirs, ours)
+	f.Socket = New(ours, bufio.NewReaderSize(ours, readBufferSize), false, unlimited, writeTimeout, &f.memory, func([]byte) {})
+	t.Cleanup(func() {
+		f.conn.Close()
+		f.peerConn.Close()
+	})
+	return f
+}
+
+// A connection that breaks while it is only tried is an error like any other.
+func TestTryingABrokenConnectionFails(t *testing.T) {
+	for _, client := range []bool{true, false} {
+		f := newFixture(t, client, unlimited, 1<<20)
+		f.conn.breakAfter(10)
+		written, err := TryBatch(f.Socket, []entry{{Kind: outbox.Message, Frame: make([]byte, 100)}})
+		require.ErrorIs(t, err, errBroken)
+		assert.Zero(t, written)
+	}
+}
+
+// A small message to an agent costs one call and no memory.
+func TestTryingAllocatesNothing(t *testing.T) {
+	f := newFixture(t, false, unlimited, 1<<20)
+	f.conn.out.discards = true
+	batch := []entry{{Kind: outbox.Message, Frame: make([]byte, 200)}}
+	assert.Zero(t, testing.AllocsPerRun(1000, func() {
+		if n, err := TryBatch(f.Socket, batch); n != 1 || err != nil {
+			t.Fail()
+		}
+	}))
 }
 
 // The two ways to lose a message, by hand.
