@@ -252,12 +252,24 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// countRelayed counts messages that were handed to their socket.
+// countRelayed counts messages that were handed to their socket. Of a batch, the first has waited
+// the longest.
 func countRelayed(direction *telemetry.Direction, batch []entry) {
-	now := clock()
+	messages, bytes, first := 0, 0, int64(0)
 	for i := range batch {
 		if e := &batch[i]; e.Taken != 0 {
-			direction.Relayed(len(e.Frame), time.Duration(now-e.Taken))
+			if messages == 0 {
+				first = e.Taken
+			}
+			messages++
+			bytes += len(e.Frame)
 		}
+	}
+	if messages == 0 {
+		return
+	}
+	direction.Relayed(messages, bytes)
+	if direction.LatencyDue(first) {
+		direction.Latency(time.Duration(clock() - first))
 	}
 }

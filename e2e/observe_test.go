@@ -50,14 +50,12 @@ func TestMetrics(t *testing.T) {
 		`otelcol_opampgateway_messages{direction="downstream"}`:               agents * each,
 		`otelcol_opampgateway_messages_bytes{direction="upstream"}`:           float64(up),
 		`otelcol_opampgateway_messages_bytes{direction="downstream"}`:         float64(down),
-		`otelcol_opampgateway_messages_latency_count{direction="upstream"}`:   agents * each,
-		`otelcol_opampgateway_messages_latency_count{direction="downstream"}`: agents * each,
 		`otelcol_opampgateway_admissions{outcome="accepted"}`:                 agents,
 		`otelcol_opampgateway_admissions{outcome="refused"}`:                  1,
 	})
 	latency := samples(t, metrics)[`otelcol_opampgateway_messages_latency_sum{direction="upstream"}`]
-	require.Greater(t, latency, 0.0, "milliseconds that all messages together spent in the gateway")
-	require.Less(t, latency, 30_000.0, "milliseconds that all messages together spent in the gateway")
+	require.Greater(t, latency, 0.0, "milliseconds that messages spent in the gateway")
+	require.Less(t, latency, 30_000.0, "milliseconds that messages spent in the gateway")
 
 	crowd[0].ws.Close()
 	crowd[1].ws.Close()

@@ -3,6 +3,7 @@ package memory
 import (
 	"math/bits"
 	"runtime"
+	"sync"
 )
 
 const (
@@ -13,6 +14,20 @@ const (
 	// sizes is how many there are.
 	sizes = steps * bits.UintSize
 )
+
+// smallSize is what most messages fit in, in bytes: heartbeats, and the replies to them.
+const smallSize = 512
+
+// small messages are not counted, but used again.
+var small = sync.Pool{New: func() any { return new([smallSize]byte) }}
+
+// Small returns memory of n bytes that need not be counted. What is in it is left from others.
+func Small(n int) []byte {
+	if n > smallSize {
+		return make([]byte, n)
+	}
+	return small.Get().(*[smallSize]byte)[:n]
+}
 
 // PieceSize is the size of the piece that holds n bytes: at most a quarter more.
 func PieceSize(n int) int {
@@ -47,6 +62,10 @@ func (b *Budget) pieceLocked(size int) []byte {
 // short. It may be given anything: what is no piece is left to the garbage collector.
 func (b *Budget) Recycle(piece []byte) {
 	size := cap(piece)
+	if size == smallSize {
+		small.Put((*[smallSize]byte)(piece[:smallSize]))
+		return
+	}
 	if size < MinPiece || PieceSize(size) != size {
 		return
 	}

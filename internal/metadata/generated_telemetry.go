@@ -152,7 +152,7 @@ func NewTelemetryBuilder(settings component.TelemetrySettings, options ...Teleme
 	errs = errors.Join(errs, err)
 	builder.OpampgatewayMessagesLatency, err = builder.meter.Float64Histogram(
 		"otelcol_opampgateway.messages.latency",
-		metric.WithDescription("Time a message spent in the gateway, from read to handed to the socket. [Alpha]"),
+		metric.WithDescription("Time a message spent in the gateway, from read to handed to the socket; of one message a millisecond at most. [Alpha]"),
 		metric.WithUnit("ms"),
 		metric.WithExplicitBucketBoundaries([]float64{0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 5000, 30000}...),
 	)

@@ -104,7 +104,7 @@ func AssertEqualOpampgatewayMessagesBytes(t *testing.T, tt *componenttest.Teleme
 func AssertEqualOpampgatewayMessagesLatency(t *testing.T, tt *componenttest.Telemetry, dps []metricdata.HistogramDataPoint[float64], opts ...metricdatatest.Option) {
 	want := metricdata.Metrics{
 		Name:        "otelcol_opampgateway.messages.latency",
-		Description: "Time a message spent in the gateway, from read to handed to the socket. [Alpha]",
+		Description: "Time a message spent in the gateway, from read to handed to the socket; of one message a millisecond at most. [Alpha]",
 		Unit:        "ms",
 		Data: metricdata.Histogram[float64]{
 			Temporality: metricdata.CumulativeTemporality,

@@ -101,7 +101,7 @@ func (s *Socket) fill(message []byte, n int) ([]byte, int, error) {
 // grow returns larger memory with what is in message, which will have at least want bytes.
 func (s *Socket) grow(message []byte, want int) ([]byte, error) {
 	if want <= smallMessage {
-		return append(make([]byte, 0, want), message...)[:want], nil
+		return append(memory.Small(want)[:0], message...)[:want], nil
 	}
 	size := want
 	if !s.frame.fin { // more is to come

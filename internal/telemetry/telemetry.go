@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -65,13 +66,29 @@ type Direction struct {
 	messages, bytes atomic.Int64
 	attributes      metric.MeasurementOption
 	latency         metric.Float64Histogram
+	timed           atomic.Int64 // when the last message was taken whose latency was recorded
 	recorded        []metric.RecordOption // the attributes, as the histogram takes them without allocating
 }
 
-// Relayed counts one message handed to its socket, and the time since it was taken.
-func (d *Direction) Relayed(size int, latency time.Duration) {
-	d.messages.Add(1)
-	d.bytes.Add(int64(size))
+// latencyInterval is how often a latency is recorded at most, in nanoseconds: to record one costs
+// more than all else that is counted of a message.
+const latencyInterval = int64(time.Millisecond)
+
+// Relayed counts messages, and their bytes, that were handed to their socket.
+func (d *Direction) Relayed(messages, bytes int) {
+	d.messages.Add(int64(messages))
+	d.bytes.Add(int64(bytes))
+}
+
+// LatencyDue reports whether it is time to record the latency of a message that was taken then, in
+// nanoseconds of the process's own clock.
+func (d *Direction) LatencyDue(taken int64) bool {
+	last := d.timed.Load()
+	return taken-last >= latencyInterval && d.timed.CompareAndSwap(last, taken)
+}
+
+// Latency records how long a message was in the gateway.
+func (d *Direction) Latency(latency time.Duration) {
 	d.latency.Record(context.Background(), float64(latency)/float64(time.Millisecond), d.recorded...)
 }
 
@@ -95,6 +112,7 @@ func New(set component.TelemetrySettings) (*Telemetry, error) {
 		d.attributes = metric.WithAttributeSet(attribute.NewSet(attribute.String("direction", name)))
 		d.recorded = []metric.RecordOption{d.attributes}
 		d.latency = builder.OpampgatewayMessagesLatency
+		d.timed.Store(math.MinInt64 / 2) // any time is later
 	}
 	return t, nil
 }

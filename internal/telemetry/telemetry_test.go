@@ -52,10 +52,13 @@ func TestRelayedMessagesAreCountedByDirection(t *testing.T) {
 	tel, collected := start(t, none, none)
 	metadatatest.AssertEqualOpampgatewayMessages(t, collected, bothWays(0, 0), metricdatatest.IgnoreTimestamp())
 
-	tel.Up.Relayed(25, 40*time.Microsecond)
-	tel.Up.Relayed(100_000, 3*time.Millisecond)
-	tel.Up.Relayed(0, 0)
-	tel.Down.Relayed(19, time.Minute)
+	tel.Up.Relayed(2, 100_025)
+	tel.Up.Relayed(1, 0)
+	tel.Down.Relayed(1, 19)
+	for _, latency := range []time.Duration{40 * time.Microsecond, 3 * time.Millisecond, 0} {
+		tel.Up.Latency(latency)
+	}
+	tel.Down.Latency(time.Minute)
 	metadatatest.AssertEqualOpampgatewayMessages(t, collected, bothWays(3, 1), metricdatatest.IgnoreTimestamp())
 	metadatatest.AssertEqualOpampgatewayMessagesBytes(t, collected, bothWays(100_025, 19), metricdatatest.IgnoreTimestamp())
 
@@ -82,7 +85,7 @@ func TestMessagesAreCountedByManyAtOnce(t *testing.T) {
 	for range 8 {
 		relaying.Go(func() {
 			for range 1000 {
-				tel.Up.Relayed(2, time.Millisecond)
+				tel.Up.Relayed(1, 2)
 			}
 		})
 	}
@@ -131,5 +134,17 @@ func TestNothingIsObservedAfterShutdown(t *testing.T) {
 
 func TestCountingAFrameDoesNotAllocate(t *testing.T) {
 	tel, _ := start(t, none, none)
-	assert.Zero(t, testing.AllocsPerRun(100, func() { tel.Up.Relayed(25, time.Millisecond) }))
+	assert.Zero(t, testing.AllocsPerRun(100, func() {
+		tel.Up.Relayed(1, 25)
+		tel.Up.Latency(time.Millisecond)
+	}))
+}
+
+// Busy gateways measure some messages, others all.
+func TestLatencyIsMeasuredOnceAMillisecond(t *testing.T) {
+	tel, _ := start(t, none, none)
+	for taken, due := range []bool{0: true, 1: false, 2: true, 3: false} {
+		assert.Equal(t, due, tel.Up.LatencyDue(-1_000_000+int64(taken)*600_000), taken)
+	}
+	assert.True(t, tel.Down.LatencyDue(0), "each direction by itself")
 }
