@@ -135,12 +135,13 @@ func (in *injector) isHeld(c *fault.Conn) bool {
 	return in.held[c]
 }
 
-// hold holds a connection for a while, on which nothing else is to happen, and then has it end so.
-func (in *injector) hold(c *fault.Conn, d time.Duration, end func(*fault.Conn)) {
+// hold does something to a connection, on which nothing else is to happen then, until the end is
+// done to it.
+func (in *injector) hold(c *fault.Conn, d time.Duration, begin, end func(*fault.Conn)) {
 	in.mu.Lock()
 	in.held[c] = true
 	in.mu.Unlock()
-	c.Hold()
+	begin(c)
 	in.later(d, func() {
 		end(c)
 		in.mu.Lock()
@@ -149,34 +150,31 @@ func (in *injector) hold(c *fault.Conn, d time.Duration, end func(*fault.Conn)) 
 	})
 }
 
-// hitLink does something to a link that the gateway notices within some time.
-func (in *injector) hitLink(what string, notice time.Duration, do func(*fault.Conn)) *event {
+// hitLink does something to a link.
+func (in *injector) hitLink(what string, do func(*fault.Conn)) *event {
 	g, c := in.link()
 	if c == nil {
 		return nil
 	}
 	g.hit()
-	hit := in.soak.server.hit(c.Source(), what)
+	w := in.soak.book.hitWay(g, c, what)
 	do(c)
-	if hit.by.IsZero() {
-		hit.by = time.Now().Add(notice)
-	}
-	return &event{what: fmt.Sprintf("one of gateway %s, %s", g.name, c.Source()), g: g}
+	return &event{what: w.String(), g: g}
 }
 
 func (in *injector) linkReset() *event {
-	return in.hitLink("was reset", resetNotice, (*fault.Conn).Reset)
+	return in.hitLink("was reset", (*fault.Conn).Reset)
 }
 
 func (in *injector) linkFinish() *event {
-	return in.hitLink("was finished", endNotice, (*fault.Conn).Finish)
+	return in.hitLink("was finished", (*fault.Conn).Finish)
 }
 
 // linkHole is a black hole for longer than the keep-alive takes. The server notices later.
 func (in *injector) linkHole() *event {
 	d := in.between(6*time.Second, 12*time.Second)
-	return in.hitLink("was in a black hole", linkTimeout+linkInterval+endNotice, func(c *fault.Conn) {
-		in.hold(c, d, (*fault.Conn).Reset)
+	return in.hitLink("was in a black hole", func(c *fault.Conn) {
+		in.hold(c, d, (*fault.Conn).Swallow, (*fault.Conn).Reset)
 	})
 }
 
@@ -187,8 +185,9 @@ func (in *injector) linkDelay() *event {
 		return nil
 	}
 	d := in.between(200*time.Millisecond, 1500*time.Millisecond)
-	in.hold(c, d, (*fault.Conn).Release)
-	return &event{what: fmt.Sprintf("one of gateway %s, for %s", g.name, d.Round(time.Millisecond)), g: g}
+	w := in.soak.book.way(g, c)
+	in.hold(c, d, (*fault.Conn).Hold, (*fault.Conn).Release)
+	return &event{what: fmt.Sprintf("%s, for %s", w, d.Round(time.Millisecond)), g: g}
 }
 
 func (in *injector) serverRestart() *event {
@@ -217,7 +216,6 @@ func (in *injector) reload() *event {
 		connections = 2 + in.rand.IntN(3)
 		what = fmt.Sprintf("with %d connections", connections)
 	}
-	in.soak.disturb(g)
 	if err := g.reload(connections); err != nil {
 		in.soak.book.find("soak", nil, time.Now(), "%v", err)
 	}
@@ -226,7 +224,6 @@ func (in *injector) reload() *event {
 
 func (in *injector) killGateway() *event {
 	g, d := in.gateway(), in.between(0, 2*time.Second)
-	in.soak.disturb(g)
 	g.signal(syscall.SIGKILL)
 	if _, err := g.wait(10 * time.Second); err != nil {
 		in.soak.book.find("soak", nil, time.Now(), "%v", err)
@@ -292,7 +289,7 @@ func (in *injector) agentFinish() *event { return in.hitAgent("finished", (*faul
 func (in *injector) agentHole() *event {
 	d := in.between(time.Second, 16*time.Second)
 	return in.hitAgent(fmt.Sprintf("black hole for %s", d.Round(time.Millisecond)), func(c *fault.Conn) {
-		in.hold(c, d, (*fault.Conn).Reset)
+		in.hold(c, d, (*fault.Conn).Hold, (*fault.Conn).Reset)
 	})
 }
 
@@ -397,16 +394,15 @@ func (in *injector) rename() *event {
 
 func uuidBytes(id uuid.UUID) []byte { return id[:] }
 
-// near returns what happened shortly before something that concerns e, to more than one agent
-// if e is nil.
-func (in *injector) near(at time.Time, e *epoch) (lines []string) {
+// near returns what happened between two times that concerns e; all if e is nil.
+func (in *injector) near(from, to time.Time, e *epoch) (lines []string) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	for _, f := range in.log {
-		if f.at.Before(at.Add(-inFlight)) || f.at.After(at.Add(3*time.Second)) {
+		if f.at.Before(from) || f.at.After(to) {
 			continue
 		}
-		concerned := f.a == nil && (e == nil || f.g == nil)
+		concerned := e == nil || f.a == nil && f.g == nil
 		if f.a != nil && e != nil {
 			concerned = f.a.member == e.actor.member
 		}

@@ -38,6 +38,8 @@ type gateway struct {
 	above   *gateway    // nil if that is the server
 	dir     string      // of its configuration and log
 
+	ways []*way // guarded by ledger.mu: its links, in the order in which they were opened
+
 	// mu guards all below.
 	mu          sync.Mutex
 	connections int
@@ -174,13 +176,18 @@ func (g *gateway) hit() {
 	g.hits = append(g.hits, time.Now())
 }
 
-// wasHit reports whether something happened on its way to the server in this time.
-func (g *gateway) wasHit(from, to time.Time) bool {
+// wasUpset reports whether something happened to the gateway, or to its way to the server, in this time.
+func (g *gateway) wasUpset(from, to time.Time) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	in := func(at time.Time) bool { return at.After(from) && at.Before(to) }
-	return slices.ContainsFunc(g.hits, in) ||
-		g.above != nil && (g.above.wasHit(from, to) || g.above.wasDisturbed(to, to.Sub(from)) != nil)
+	return slices.ContainsFunc(g.hits, in) || slices.ContainsFunc(g.disturbed, func(d disturbance) bool { return in(d.at) })
+}
+
+// wasKilled reports whether the process was killed just before at.
+func (g *gateway) wasKilled(at time.Time) bool {
+	d := g.wasDisturbed(at, endedWithin)
+	return d != nil && d.signal == syscall.SIGKILL
 }
 
 // files counts the process's open files; -1 if nobody can tell.

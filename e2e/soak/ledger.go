@@ -12,6 +12,7 @@ import (
 // ledger is the book of all that was said and heard. Its rules are in verdict.go.
 type ledger struct {
 	start time.Time
+	pulse *pulse
 
 	// mu guards all below, and all that belongs to it.
 	mu       sync.Mutex
@@ -52,10 +53,38 @@ type epoch struct {
 	byItself bool   // the agent ended it
 	polite   bool   // with a goodbye
 
-	said     []time.Time // when each message was sent, by number - 1
-	heardIn  []*segment  // where each arrived first, nil for not
+	ups      []up              // what it said, by number - 1
+	askings  [maxHops][]asking // by hop, in the order in which they were written
 	segments []*segment
 	lastDown uint32 // the last that was heard of what is for this connection
+}
+
+// maxHops is how many gateways stand between an agent and the server at most.
+const maxHops = 2
+
+// up is one message of an agent.
+type up struct {
+	said  time.Time
+	heard *segment // where it arrived first; nil for not
+	// By hop: the way on which a gateway wrote it last, nil for none, and when.
+	written   [maxHops]*way
+	writtenAt [maxHops]time.Time
+}
+
+// hop is the how manyth gateway g is on the way of e.
+func (e *epoch) hop(g *gateway) int {
+	if g == e.gateway {
+		return 0
+	}
+	return 1
+}
+
+// hops is how many gateways are on the way of e.
+func (e *epoch) hops() int {
+	if e.gateway.above == nil {
+		return 1
+	}
+	return 2
 }
 
 func (e *epoch) String() string {
@@ -96,7 +125,9 @@ type finding struct {
 	epoch *epoch // nil if it concerns none
 }
 
-func newLedger() *ledger { return &ledger{start: time.Now(), counts: map[string]int{}} }
+func newLedger() *ledger {
+	return &ledger{start: time.Now(), pulse: startPulse(), counts: map[string]int{}}
+}
 
 func (l *ledger) since(at time.Time) string {
 	return fmt.Sprintf("%.3fs", at.Sub(l.start).Seconds())
@@ -175,17 +206,16 @@ func (l *ledger) close(e *epoch, how string, byItself, polite bool) {
 func (l *ledger) say(e *epoch, size int) stamp {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	e.said = append(e.said, time.Now())
-	e.heardIn = append(e.heardIn, nil)
+	e.ups = append(e.ups, up{said: time.Now()})
 	l.counts["said by agents"]++
-	return stamp{actor: e.actor.id, epoch: e.number, number: uint32(len(e.said)), size: uint32(size)}
+	return stamp{actor: e.actor.id, epoch: e.number, number: uint32(len(e.ups)), size: uint32(size)}
 }
 
 // unsay takes back the last message, which never left.
 func (l *ledger) unsay(e *epoch) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	e.said, e.heardIn = e.said[:len(e.said)-1], e.heardIn[:len(e.heardIn)-1]
+	e.ups = e.ups[:len(e.ups)-1]
 	l.counts["said by agents"]--
 }
 
@@ -239,7 +269,7 @@ func (l *ledger) arrived(c *serverConn, s stamp, uid uuid.UUID, described bool) 
 	defer l.mu.Unlock()
 	now := time.Now()
 	e := l.epochOfLocked(s.actor, s.epoch)
-	if e == nil || s.down || int(s.number) > len(e.said) || s.number == 0 {
+	if e == nil || s.down || int(s.number) > len(e.ups) || s.number == 0 {
 		l.findLocked("corrupted", e, now, "%s arrived at the server, but nobody has said it", s)
 		return nil
 	}
@@ -258,7 +288,7 @@ func (l *ledger) arrived(c *serverConn, s stamp, uid uuid.UUID, described bool) 
 		return nil
 	}
 	l.counts["heard by the server"]++
-	first := e.heardIn[s.number-1]
+	first := e.ups[s.number-1].heard
 	switch {
 	case s.number > seg.last:
 		if seg.first == 0 {
@@ -280,7 +310,7 @@ func (l *ledger) arrived(c *serverConn, s stamp, uid uuid.UUID, described bool) 
 		l.findLocked("reordered", e, now, "%s arrived on %s behind %d", s, c, seg.last)
 	}
 	if first == nil {
-		e.heardIn[s.number-1] = seg
+		e.ups[s.number-1].heard = seg
 	}
 	if described {
 		seg.described = now

@@ -18,9 +18,11 @@
 //	gateway.go   the gateways
 //	agent.go     the agents
 //	faults.go    what goes wrong
+//	tap.go       what the lines see of what gateways write
 //	message.go   what is said: who, on which connection, the how manyth
 //	ledger.go    the book of what was said and heard
 //	verdict.go   what of that must not be
+//	pulse.go     when the machine was too busy for anybody to be in time
 //	report.go    what is printed
 package main
 
@@ -33,7 +35,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -50,14 +51,14 @@ func main() {
 	program := flag.String("collector", "../build/otelcol-opampgateway", "the collector with the gateway")
 	flag.Parse()
 	runtime.LockOSThread() // see child
-	s := &soak{book: newLedger(), rand: rand.New(rand.NewPCG(*seed, 1))}
+	s := &soak{book: newLedger(), rand: rand.New(rand.NewPCG(*seed, 1)), seed: *seed, duration: *duration}
 	fmt.Printf("soak: %d agents for %s, seed %d\n", *agents, *duration, *seed)
 	if err := s.run(*program, *agents, *duration); err != nil {
 		s.book.find("soak", nil, time.Now(), "%v", err)
 	}
 	s.endGateways()
 	if !s.report() {
-		fmt.Printf("\nlogs of the gateways: %s\n", s.dir)
+		fmt.Printf("\nall findings and the logs of the gateways: %s\n", s.dir)
 		os.Exit(1)
 	}
 	_ = os.RemoveAll(s.dir)
@@ -67,6 +68,8 @@ func main() {
 type soak struct {
 	book     *ledger
 	rand     *rand.Rand
+	seed     uint64
+	duration time.Duration
 	dir      string
 	server   *server
 	gateways []*gateway
@@ -137,14 +140,21 @@ func (s *soak) setUp(program string) error {
 	s.server = newServer(s.book, address)
 	s.server.excuse = func(c *serverConn) bool {
 		for _, g := range s.gateways {
-			if strings.HasPrefix(c.name, g.name+"/") {
+			if g == c.way.gateway {
 				return g.wasDisturbed(time.Now(), inFlight/2) != nil
 			}
 		}
 		return false
 	}
-	if err := s.server.start(); err != nil {
-		return err
+	s.server.wayFrom = func(address string) *way {
+		for _, g := range s.gateways {
+			for _, w := range slices.Backward(g.ways) {
+				if g.above == nil && w.conn.Source() == address {
+					return w
+				}
+			}
+		}
+		return nil
 	}
 	var upper *gateway
 	for _, name := range []string{"direct", "upper", "lower"} {
@@ -159,18 +169,23 @@ func (s *soak) setUp(program string) error {
 		if g.metrics, err = freeAddress(s.rand.IntN); err != nil {
 			return err
 		}
-		if g.up, err = fault.Open(target); err != nil {
+		if g.up, err = fault.OpenTapped(target, s.book.tap(g)); err != nil {
 			return err
 		}
 		if g.agents, err = fault.Open(g.address); err != nil {
 			return err
 		}
-		if err := g.start(); err != nil {
-			return err
-		}
 		s.gateways = append(s.gateways, g)
 		if name == "upper" {
 			upper = g
+		}
+	}
+	if err := s.server.start(); err != nil {
+		return err
+	}
+	for _, g := range s.gateways {
+		if err := g.start(); err != nil {
+			return err
 		}
 	}
 	if !s.await("the gateways are up", "soak", func() string { return s.miscounted(true) }) {
@@ -274,7 +289,7 @@ func (s *soak) probe() {
 			up := ups[a]
 			switch {
 			case up.epoch == nil:
-			case up.epoch.heardIn[up.number-1] != nil:
+			case up.epoch.ups[up.number-1].heard != nil:
 				continue
 			case !up.epoch.ended.IsZero():
 				delete(ups, a)
@@ -392,17 +407,9 @@ func (s *soak) checkFiles(base map[*gateway]int, empty bool) {
 	})
 }
 
-// disturb notes that a gateway is about to end its links.
-func (s *soak) disturb(g *gateway) {
-	for _, c := range g.up.Conns() {
-		s.server.hit(c.Source(), endedByGateway)
-	}
-}
-
 // endGateways ends the gateways politely, the lower before the upper.
 func (s *soak) endGateways() {
 	for _, g := range slices.Backward(s.gateways) {
-		s.disturb(g)
 		g.signal(syscall.SIGTERM)
 		code, err := g.wait(20 * time.Second)
 		if err != nil {
