@@ -125,6 +125,9 @@ func (l *Line) accept() {
 			reset(near)
 			continue
 		}
+		if tcp, ok := near.(*net.TCPConn); ok && l.tap != nil {
+			_ = tcp.SetReadBuffer(piece) // what nobody reads soon stays with who dialed
+		}
 		c := &Conn{line: l, near: near, far: far, held: dark, slow: slow}
 		c.changed.L = &c.mu
 		if l.tap != nil {
@@ -211,13 +214,28 @@ func (c *Conn) hold(held bool) {
 	c.changed.Broadcast()
 }
 
-// Swallow is a black hole for good, until Reset: all that is said is read, and goes nowhere.
-func (c *Conn) Swallow() {
+// Sink is a black hole for good: what is said from now on goes nowhere. EndSunk is its end.
+func (c *Conn) Sink() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.swallowed = true
+	c.held = true
 	c.noteLocked(Fault)
+}
+
+// EndSunk reads what who dialed has said into the black hole, and then is Reset.
+func (c *Conn) EndSunk() {
+	const within = 2 * time.Second
+	deadline := time.Now().Add(within)
+	c.mu.Lock()
+	c.swallowed = true
 	c.changed.Broadcast()
+	for !c.readOut && !c.ended && time.Now().Before(deadline) {
+		c.mu.Unlock()
+		time.Sleep(10 * time.Millisecond)
+		c.mu.Lock()
+	}
+	c.mu.Unlock()
+	c.Reset()
 }
 
 // Reset ends the connection on both sides with a RST; what was in flight is lost.

@@ -36,6 +36,7 @@ type event struct {
 	kind string
 	what string
 	g    *gateway // whose agents it concerns; nil for the server
+	way  *way     // the link that it hit
 	a    *actor   // the one agent that it concerns
 }
 
@@ -159,7 +160,7 @@ func (in *injector) hitLink(what string, do func(*fault.Conn)) *event {
 	g.hit()
 	w := in.soak.book.hitWay(g, c, what)
 	do(c)
-	return &event{what: w.String(), g: g}
+	return &event{what: w.String(), g: g, way: w}
 }
 
 func (in *injector) linkReset() *event {
@@ -170,12 +171,36 @@ func (in *injector) linkFinish() *event {
 	return in.hitLink("was finished", (*fault.Conn).Finish)
 }
 
-// linkHole is a black hole for longer than the keep-alive takes. The server notices later.
+// linkHole is a black hole for longer than the keep-alive takes. The server notices later. Often an
+// agent says so much into it that most of that stays in the gateway.
 func (in *injector) linkHole() *event {
 	d := in.between(6*time.Second, 12*time.Second)
-	return in.hitLink("was in a black hole", func(c *fault.Conn) {
-		in.hold(c, d, (*fault.Conn).Swallow, (*fault.Conn).Reset)
+	talkative := in.rand.IntN(2) == 0
+	e := in.hitLink("was in a black hole", func(c *fault.Conn) {
+		in.hold(c, d, (*fault.Conn).Sink, (*fault.Conn).EndSunk)
 	})
+	if e != nil && talkative {
+		if a := in.agentOn(e.way); a != nil {
+			a.talkMuch(6 << 20)
+			e.what += fmt.Sprintf(", into which agent %d says 6 MiB", a.id)
+		}
+	}
+	return e
+}
+
+// agentOn returns an agent that speaks on a way; nil if there is none.
+func (in *injector) agentOn(w *way) *agent {
+	agents := in.soak.fleet()
+	in.soak.book.mu.Lock()
+	defer in.soak.book.mu.Unlock()
+	for _, a := range agents {
+		if n := len(a.epochs); n > 0 {
+			if asked := a.epochs[n-1].askings[0]; len(asked) > 0 && asked[len(asked)-1].way == w {
+				return a
+			}
+		}
+	}
+	return nil
 }
 
 // linkDelay is a black hole that is over before anybody notices; nothing may get lost.
