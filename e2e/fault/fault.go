@@ -125,9 +125,6 @@ func (l *Line) accept() {
 			reset(near)
 			continue
 		}
-		if tcp, ok := near.(*net.TCPConn); ok && l.tap != nil {
-			_ = tcp.SetReadBuffer(piece) // what nobody reads soon stays with who dialed
-		}
 		c := &Conn{line: l, near: near, far: far, held: dark, slow: slow}
 		c.changed.L = &c.mu
 		if l.tap != nil {
@@ -214,7 +211,16 @@ func (c *Conn) hold(held bool) {
 	c.changed.Broadcast()
 }
 
-// Sink is a black hole for good: what is said from now on goes nowhere. EndSunk is its end.
+// Swallow is a black hole for good, until Reset: all that is said is read, and goes nowhere.
+func (c *Conn) Swallow() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.swallowed = true
+	c.noteLocked(Fault)
+	c.changed.Broadcast()
+}
+
+// Sink is a black hole for good that nobody reads, so that its buffers fill. EndSunk is its end.
 func (c *Conn) Sink() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -222,9 +228,10 @@ func (c *Conn) Sink() {
 	c.noteLocked(Fault)
 }
 
-// EndSunk reads what who dialed has said into the black hole, and then is Reset.
+// EndSunk reads what who dialed has said into the black hole, until it gives up, and then is Reset. A
+// kernel that could not get rid of its bytes tries again only after seconds.
 func (c *Conn) EndSunk() {
-	const within = 2 * time.Second
+	const within = 60 * time.Second
 	deadline := time.Now().Add(within)
 	c.mu.Lock()
 	c.swallowed = true

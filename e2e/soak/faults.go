@@ -46,7 +46,8 @@ func (in *injector) kinds() []kind {
 	return []kind{
 		{"link reset", 8, 0, in.linkReset},
 		{"link finished", 6, 0, in.linkFinish},
-		{"link in a black hole", 4, 0, in.linkHole},
+		{"link in a black hole", 3, 0, in.linkHole},
+		{"link in a black hole and flooded", 2, 5 * time.Second, in.linkFull},
 		{"link delayed", 4, 0, in.linkDelay},
 		{"server restarted", 3, 8 * time.Second, in.serverRestart},
 		{"gateway reloaded", 3, 5 * time.Second, in.reload},
@@ -171,21 +172,27 @@ func (in *injector) linkFinish() *event {
 	return in.hitLink("was finished", (*fault.Conn).Finish)
 }
 
-// linkHole is a black hole for longer than the keep-alive takes. The server notices later. Often an
-// agent says so much into it that most of that stays in the gateway.
+// linkHole is a black hole for longer than the keep-alive takes. The server notices later.
 func (in *injector) linkHole() *event {
-	d := in.between(6*time.Second, 12*time.Second)
-	talkative := in.rand.IntN(2) == 0
-	e := in.hitLink("was in a black hole", func(c *fault.Conn) {
-		in.hold(c, d, (*fault.Conn).Sink, (*fault.Conn).EndSunk)
-	})
-	if e != nil && talkative {
-		if a := in.agentOn(e.way); a != nil {
-			a.talkMuch(6 << 20)
-			e.what += fmt.Sprintf(", into which agent %d says 6 MiB", a.id)
-		}
+	return in.hole((*fault.Conn).Swallow, (*fault.Conn).Reset)
+}
+
+// linkFull is a black hole into which an agent says so much that most of that stays in the gateway.
+func (in *injector) linkFull() *event {
+	e := in.hole((*fault.Conn).Sink, (*fault.Conn).EndSunk)
+	if e == nil {
+		return nil
+	}
+	if a := in.agentOn(e.way); a != nil {
+		a.talkMuch(12 << 20)
+		e.what += fmt.Sprintf(", into which agent %d says 12 MiB", a.id)
 	}
 	return e
+}
+
+func (in *injector) hole(begin, end func(*fault.Conn)) *event {
+	d := in.between(6*time.Second, 12*time.Second)
+	return in.hitLink("was in a black hole", func(c *fault.Conn) { in.hold(c, d, begin, end) })
 }
 
 // agentOn returns an agent that speaks on a way; nil if there is none.

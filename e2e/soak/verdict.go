@@ -140,7 +140,7 @@ func (l *ledger) whyLostOnLocked(e *epoch, i, hop int) (excuse, wrong string) {
 		return "with a link that ended with the server", ""
 	case w.gateway.wasKilled(end.At):
 		return "with a gateway that was killed", ""
-	case !top && w.gateway.above.wasUpset(at.Add(-troubled), late):
+	case !top && w.gateway.above.wasUpset(at.Add(-troubled-l.pulse.missed(at, end.At)), late):
 		return "with a link of the gateway above, or its end", ""
 	}
 	return "", fmt.Sprintf("it was written on %s at %s, and no fault explains that: %s", w, l.since(at), w.ended(l))
