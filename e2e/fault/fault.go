@@ -261,8 +261,10 @@ const finishWithin = 10 * time.Second
 
 // Finish ends the connection on both sides with a FIN. What who dialed says before it closes its
 // side, too, is read, and goes nowhere.
-func (c *Conn) Finish() {
-	if c.isFirst(Fault) {
+func (c *Conn) Finish() { c.finish(Fault) }
+
+func (c *Conn) finish(by Ender) {
+	if c.isFirst(by) {
 		c.far.Close()
 		_ = c.near.SetReadDeadline(time.Now().Add(finishWithin)) // it may have ended by itself
 		closeWrite(c.near)
@@ -353,8 +355,12 @@ func (c *Conn) carry(to, from net.Conn, reader, writer Ender, tap func([]byte)) 
 				time.Sleep(time.Duration(n) * time.Second / time.Duration(c.slow))
 			}
 			if _, err := to.Write(buf[:n]); err != nil {
-				c.reset(writer)
-				return
+				if c.tap != nil && writer == Dialer { // what it said before is still on its way
+					_, _ = io.Copy(io.Discard, from)
+					return
+				}
+				c.broke(writer)
+				continue
 			}
 		}
 		switch {
@@ -363,9 +369,18 @@ func (c *Conn) carry(to, from net.Conn, reader, writer Ender, tap func([]byte)) 
 			closeWrite(to)
 			return
 		case err != nil:
-			c.reset(reader)
+			c.broke(reader)
 			return
 		}
+	}
+}
+
+// broke ends the connection when one side has. Where somebody listens in, all that was said is read.
+func (c *Conn) broke(by Ender) {
+	if c.tap == nil {
+		c.reset(by)
+	} else {
+		c.finish(by)
 	}
 }
 

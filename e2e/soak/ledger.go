@@ -66,10 +66,14 @@ const maxHops = 2
 type up struct {
 	said  time.Time
 	heard *segment // where it arrived first; nil for not
-	// By hop: the way on which a gateway wrote it last, nil for none, and when.
+	// By hop: the way on which a gateway wrote it last, nil for none, when, and on how many.
 	written   [maxHops]*way
 	writtenAt [maxHops]time.Time
+	ways      [maxHops]int
 }
+
+// repeated reports whether a gateway has written it to more than one link: it may arrive twice.
+func (u *up) repeated() bool { return slices.Max(u.ways[:]) > 1 }
 
 // hop is the how manyth gateway g is on the way of e.
 func (e *epoch) hop(g *gateway) int {
@@ -300,7 +304,7 @@ func (l *ledger) arrived(c *serverConn, s stamp, uid uuid.UUID, described bool) 
 		} else if seg.index < len(e.segments)-1 {
 			l.counts["late, from a link that was lost"]++
 		}
-	case seg.index > 0 && s.number > e.segments[seg.index-1].last && (s.number < seg.first || first == seg):
+	case seg.index > 0 && s.number > e.segments[seg.index-1].last && (s.number < seg.first || first == seg && e.ups[s.number-1].repeated()):
 		l.counts["late, from a link that was lost"]++
 		seg = e.segments[seg.index-1]
 		seg.last = s.number

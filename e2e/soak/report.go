@@ -81,7 +81,7 @@ func (s *soak) histories(byKind map[string][]finding) {
 	}
 	defer file.Close()
 	w := bufio.NewWriter(file)
-	defer w.Flush()
+	defer func() { _ = w.Flush() }() // it is for whoever looks closer
 	for _, kind := range mustBeNone {
 		for _, f := range byKind[kind] {
 			s.history(w, f)

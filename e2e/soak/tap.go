@@ -134,6 +134,9 @@ func (l *ledger) written(w *way, start []byte) {
 		defer l.mu.Unlock()
 		if e := l.epochOfLocked(u(0), u(1)); e != nil && u(2) > 0 && int(u(2)) <= len(e.ups) {
 			said, hop := &e.ups[u(2)-1], e.hop(w.gateway)
+			if said.written[hop] != w {
+				said.ways[hop]++
+			}
 			said.written[hop], said.writtenAt[hop] = w, time.Now()
 		}
 	}

@@ -131,7 +131,11 @@ func (l *ledger) whyLostOnLocked(e *epoch, i, hop int) (excuse, wrong string) {
 	}
 	end := w.conn.End()
 	at := said.writtenAt[hop]
-	switch late := at.Add(unread + l.pulse.missed(at, end.At)); {
+	late := at.Add(unread + l.pulse.missed(at, end.At))
+	if !top { // a gateway reads no further while its own link takes nothing
+		late = late.Add(troubled)
+	}
+	switch {
 	case w.lost() && end.At.After(late):
 		return "", fmt.Sprintf("it was written on %s at %s, long before that was lost: %s", w, l.since(at), w.ended(l))
 	case w.lost() && w.hit != "":
@@ -153,7 +157,18 @@ func (l *ledger) wasCutOffLocked(e *epoch, i int) bool {
 	for n, asked := range e.askings[0] {
 		cut := asked.way.conn.End().Cut
 		moved := n+1 < len(e.askings[0]) && e.askings[0][n+1].at.Before(said)
-		if cut.IsZero() || moved || !asked.way.lost() || said.After(cut) || cut.After(said.Add(unread+l.pulse.missed(said, cut))) {
+		if cut.IsZero() || moved || !asked.way.lost() || said.After(cut) {
+			continue
+		}
+		from := said
+		if asked.at.After(from) { // it was not written before
+			from = asked.at
+		}
+		late := from.Add(unread + l.pulse.missed(from, cut))
+		if e.gateway.above != nil { // which reads no further while its own link takes nothing
+			late = late.Add(troubled)
+		}
+		if cut.After(late) {
 			continue
 		}
 		if !slices.ContainsFunc(e.ups[i+1:], func(later up) bool { return later.written[0] == asked.way }) {
@@ -168,17 +183,16 @@ func (l *ledger) whyLastLocked(e *epoch, said time.Time) (excuse, wrong string) 
 	if e.ended.IsZero() {
 		return "", "its gateway has not written it to any link, and the agent is still connected"
 	}
-	ended, why := e.ended, ""
+	ended, why := e.ended, "with an agent's connection"
 	gateway := e.gateway.wasDisturbed(e.ended, inFlight)
 	late := l.pulse.missed(said, e.ended)
 	switch {
 	case !e.touched.IsZero():
-		ended, why = e.touched, "with an agent's connection"
+		ended = e.touched
 	case e.byItself && !e.polite:
-		why = "with an agent's connection"
 	case gateway != nil && gateway.signal == syscall.SIGKILL:
 		why = "with a gateway that was killed"
-	case gateway != nil && said.After(gateway.at.Add(lastWords)):
+	case gateway != nil && said.After(gateway.at.Add(lastWords-late)):
 		why = "said long after a gateway that was reloaded had closed the connection"
 	case gateway != nil && e.wasHomelessLocked(gateway.at.Add(-settling-late)):
 		why = "with a gateway that was reloaded when the agent had no link"
@@ -238,7 +252,7 @@ func (l *ledger) judgeStateLocked(e *epoch, end time.Time) {
 				until = at
 			}
 		}
-		if s.described.IsZero() && until.Sub(s.asked) > stateWithin {
+		if s.described.IsZero() && until.Sub(s.asked) > stateWithin+l.pulse.missed(s.asked, until) {
 			l.findLocked("full state missing", e, s.asked, "of %s on %s, since the server was asked about it at %s (for the %d. time) until %s",
 				e, s.conn, l.since(s.asked), i+1, l.since(until))
 		}
