@@ -47,7 +47,7 @@ func (in *injector) kinds() []kind {
 		{"link reset", 8, 0, in.linkReset},
 		{"link finished", 6, 0, in.linkFinish},
 		{"link in a black hole", 3, 0, in.linkHole},
-		{"link in a black hole and flooded", 2, 5 * time.Second, in.linkFull},
+		{"link in a black hole and flooded", 3, 5 * time.Second, in.linkFull},
 		{"link delayed", 4, 0, in.linkDelay},
 		{"server restarted", 3, 8 * time.Second, in.serverRestart},
 		{"gateway reloaded", 3, 5 * time.Second, in.reload},
@@ -184,8 +184,8 @@ func (in *injector) linkFull() *event {
 		return nil
 	}
 	if a := in.agentOn(e.way); a != nil {
-		a.talkMuch(12 << 20)
-		e.what += fmt.Sprintf(", into which agent %d says 12 MiB", a.id)
+		a.talkMuch(24 << 20)
+		e.what += fmt.Sprintf(", into which agent %d says 24 MiB", a.id)
 	}
 	return e
 }
