@@ -125,6 +125,9 @@ func (l *Line) accept() {
 			reset(near)
 			continue
 		}
+		if tcp, ok := near.(*net.TCPConn); ok && l.tap != nil {
+			_ = tcp.SetReadBuffer(16 * piece) // a kernel may take 32 MiB else, of which nothing is known yet
+		}
 		c := &Conn{line: l, near: near, far: far, held: dark, slow: slow}
 		c.changed.L = &c.mu
 		if l.tap != nil {

@@ -19,7 +19,15 @@ type ledger struct {
 	actors   []*actor
 	members  []*member
 	findings []finding
+	excused  []excusedLoss
 	counts   map[string]int
+}
+
+// excusedLoss is a message of an agent that was lost and may be.
+type excusedLoss struct {
+	epoch  *epoch
+	index  int
+	excuse string
 }
 
 // member is one agent of the fleet: an instance UID, and everybody who speaks under it.

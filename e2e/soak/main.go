@@ -49,6 +49,7 @@ func main() {
 	agents := flag.Int("agents", 500, "number of agents")
 	seed := flag.Uint64("seed", uint64(time.Now().UnixNano())%100_000, "of the faults' order")
 	program := flag.String("collector", "../build/otelcol-opampgateway", "the collector with the gateway")
+	trace := flag.String("trace", "", "where to write all that is known of the run; if it fails, with the gateways' logs")
 	flag.Parse()
 	runtime.LockOSThread() // see child
 	s := &soak{book: newLedger(), rand: rand.New(rand.NewPCG(*seed, 1)), seed: *seed, duration: *duration}
@@ -57,8 +58,17 @@ func main() {
 		s.book.find("soak", nil, time.Now(), "%v", err)
 	}
 	s.endGateways()
-	if !s.report() {
-		fmt.Printf("\nall findings and the logs of the gateways: %s\n", s.dir)
+	ok := s.report()
+	if !ok && *trace == "" {
+		*trace = filepath.Join(s.dir, "trace.txt")
+	}
+	if *trace != "" {
+		if err := s.trace(*trace); err != nil {
+			fmt.Println(err)
+		}
+	}
+	if !ok {
+		fmt.Printf("\nlogs of the gateways: %s; all that is known: %s\n", s.dir, *trace)
 		os.Exit(1)
 	}
 	_ = os.RemoveAll(s.dir)

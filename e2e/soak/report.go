@@ -6,7 +6,6 @@ import (
 	"io"
 	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -65,8 +64,7 @@ func (s *soak) report() bool {
 	return len(b.findings) == 0
 }
 
-// histories prints what happened near the first findings of each kind, and writes that of all to a file,
-// with all that was injected.
+// histories prints what happened near the first findings of each kind.
 func (s *soak) histories(byKind map[string][]finding) {
 	const few = 3
 	for _, kind := range mustBeNone {
@@ -74,31 +72,47 @@ func (s *soak) histories(byKind map[string][]finding) {
 			s.history(os.Stdout, f)
 		}
 	}
-	file, err := os.Create(filepath.Join(s.dir, "findings.txt"))
+}
+
+// trace writes all that is known to a file: findings, what was injected, links, and what was lost
+// and may be.
+func (s *soak) trace(path string) error {
+	file, err := os.Create(path)
 	if err != nil {
-		fmt.Println(err)
-		return
+		return err
 	}
 	defer file.Close()
+	b := s.book
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	w := bufio.NewWriter(file)
-	defer func() { _ = w.Flush() }() // it is for whoever looks closer
-	for _, kind := range mustBeNone {
-		for _, f := range byKind[kind] {
-			s.history(w, f)
-		}
+	for _, f := range b.findings {
+		s.history(w, f)
 	}
 	fmt.Fprintln(w, "\nall that was injected:")
 	if s.faults != nil {
-		for _, line := range s.faults.near(s.book.start, time.Now(), nil) {
+		for _, line := range s.faults.near(b.start, time.Now(), nil) {
 			fmt.Fprintln(w, line)
 		}
 	}
 	fmt.Fprintln(w, "\nall links:")
 	for _, g := range s.gateways {
 		for _, way := range g.ways {
-			fmt.Fprintf(w, "%s %s: %s\n", s.book.since(way.opened), way, way.ended(s.book))
+			fmt.Fprintf(w, "%s %s: %s\n", b.since(way.opened), way, way.ended(b))
 		}
 	}
+	fmt.Fprintln(w, "\nall that was lost on the way up, and may be:")
+	for _, lost := range b.excused {
+		said := &lost.epoch.ups[lost.index]
+		fmt.Fprintf(w, "%d of %s, said at %s, lost %s", lost.index+1, lost.epoch, b.since(said.said), lost.excuse)
+		for hop := range lost.epoch.hops() {
+			if way := said.written[hop]; way != nil {
+				fmt.Fprintf(w, "; written on %s at %s, which %s", way, b.since(said.writtenAt[hop]), way.ended(b))
+			}
+		}
+		fmt.Fprintln(w)
+	}
+	return w.Flush()
 }
 
 // history prints a finding, with what happened near it.

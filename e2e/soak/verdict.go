@@ -84,6 +84,7 @@ func (l *ledger) judgeUpLocked(e *epoch) {
 			var excuse string
 			if excuse, is = l.whyLostLocked(e, i, last); is == "" {
 				l.counts["lost up, "+excuse]++
+				l.excused = append(l.excused, excusedLoss{e, i, excuse})
 			}
 		}
 		if is != wrong {
