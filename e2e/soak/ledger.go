@@ -312,7 +312,7 @@ func (l *ledger) arrived(c *serverConn, s stamp, uid uuid.UUID, described bool) 
 		} else if seg.index < len(e.segments)-1 {
 			l.counts["late, from a link that was lost"]++
 		}
-	case seg.index > 0 && s.number > e.segments[seg.index-1].last && (s.number < seg.first || first == seg && e.ups[s.number-1].repeated()):
+	case seg.index > 0 && s.number > e.segments[seg.index-1].last && e.maybeStragglerLocked(s.number, seg):
 		l.counts["late, from a link that was lost"]++
 		seg = e.segments[seg.index-1]
 		seg.last = s.number
@@ -328,6 +328,20 @@ func (l *ledger) arrived(c *serverConn, s stamp, uid uuid.UUID, described bool) 
 		seg.described = now
 	}
 	return seg
+}
+
+// maybeStragglerLocked reports whether message number of e, behind others of seg on the same socket to
+// the server, may have come there by an earlier link between gateways. What was written to one
+// link stays in order.
+func (e *epoch) maybeStragglerLocked(number uint32, seg *segment) bool {
+	if e.gateway.above == nil {
+		return false
+	}
+	said := &e.ups[number-1]
+	if number < seg.first {
+		return said.repeated() || said.written[0] != e.ups[seg.last-1].written[0]
+	}
+	return said.heard == seg && said.repeated()
 }
 
 // tell numbers the next message of the server for an agent.

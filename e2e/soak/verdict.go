@@ -5,6 +5,8 @@ import (
 	"slices"
 	"syscall"
 	"time"
+
+	"github.com/opampgateway/opampgateway/e2e/fault"
 )
 
 // inFlight bounds how long before an end something may have been said that is lost with it. It
@@ -195,9 +197,9 @@ func (l *ledger) whyLastLocked(e *epoch, said time.Time) (excuse, wrong string) 
 		why = "with a gateway that was killed"
 	case gateway != nil && said.After(gateway.at.Add(lastWords-late)):
 		why = "said long after a gateway that was reloaded had closed the connection"
-	case gateway != nil && e.wasHomelessLocked(gateway.at.Add(-settling-late)):
+	case gateway != nil && e.wasHomelessLocked(gateway.at, settling+late):
 		why = "with a gateway that was reloaded when the agent had no link"
-	case e.polite && e.lastLinkLostLocked(said.Add(-troubled), e.ended.Add(time.Second+late)):
+	case e.polite && e.lastLinkLostLocked(gateway, said.Add(-troubled), e.ended.Add(time.Second+late)):
 		why = "with a link, last words before a goodbye"
 	case e.slow:
 		why = "with an agent that was too slow"
@@ -214,20 +216,29 @@ func (l *ledger) whyLastLocked(e *epoch, said time.Time) (excuse, wrong string) 
 	return why, ""
 }
 
-// wasHomelessLocked reports whether the agent's last link was lost, or it came to it only after at.
-func (e *epoch) wasHomelessLocked(at time.Time) bool {
+// wasHomelessLocked reports whether the agent had no link when its gateway was reloaded: the last was
+// lost, or closed by the gateway above, or the agent was on its way to it.
+func (e *epoch) wasHomelessLocked(reloaded time.Time, within time.Duration) bool {
 	n := len(e.askings[0])
-	return n == 0 || e.askings[0][n-1].way.lost() || n > 1 && e.askings[0][n-1].at.After(at)
+	if n == 0 {
+		return true
+	}
+	last := e.askings[0][n-1]
+	end := last.way.conn.End()
+	return last.way.lost() || end.By != fault.Nobody && end.At.Before(reloaded) ||
+		n > 1 && last.at.After(reloaded.Add(-within))
 }
 
-// lastLinkLostLocked reports whether the agent's last link was lost in this time.
-func (e *epoch) lastLinkLostLocked(from, to time.Time) bool {
+// lastLinkLostLocked reports whether the agent's last link was lost in this time, or closed by the
+// gateway above; not by its own, when that was disturbed.
+func (e *epoch) lastLinkLostLocked(disturbed *disturbance, from, to time.Time) bool {
 	n := len(e.askings[0])
-	if n == 0 || !e.askings[0][n-1].way.lost() {
+	if n == 0 {
 		return false
 	}
-	at := e.askings[0][n-1].way.conn.End().At
-	return at.After(from) && at.Before(to)
+	w := e.askings[0][n-1].way
+	end := w.conn.End()
+	return (w.lost() || end.By != fault.Nobody && disturbed == nil) && end.At.After(from) && end.At.Before(to)
 }
 
 // judgeEndLocked looks for ends that nobody caused.
