@@ -243,6 +243,9 @@ func (in *injector) gateway() *gateway {
 
 func (in *injector) reload() *event {
 	g, connections := in.gateway(), 0
+	if g.isNew() {
+		return nil
+	}
 	what := "as it was"
 	if in.rand.IntN(2) == 0 {
 		connections = 2 + in.rand.IntN(3)

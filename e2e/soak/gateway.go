@@ -44,6 +44,7 @@ type gateway struct {
 	mu          sync.Mutex
 	connections int
 	cmd         *exec.Cmd
+	started     time.Time
 	ended       chan struct{} // closed when the process has ended
 	disturbed   []disturbance // that the process went through
 	hits        []time.Time   // when something happened on its way to the server
@@ -114,7 +115,7 @@ func (g *gateway) start() error {
 		return fmt.Errorf("start gateway %s: %w", g.name, err)
 	}
 	ended := make(chan struct{})
-	g.cmd, g.ended = cmd, ended
+	g.cmd, g.ended, g.started = cmd, ended, time.Now()
 	go func() {
 		_ = cmd.Wait() // the state tells
 		close(ended)
@@ -128,6 +129,13 @@ func (g *gateway) signal(sig os.Signal) {
 	defer g.mu.Unlock()
 	g.disturbed = append(g.disturbed, disturbance{time.Now(), sig})
 	_ = g.cmd.Process.Signal(sig) // its end is seen where it matters
+}
+
+// isNew reports whether the process may not yet know what to do with a signal, which then ends it.
+func (g *gateway) isNew() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return time.Since(g.started) < 3*time.Second
 }
 
 // reload has the collector take up its configuration again, with other connections if that is

@@ -29,15 +29,11 @@ type way struct {
 	stopped bool      // the server was stopped when it lived
 }
 
-// lost reports whether the way has ended other than by its gateway.
+// lost reports whether the way was taken from its gateway.
 func (w *way) lost() bool {
-	switch w.conn.End().By {
-	case fault.Fault:
-		return true
-	case fault.Target: // which answers a close frame by closing
-		return w.stopped || w.closed.IsZero()
-	}
-	return false
+	end := w.conn.End()
+	return w.hit != "" || w.stopped || end.By == fault.Fault ||
+		end.By == fault.Target && w.closed.IsZero() // which answers a close frame by closing
 }
 
 func (w *way) String() string { return fmt.Sprintf("way %d up from %s", w.number, w.gateway.name) }

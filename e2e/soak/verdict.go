@@ -259,7 +259,7 @@ func (l *ledger) judgeStateLocked(e *epoch, end time.Time) {
 		if i+1 < len(e.segments) {
 			until = e.segments[i+1].asked
 		}
-		for _, at := range []time.Time{e.touched, e.ended, s.conn.ended} {
+		for _, at := range append(e.wayEndsLocked(s.asked), e.touched, e.ended, s.conn.ended) {
 			if !at.IsZero() && at.Before(until) {
 				until = at
 			}
@@ -269,6 +269,23 @@ func (l *ledger) judgeStateLocked(e *epoch, end time.Time) {
 				e, s.conn, l.since(s.asked), i+1, l.since(until))
 		}
 	}
+}
+
+// wayEndsLocked returns when each link ended on which e was when the server was asked about it at that
+// time; zero for one that has not.
+func (e *epoch) wayEndsLocked(at time.Time) (ends []time.Time) {
+	for hop := range e.hops() {
+		var last *way
+		for _, asked := range e.askings[hop] {
+			if asked.at.Before(at) {
+				last = asked.way
+			}
+		}
+		if last != nil {
+			ends = append(ends, last.conn.End().At)
+		}
+	}
+	return ends
 }
 
 // judgeDownLocked looks for what the server said to an agent and nobody has heard.
