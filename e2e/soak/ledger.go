@@ -383,7 +383,7 @@ func (l *ledger) heard(e *epoch, s stamp, uid []byte) {
 		return
 	}
 	d.heard = true
-	if to == e && !d.between { // what comes later, or elsewhere, says nothing about this way
+	if to == e && !d.between && !e.movedBelow(d.at) { // what comes later, or elsewhere, says nothing about this way
 		d.segment.lastHeard = max(d.segment.lastHeard, s.number)
 	}
 	switch {
@@ -399,6 +399,13 @@ func (l *ledger) heard(e *epoch, s stamp, uid []byte) {
 		l.findLocked("reordered", e, now, "%s arrived behind %d", s, e.lastDown)
 	}
 	d.segment.lastDown = max(d.segment.lastDown, s.number)
+}
+
+// movedBelow reports whether the agent has come to another link below another gateway since: what the
+// server said before may reach it there.
+func (e *epoch) movedBelow(since time.Time) bool {
+	n := len(e.askings[0])
+	return e.gateway.above != nil && n > 0 && e.askings[0][n-1].at.After(since)
 }
 
 func (m *member) has(uid uuid.UUID) bool {

@@ -156,15 +156,15 @@ func (s *soak) setUp(program string) error {
 		}
 		return false
 	}
-	s.server.wayFrom = func(address string) *way {
+	s.server.wayFrom = func(address string) (from *way) {
 		for _, g := range s.gateways {
-			for _, w := range slices.Backward(g.ways) {
-				if g.above == nil && w.conn.Source() == address {
-					return w
+			for _, w := range g.ways { // one port is used again; the newest has it now
+				if g.above == nil && w.conn.Source() == address && (from == nil || w.opened.After(from.opened)) {
+					from = w
 				}
 			}
 		}
-		return nil
+		return from
 	}
 	var upper *gateway
 	for _, name := range []string{"direct", "upper", "lower"} {

@@ -199,7 +199,7 @@ func (l *ledger) whyLastLocked(e *epoch, said time.Time) (excuse, wrong string) 
 		why = "said long after a gateway that was reloaded had closed the connection"
 	case gateway != nil && e.wasHomelessLocked(gateway.at, settling+late):
 		why = "with a gateway that was reloaded when the agent had no link"
-	case e.polite && e.lastLinkLostLocked(gateway, said.Add(-troubled), e.ended.Add(time.Second+late)):
+	case e.polite && e.linkLostLocked(gateway, said.Add(-troubled), e.ended.Add(time.Second+late)):
 		why = "with a link, last words before a goodbye"
 	case e.slow:
 		why = "with an agent that was too slow"
@@ -229,16 +229,13 @@ func (e *epoch) wasHomelessLocked(reloaded time.Time, within time.Duration) bool
 		n > 1 && last.at.After(reloaded.Add(-within))
 }
 
-// lastLinkLostLocked reports whether the agent's last link was lost in this time, or closed by the
-// gateway above; not by its own, when that was disturbed.
-func (e *epoch) lastLinkLostLocked(disturbed *disturbance, from, to time.Time) bool {
-	n := len(e.askings[0])
-	if n == 0 {
-		return false
-	}
-	w := e.askings[0][n-1].way
-	end := w.conn.End()
-	return (w.lost() || end.By != fault.Nobody && disturbed == nil) && end.At.After(from) && end.At.Before(to)
+// linkLostLocked reports whether a link of the agent's was lost in this time, or closed by the gateway
+// above; not by its own, when that was disturbed.
+func (e *epoch) linkLostLocked(disturbed *disturbance, from, to time.Time) bool {
+	return slices.ContainsFunc(e.askings[0], func(asked asking) bool {
+		end := asked.way.conn.End()
+		return (asked.way.lost() || end.By != fault.Nobody && disturbed == nil) && end.At.After(from) && end.At.Before(to)
+	})
 }
 
 // judgeEndLocked looks for ends that nobody caused.
