@@ -11,10 +11,11 @@ SECRET_KEY :=
 FUZZTIME := 10s
 
 # For `make soak`: how long things go wrong, for how many agents, and the seed of
-# their order, drawn if empty.
+# their order, drawn if empty. For `make soak-broken`: which broken gateways.
 DURATION := 60s
 AGENTS := 500
 SEED :=
+BROKEN := $(patsubst e2e/soak/broken/%.patch,%,$(wildcard e2e/soak/broken/*.patch))
 
 # For `make bench`: flags for it; and, to size a gateway of your own, where AGENTS
 # agents connect, where the bench's server listens, and the gateway's process, if that
@@ -81,7 +82,7 @@ tidy: ## tidy every go.mod
 	@for m in $(TIDY_MODULES); do (cd $$m && go mod tidy) || exit; done
 
 ##@ Check it
-.PHONY: test generate-check tidy-check lint cross unit fuzz e2e soak opampsupervisor
+.PHONY: test generate-check tidy-check lint cross unit fuzz e2e soak soak-broken opampsupervisor
 
 test: c-compiler tidy-check generate-check lint cross unit fuzz e2e soak ## all of the checks below
 	@echo '==> all is well'
@@ -129,6 +130,11 @@ soak: collector ## everything goes wrong for DURATION (60s), and nothing may get
 	@echo '==> soak'
 	@cd e2e && go build -o ../build/soak ./soak
 	@build/soak -collector build/otelcol-opampgateway -duration $(DURATION) -agents $(AGENTS) $(if $(SEED),-seed $(SEED))
+
+soak-broken: collector ## the soak fails for gateways that are broken; BROKEN='drops doubles': those only
+	@echo '==> soak-broken'
+	@cd e2e && go build -o ../build/soak ./soak
+	@e2e/soak/broken/check.sh $(DURATION) $(BROKEN)
 
 opampsupervisor: build/opampsupervisor ## build the OpAMP supervisor that e2e tests the gateway with
 

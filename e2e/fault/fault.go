@@ -9,6 +9,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -22,6 +23,8 @@ type Line struct {
 	listener net.Listener
 	carriers sync.WaitGroup
 
+	tap func(*Conn) func([]byte) // nil for none
+
 	// mu guards all below.
 	mu     sync.Mutex
 	target string
@@ -33,12 +36,17 @@ type Line struct {
 }
 
 // Open returns a line to target, an address on loopback. It listens on a port of its own.
-func Open(target string) (*Line, error) {
+func Open(target string) (*Line, error) { return OpenTapped(target, nil) }
+
+// OpenTapped is Open for a line whose connections are listened in on: tap is called with each, and
+// what it returns with all that comes from who dialed, before anything is done with that, and even
+// if nothing is done with it any more.
+func OpenTapped(target string, tap func(*Conn) func([]byte)) (*Line, error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, err
 	}
-	l := &Line{target: target, listener: listener}
+	l := &Line{target: target, listener: listener, tap: tap}
 	l.carriers.Go(l.accept)
 	return l, nil
 }
@@ -52,8 +60,12 @@ func (l *Line) Close() {
 	l.closed = true
 	l.mu.Unlock()
 	l.listener.Close()
-	for _, c := range l.Conns() {
+	l.mu.Lock()
+	conns := slices.Clone(l.conns)
+	l.mu.Unlock()
+	for _, c := range conns {
 		c.Reset()
+		c.near.Close() // it may be reading what comes behind a FIN
 	}
 	l.carriers.Wait()
 }
@@ -62,7 +74,7 @@ func (l *Line) Close() {
 func (l *Line) Conns() []*Conn {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return slices.Clone(l.conns)
+	return slices.DeleteFunc(slices.Clone(l.conns), (*Conn).hasEnded)
 }
 
 // Redirect has new connections lead to another target; those that are open go on.
@@ -113,8 +125,14 @@ func (l *Line) accept() {
 			reset(near)
 			continue
 		}
+		if tcp, ok := near.(*net.TCPConn); ok && l.tap != nil {
+			_ = tcp.SetReadBuffer(16 * piece) // a kernel may take 32 MiB else, of which nothing is known yet
+		}
 		c := &Conn{line: l, near: near, far: far, held: dark, slow: slow}
 		c.changed.L = &c.mu
+		if l.tap != nil {
+			c.tap = l.tap(c)
+		}
 		l.mu.Lock()
 		l.conns = append(l.conns, c)
 		closed := l.closed
@@ -129,21 +147,58 @@ func (l *Line) accept() {
 // Conn is one connection through a line.
 type Conn struct {
 	line      *Line
-	near, far net.Conn // of who dialed, and to the target
-	slow      int      // bytes a second; 0 for no limit
+	near, far net.Conn     // of who dialed, and to the target
+	tap       func([]byte) // nil for none
+	slow      int          // bytes a second; 0 for no limit
 
 	// mu guards all below.
-	mu      sync.Mutex
-	changed sync.Cond
-	held    bool
-	ended   bool
+	mu        sync.Mutex
+	changed   sync.Cond
+	held      bool
+	swallowed bool
+	ended     bool
+	readOut   bool // nothing more comes from who dialed
+	end       End
 }
+
+// End is how a connection ended.
+type End struct {
+	By Ender
+	At time.Time // when the line knew
+	// Cut is when the connection was taken from who dialed without reading what came before: what
+	// that had written since the last read nobody knows. Zero if all was read.
+	Cut time.Time
+}
+
+// Ender is who ended a connection.
+type Ender string
+
+// Who ends connections.
+const (
+	Nobody Ender = ""
+	Fault  Ender = "fault"
+	Dialer Ender = "who dialed"
+	Target Ender = "target"
+)
 
 // From is the address of who dialed.
 func (c *Conn) From() string { return c.near.RemoteAddr().String() }
 
 // Source is the address from which the target sees the connection come.
 func (c *Conn) Source() string { return c.far.LocalAddr().String() }
+
+// End returns how the connection ended; By is Nobody while it has not, nor is in a black hole.
+func (c *Conn) End() End {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.end
+}
+
+func (c *Conn) hasEnded() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.ended
+}
 
 // Hold has nothing move any more, in either direction, without an end that anybody could see:
 // a black hole. Release undoes it.
@@ -159,31 +214,115 @@ func (c *Conn) hold(held bool) {
 	c.changed.Broadcast()
 }
 
-// Reset ends the connection on both sides with a RST; what was in flight is lost.
-func (c *Conn) Reset() { c.end(reset) }
-
-// Finish ends the connection on both sides with a FIN.
-func (c *Conn) Finish() { c.end(func(conn net.Conn) { conn.Close() }) }
-
-func (c *Conn) end(how func(net.Conn)) {
+// Swallow is a black hole for good, until Reset: all that is said is read, and goes nowhere.
+func (c *Conn) Swallow() {
 	c.mu.Lock()
-	ended := c.ended
-	c.ended = true
+	defer c.mu.Unlock()
+	c.swallowed = true
+	c.noteLocked(Fault)
 	c.changed.Broadcast()
-	c.mu.Unlock()
-	if !ended {
-		how(c.near)
-		how(c.far)
+}
+
+// Sink is a black hole for good that nobody reads, so that its buffers fill. EndSunk is its end.
+func (c *Conn) Sink() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.held = true
+	c.noteLocked(Fault)
+}
+
+// EndSunk reads what who dialed has said into the black hole, until it gives up, and then is Reset. A
+// kernel that could not get rid of its bytes tries again only after seconds.
+func (c *Conn) EndSunk() {
+	const within = 60 * time.Second
+	deadline := time.Now().Add(within)
+	c.mu.Lock()
+	c.swallowed = true
+	c.changed.Broadcast()
+	for !c.readOut && !c.ended && time.Now().Before(deadline) {
+		c.mu.Unlock()
+		time.Sleep(10 * time.Millisecond)
+		c.mu.Lock()
 	}
+	c.mu.Unlock()
+	c.Reset()
+}
+
+// Reset ends the connection on both sides with a RST; what was in flight is lost.
+func (c *Conn) Reset() { c.reset(Fault) }
+
+func (c *Conn) reset(by Ender) {
+	if c.isFirst(by) {
+		reset(c.far)
+		reset(c.near)
+		c.cut()
+	}
+}
+
+// finishWithin is how long who dialed has to close its side of a connection that was finished.
+const finishWithin = 10 * time.Second
+
+// Finish ends the connection on both sides with a FIN. What who dialed says before it closes its
+// side, too, is read, and goes nowhere.
+func (c *Conn) Finish() { c.finish(Fault) }
+
+func (c *Conn) finish(by Ender) {
+	if c.isFirst(by) {
+		c.far.Close()
+		_ = c.near.SetReadDeadline(time.Now().Add(finishWithin)) // it may have ended by itself
+		closeWrite(c.near)
+	}
+}
+
+// isFirst notes the end of the connection, and reports whether that is the first.
+func (c *Conn) isFirst(by Ender) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	first := !c.ended
+	c.ended = true
+	c.noteLocked(by)
+	c.changed.Broadcast()
+	return first
+}
+
+// noteLocked notes who has ended the connection, if nobody has before.
+func (c *Conn) noteLocked(by Ender) {
+	if c.end.By == Nobody {
+		c.end = End{By: by, At: time.Now()}
+	}
+}
+
+func (c *Conn) note(by Ender) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.noteLocked(by)
+}
+
+// cut notes that the connection was taken from who dialed.
+func (c *Conn) cut() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.readOut {
+		c.end.Cut = time.Now()
+	}
+}
+
+// noteRead notes that who dialed has ended its side, and all that it said before was read.
+func (c *Conn) noteRead() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.readOut = true
 }
 
 // carryBoth ends when both directions have, and with a reset of either.
 func (c *Conn) carryBoth() {
 	var up sync.WaitGroup
-	up.Go(func() { c.carry(c.far, c.near) })
-	c.carry(c.near, c.far)
+	up.Go(func() { c.carry(c.far, c.near, Dialer, Target, c.tap) })
+	c.carry(c.near, c.far, Target, Dialer, nil)
 	up.Wait()
-	c.Finish()
+	c.awaitEnd()
+	c.far.Close()
+	c.near.Close()
 	l := c.line
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -191,14 +330,27 @@ func (c *Conn) carryBoth() {
 }
 
 // carry takes what is read from one side to the other, and then the end.
-func (c *Conn) carry(to, from net.Conn) {
+func (c *Conn) carry(to, from net.Conn, reader, writer Ender, tap func([]byte)) {
 	buf := make([]byte, piece)
 	if c.slow > 0 {
 		buf = buf[:max(1, min(piece, c.slow/20))]
 	}
 	for {
 		n, err := from.Read(buf)
-		if !c.mayMove() {
+		if tap != nil && n > 0 {
+			tap(buf[:n])
+		}
+		if reader == Dialer && err != nil && !errors.Is(err, net.ErrClosed) && !errors.Is(err, os.ErrDeadlineExceeded) {
+			c.noteRead()
+		}
+		if !c.mayMove() { // it is read for the tap alone
+			if err == nil {
+				continue
+			}
+			if errors.Is(err, os.ErrDeadlineExceeded) { // of Finish
+				reset(from)
+				c.cut()
+			}
 			return
 		}
 		if n > 0 {
@@ -206,31 +358,61 @@ func (c *Conn) carry(to, from net.Conn) {
 				time.Sleep(time.Duration(n) * time.Second / time.Duration(c.slow))
 			}
 			if _, err := to.Write(buf[:n]); err != nil {
-				c.Reset()
-				return
+				if c.tap != nil && writer == Dialer { // what it said before is still on its way
+					_, _ = io.Copy(io.Discard, from)
+					return
+				}
+				c.broke(writer)
+				continue
 			}
 		}
 		switch {
 		case errors.Is(err, io.EOF):
-			if half, ok := to.(interface{ CloseWrite() error }); ok {
-				_ = half.CloseWrite() // it may have ended by itself
-			}
+			c.note(reader)
+			closeWrite(to)
 			return
 		case err != nil:
-			c.Reset()
+			c.broke(reader)
 			return
 		}
 	}
 }
 
-// mayMove waits while the connection is held, and reports whether it still lives.
+// broke ends the connection when one side has. Where somebody listens in, all that was said is read.
+func (c *Conn) broke(by Ender) {
+	if c.tap == nil {
+		c.reset(by)
+	} else {
+		c.finish(by)
+	}
+}
+
+// mayMove waits while the connection is held, and reports whether what was read goes on.
 func (c *Conn) mayMove() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for c.held && !c.ended {
+	for c.held && !c.ended && !c.swallowed {
 		c.changed.Wait()
 	}
-	return !c.ended
+	return !c.ended && !c.swallowed
+}
+
+// awaitEnd waits for the end of a connection that is in a black hole: nobody is to see before that
+// the other side has gone.
+func (c *Conn) awaitEnd() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for c.swallowed && !c.ended {
+		c.changed.Wait()
+	}
+	c.ended = true
+}
+
+// closeWrite sends a FIN.
+func closeWrite(conn net.Conn) {
+	if half, ok := conn.(interface{ CloseWrite() error }); ok {
+		_ = half.CloseWrite() // it may have ended by itself
+	}
 }
 
 // reset closes conn with a RST.

@@ -42,6 +42,7 @@ type agent struct {
 	pause   time.Duration
 	stalled time.Time // until when it reads nothing
 	quiet   bool      // it says nothing on its own account any more
+	much    int       // how much it has to say at once, in bytes
 	away    bool      // it does not come back
 }
 
@@ -172,9 +173,9 @@ func (a *agent) read(s *agentSocket) {
 
 // talk says what the agent has to say, until the connection ends.
 func (a *agent) talk(s *agentSocket) {
-	next := time.NewTimer(0) // a connection starts with a partial status
+	next := time.NewTimer(0) // a connection starts with a partial status, whoever is to be quiet
 	defer next.Stop()
-	for {
+	for first := true; ; {
 		var err error
 		select {
 		case <-s.ended:
@@ -192,9 +193,13 @@ func (a *agent) talk(s *agentSocket) {
 		case <-next.C:
 			next.Reset(rand.N(2 * talkEvery))
 			for range 1 + max(0, rand.IntN(8)-5) { // agents pipeline
-				if err == nil && !a.isQuiet() {
+				if err == nil && (first || !a.isQuiet()) {
 					_, err = a.speak(s, &protobufs.AgentToServer{})
 				}
+				first = false
+			}
+			for much := a.takeMuch(); much > 0 && err == nil; much -= large {
+				_, err = a.speakAtLength(s, &protobufs.AgentToServer{}, large)
 			}
 		}
 		if err != nil {
@@ -204,8 +209,15 @@ func (a *agent) talk(s *agentSocket) {
 	}
 }
 
+// large is the size of a message of which an agent says many, in bytes.
+const large = 128 << 10
+
 func (a *agent) speak(s *agentSocket, m *protobufs.AgentToServer) (uint32, error) {
-	said := a.book.say(s.epoch, someSize(rand.IntN))
+	return a.speakAtLength(s, m, someSize(rand.IntN))
+}
+
+func (a *agent) speakAtLength(s *agentSocket, m *protobufs.AgentToServer, size int) (uint32, error) {
+	said := a.book.say(s.epoch, size)
 	m.InstanceUid = a.uid[:]
 	m.SequenceNum = uint64(said.number)
 	m.Capabilities = uint64(protobufs.AgentCapabilities_AgentCapabilities_ReportsStatus)
@@ -342,6 +354,21 @@ func (a *agent) isQuiet() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.quiet
+}
+
+// talkMuch has the agent say so much at once.
+func (a *agent) talkMuch(bytes int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.much = bytes
+}
+
+func (a *agent) takeMuch() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	much := a.much
+	a.much = 0
+	return much
 }
 
 func (a *agent) takePause() time.Duration {

@@ -36,6 +36,7 @@ type event struct {
 	kind string
 	what string
 	g    *gateway // whose agents it concerns; nil for the server
+	way  *way     // the link that it hit
 	a    *actor   // the one agent that it concerns
 }
 
@@ -45,7 +46,8 @@ func (in *injector) kinds() []kind {
 	return []kind{
 		{"link reset", 8, 0, in.linkReset},
 		{"link finished", 6, 0, in.linkFinish},
-		{"link in a black hole", 4, 0, in.linkHole},
+		{"link in a black hole", 3, 0, in.linkHole},
+		{"link in a black hole and flooded", 3, 5 * time.Second, in.linkFull},
 		{"link delayed", 4, 0, in.linkDelay},
 		{"server restarted", 3, 8 * time.Second, in.serverRestart},
 		{"gateway reloaded", 3, 5 * time.Second, in.reload},
@@ -135,12 +137,13 @@ func (in *injector) isHeld(c *fault.Conn) bool {
 	return in.held[c]
 }
 
-// hold holds a connection for a while, on which nothing else is to happen, and then has it end so.
-func (in *injector) hold(c *fault.Conn, d time.Duration, end func(*fault.Conn)) {
+// hold does something to a connection, on which nothing else is to happen then, until the end is
+// done to it.
+func (in *injector) hold(c *fault.Conn, d time.Duration, begin, end func(*fault.Conn)) {
 	in.mu.Lock()
 	in.held[c] = true
 	in.mu.Unlock()
-	c.Hold()
+	begin(c)
 	in.later(d, func() {
 		end(c)
 		in.mu.Lock()
@@ -149,35 +152,62 @@ func (in *injector) hold(c *fault.Conn, d time.Duration, end func(*fault.Conn)) 
 	})
 }
 
-// hitLink does something to a link that the gateway notices within some time.
-func (in *injector) hitLink(what string, notice time.Duration, do func(*fault.Conn)) *event {
+// hitLink does something to a link.
+func (in *injector) hitLink(what string, do func(*fault.Conn)) *event {
 	g, c := in.link()
 	if c == nil {
 		return nil
 	}
 	g.hit()
-	hit := in.soak.server.hit(c.Source(), what)
+	w := in.soak.book.hitWay(g, c, what)
 	do(c)
-	if hit.by.IsZero() {
-		hit.by = time.Now().Add(notice)
-	}
-	return &event{what: fmt.Sprintf("one of gateway %s, %s", g.name, c.Source()), g: g}
+	return &event{what: w.String(), g: g, way: w}
 }
 
 func (in *injector) linkReset() *event {
-	return in.hitLink("was reset", resetNotice, (*fault.Conn).Reset)
+	return in.hitLink("was reset", (*fault.Conn).Reset)
 }
 
 func (in *injector) linkFinish() *event {
-	return in.hitLink("was finished", endNotice, (*fault.Conn).Finish)
+	return in.hitLink("was finished", (*fault.Conn).Finish)
 }
 
 // linkHole is a black hole for longer than the keep-alive takes. The server notices later.
 func (in *injector) linkHole() *event {
+	return in.hole((*fault.Conn).Swallow, (*fault.Conn).Reset)
+}
+
+// linkFull is a black hole into which an agent says so much that most of that stays in the gateway.
+func (in *injector) linkFull() *event {
+	e := in.hole((*fault.Conn).Sink, (*fault.Conn).EndSunk)
+	if e == nil {
+		return nil
+	}
+	if a := in.agentOn(e.way); a != nil {
+		a.talkMuch(24 << 20)
+		e.what += fmt.Sprintf(", into which agent %d says 24 MiB", a.id)
+	}
+	return e
+}
+
+func (in *injector) hole(begin, end func(*fault.Conn)) *event {
 	d := in.between(6*time.Second, 12*time.Second)
-	return in.hitLink("was in a black hole", linkTimeout+linkInterval+endNotice, func(c *fault.Conn) {
-		in.hold(c, d, (*fault.Conn).Reset)
-	})
+	return in.hitLink("was in a black hole", func(c *fault.Conn) { in.hold(c, d, begin, end) })
+}
+
+// agentOn returns an agent that speaks on a way; nil if there is none.
+func (in *injector) agentOn(w *way) *agent {
+	agents := in.soak.fleet()
+	in.soak.book.mu.Lock()
+	defer in.soak.book.mu.Unlock()
+	for _, a := range agents {
+		if n := len(a.epochs); n > 0 {
+			if asked := a.epochs[n-1].askings[0]; len(asked) > 0 && asked[len(asked)-1].way == w {
+				return a
+			}
+		}
+	}
+	return nil
 }
 
 // linkDelay is a black hole that is over before anybody notices; nothing may get lost.
@@ -187,8 +217,9 @@ func (in *injector) linkDelay() *event {
 		return nil
 	}
 	d := in.between(200*time.Millisecond, 1500*time.Millisecond)
-	in.hold(c, d, (*fault.Conn).Release)
-	return &event{what: fmt.Sprintf("one of gateway %s, for %s", g.name, d.Round(time.Millisecond)), g: g}
+	w := in.soak.book.way(g, c)
+	in.hold(c, d, (*fault.Conn).Hold, (*fault.Conn).Release)
+	return &event{what: fmt.Sprintf("%s, for %s", w, d.Round(time.Millisecond)), g: g}
 }
 
 func (in *injector) serverRestart() *event {
@@ -212,12 +243,14 @@ func (in *injector) gateway() *gateway {
 
 func (in *injector) reload() *event {
 	g, connections := in.gateway(), 0
+	if g.isNew() {
+		return nil
+	}
 	what := "as it was"
 	if in.rand.IntN(2) == 0 {
 		connections = 2 + in.rand.IntN(3)
 		what = fmt.Sprintf("with %d connections", connections)
 	}
-	in.soak.disturb(g)
 	if err := g.reload(connections); err != nil {
 		in.soak.book.find("soak", nil, time.Now(), "%v", err)
 	}
@@ -226,7 +259,6 @@ func (in *injector) reload() *event {
 
 func (in *injector) killGateway() *event {
 	g, d := in.gateway(), in.between(0, 2*time.Second)
-	in.soak.disturb(g)
 	g.signal(syscall.SIGKILL)
 	if _, err := g.wait(10 * time.Second); err != nil {
 		in.soak.book.find("soak", nil, time.Now(), "%v", err)
@@ -292,7 +324,7 @@ func (in *injector) agentFinish() *event { return in.hitAgent("finished", (*faul
 func (in *injector) agentHole() *event {
 	d := in.between(time.Second, 16*time.Second)
 	return in.hitAgent(fmt.Sprintf("black hole for %s", d.Round(time.Millisecond)), func(c *fault.Conn) {
-		in.hold(c, d, (*fault.Conn).Reset)
+		in.hold(c, d, (*fault.Conn).Hold, (*fault.Conn).Reset)
 	})
 }
 
@@ -397,16 +429,15 @@ func (in *injector) rename() *event {
 
 func uuidBytes(id uuid.UUID) []byte { return id[:] }
 
-// near returns what happened shortly before something that concerns e, to more than one agent
-// if e is nil.
-func (in *injector) near(at time.Time, e *epoch) (lines []string) {
+// near returns what happened between two times that concerns e; all if e is nil.
+func (in *injector) near(from, to time.Time, e *epoch) (lines []string) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	for _, f := range in.log {
-		if f.at.Before(at.Add(-inFlight)) || f.at.After(at.Add(3*time.Second)) {
+		if f.at.Before(from) || f.at.After(to) {
 			continue
 		}
-		concerned := f.a == nil && (e == nil || f.g == nil)
+		concerned := e == nil || f.a == nil && f.g == nil
 		if f.a != nil && e != nil {
 			concerned = f.a.member == e.actor.member
 		}

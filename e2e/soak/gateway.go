@@ -38,10 +38,13 @@ type gateway struct {
 	above   *gateway    // nil if that is the server
 	dir     string      // of its configuration and log
 
+	ways []*way // guarded by ledger.mu: its links, in the order in which they were opened
+
 	// mu guards all below.
 	mu          sync.Mutex
 	connections int
 	cmd         *exec.Cmd
+	started     time.Time
 	ended       chan struct{} // closed when the process has ended
 	disturbed   []disturbance // that the process went through
 	hits        []time.Time   // when something happened on its way to the server
@@ -112,7 +115,7 @@ func (g *gateway) start() error {
 		return fmt.Errorf("start gateway %s: %w", g.name, err)
 	}
 	ended := make(chan struct{})
-	g.cmd, g.ended = cmd, ended
+	g.cmd, g.ended, g.started = cmd, ended, time.Now()
 	go func() {
 		_ = cmd.Wait() // the state tells
 		close(ended)
@@ -126,6 +129,13 @@ func (g *gateway) signal(sig os.Signal) {
 	defer g.mu.Unlock()
 	g.disturbed = append(g.disturbed, disturbance{time.Now(), sig})
 	_ = g.cmd.Process.Signal(sig) // its end is seen where it matters
+}
+
+// isNew reports whether the process may not yet know what to do with a signal, which then ends it.
+func (g *gateway) isNew() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return time.Since(g.started) < 3*time.Second
 }
 
 // reload has the collector take up its configuration again, with other connections if that is
@@ -174,13 +184,18 @@ func (g *gateway) hit() {
 	g.hits = append(g.hits, time.Now())
 }
 
-// wasHit reports whether something happened on its way to the server in this time.
-func (g *gateway) wasHit(from, to time.Time) bool {
+// wasUpset reports whether something happened to the gateway, or to its way to the server, in this time.
+func (g *gateway) wasUpset(from, to time.Time) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	in := func(at time.Time) bool { return at.After(from) && at.Before(to) }
-	return slices.ContainsFunc(g.hits, in) ||
-		g.above != nil && (g.above.wasHit(from, to) || g.above.wasDisturbed(to, to.Sub(from)) != nil)
+	return slices.ContainsFunc(g.hits, in) || slices.ContainsFunc(g.disturbed, func(d disturbance) bool { return in(d.at) })
+}
+
+// wasKilled reports whether the process was killed just before at.
+func (g *gateway) wasKilled(at time.Time) bool {
+	d := g.wasDisturbed(at, endedWithin)
+	return d != nil && d.signal == syscall.SIGKILL
 }
 
 // files counts the process's open files; -1 if nobody can tell.

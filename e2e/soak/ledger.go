@@ -12,13 +12,22 @@ import (
 // ledger is the book of all that was said and heard. Its rules are in verdict.go.
 type ledger struct {
 	start time.Time
+	pulse *pulse
 
 	// mu guards all below, and all that belongs to it.
 	mu       sync.Mutex
 	actors   []*actor
 	members  []*member
 	findings []finding
+	excused  []excusedLoss
 	counts   map[string]int
+}
+
+// excusedLoss is a message of an agent that was lost and may be.
+type excusedLoss struct {
+	epoch  *epoch
+	index  int
+	excuse string
 }
 
 // member is one agent of the fleet: an instance UID, and everybody who speaks under it.
@@ -52,10 +61,42 @@ type epoch struct {
 	byItself bool   // the agent ended it
 	polite   bool   // with a goodbye
 
-	said     []time.Time // when each message was sent, by number - 1
-	heardIn  []*segment  // where each arrived first, nil for not
+	ups      []up              // what it said, by number - 1
+	askings  [maxHops][]asking // by hop, in the order in which they were written
 	segments []*segment
 	lastDown uint32 // the last that was heard of what is for this connection
+}
+
+// maxHops is how many gateways stand between an agent and the server at most.
+const maxHops = 2
+
+// up is one message of an agent.
+type up struct {
+	said  time.Time
+	heard *segment // where it arrived first; nil for not
+	// By hop: the way on which a gateway wrote it last, nil for none, when, and on how many.
+	written   [maxHops]*way
+	writtenAt [maxHops]time.Time
+	ways      [maxHops]int
+}
+
+// repeated reports whether a gateway has written it to more than one link: it may arrive twice.
+func (u *up) repeated() bool { return slices.Max(u.ways[:]) > 1 }
+
+// hop is the how manyth gateway g is on the way of e.
+func (e *epoch) hop(g *gateway) int {
+	if g == e.gateway {
+		return 0
+	}
+	return 1
+}
+
+// hops is how many gateways are on the way of e.
+func (e *epoch) hops() int {
+	if e.gateway.above == nil {
+		return 1
+	}
+	return 2
 }
 
 func (e *epoch) String() string {
@@ -96,7 +137,9 @@ type finding struct {
 	epoch *epoch // nil if it concerns none
 }
 
-func newLedger() *ledger { return &ledger{start: time.Now(), counts: map[string]int{}} }
+func newLedger() *ledger {
+	return &ledger{start: time.Now(), pulse: startPulse(), counts: map[string]int{}}
+}
 
 func (l *ledger) since(at time.Time) string {
 	return fmt.Sprintf("%.3fs", at.Sub(l.start).Seconds())
@@ -175,17 +218,16 @@ func (l *ledger) close(e *epoch, how string, byItself, polite bool) {
 func (l *ledger) say(e *epoch, size int) stamp {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	e.said = append(e.said, time.Now())
-	e.heardIn = append(e.heardIn, nil)
+	e.ups = append(e.ups, up{said: time.Now()})
 	l.counts["said by agents"]++
-	return stamp{actor: e.actor.id, epoch: e.number, number: uint32(len(e.said)), size: uint32(size)}
+	return stamp{actor: e.actor.id, epoch: e.number, number: uint32(len(e.ups)), size: uint32(size)}
 }
 
 // unsay takes back the last message, which never left.
 func (l *ledger) unsay(e *epoch) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	e.said, e.heardIn = e.said[:len(e.said)-1], e.heardIn[:len(e.heardIn)-1]
+	e.ups = e.ups[:len(e.ups)-1]
 	l.counts["said by agents"]--
 }
 
@@ -239,7 +281,7 @@ func (l *ledger) arrived(c *serverConn, s stamp, uid uuid.UUID, described bool) 
 	defer l.mu.Unlock()
 	now := time.Now()
 	e := l.epochOfLocked(s.actor, s.epoch)
-	if e == nil || s.down || int(s.number) > len(e.said) || s.number == 0 {
+	if e == nil || s.down || int(s.number) > len(e.ups) || s.number == 0 {
 		l.findLocked("corrupted", e, now, "%s arrived at the server, but nobody has said it", s)
 		return nil
 	}
@@ -258,7 +300,7 @@ func (l *ledger) arrived(c *serverConn, s stamp, uid uuid.UUID, described bool) 
 		return nil
 	}
 	l.counts["heard by the server"]++
-	first := e.heardIn[s.number-1]
+	first := e.ups[s.number-1].heard
 	switch {
 	case s.number > seg.last:
 		if seg.first == 0 {
@@ -270,7 +312,7 @@ func (l *ledger) arrived(c *serverConn, s stamp, uid uuid.UUID, described bool) 
 		} else if seg.index < len(e.segments)-1 {
 			l.counts["late, from a link that was lost"]++
 		}
-	case seg.index > 0 && s.number > e.segments[seg.index-1].last && (s.number < seg.first || first == seg):
+	case seg.index > 0 && s.number > e.segments[seg.index-1].last && e.maybeStragglerLocked(s.number, seg):
 		l.counts["late, from a link that was lost"]++
 		seg = e.segments[seg.index-1]
 		seg.last = s.number
@@ -280,12 +322,26 @@ func (l *ledger) arrived(c *serverConn, s stamp, uid uuid.UUID, described bool) 
 		l.findLocked("reordered", e, now, "%s arrived on %s behind %d", s, c, seg.last)
 	}
 	if first == nil {
-		e.heardIn[s.number-1] = seg
+		e.ups[s.number-1].heard = seg
 	}
 	if described {
 		seg.described = now
 	}
 	return seg
+}
+
+// maybeStragglerLocked reports whether message number of e, behind others of seg on the same socket to
+// the server, may have come there by an earlier link between gateways. What was written to one
+// link stays in order.
+func (e *epoch) maybeStragglerLocked(number uint32, seg *segment) bool {
+	if e.gateway.above == nil {
+		return false
+	}
+	said := &e.ups[number-1]
+	if number < seg.first {
+		return said.repeated() || said.written[0] != e.ups[seg.last-1].written[0]
+	}
+	return said.heard == seg && said.repeated()
 }
 
 // tell numbers the next message of the server for an agent.
@@ -327,7 +383,7 @@ func (l *ledger) heard(e *epoch, s stamp, uid []byte) {
 		return
 	}
 	d.heard = true
-	if to == e && !d.between { // what comes later, or elsewhere, says nothing about this way
+	if to == e && !d.between && !e.movedBelow(d.at) { // what comes later, or elsewhere, says nothing about this way
 		d.segment.lastHeard = max(d.segment.lastHeard, s.number)
 	}
 	switch {
@@ -343,6 +399,13 @@ func (l *ledger) heard(e *epoch, s stamp, uid []byte) {
 		l.findLocked("reordered", e, now, "%s arrived behind %d", s, e.lastDown)
 	}
 	d.segment.lastDown = max(d.segment.lastDown, s.number)
+}
+
+// movedBelow reports whether the agent has come to another link below another gateway since: what the
+// server said before may reach it there.
+func (e *epoch) movedBelow(since time.Time) bool {
+	n := len(e.askings[0])
+	return e.gateway.above != nil && n > 0 && e.askings[0][n-1].at.After(since)
 }
 
 func (m *member) has(uid uuid.UUID) bool {

@@ -18,9 +18,11 @@
 //	gateway.go   the gateways
 //	agent.go     the agents
 //	faults.go    what goes wrong
+//	tap.go       what the lines see of what gateways write
 //	message.go   what is said: who, on which connection, the how manyth
 //	ledger.go    the book of what was said and heard
 //	verdict.go   what of that must not be
+//	pulse.go     when the machine was too busy for anybody to be in time
 //	report.go    what is printed
 package main
 
@@ -33,7 +35,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -48,16 +49,26 @@ func main() {
 	agents := flag.Int("agents", 500, "number of agents")
 	seed := flag.Uint64("seed", uint64(time.Now().UnixNano())%100_000, "of the faults' order")
 	program := flag.String("collector", "../build/otelcol-opampgateway", "the collector with the gateway")
+	trace := flag.String("trace", "", "where to write all that is known of the run; if it fails, with the gateways' logs")
 	flag.Parse()
 	runtime.LockOSThread() // see child
-	s := &soak{book: newLedger(), rand: rand.New(rand.NewPCG(*seed, 1))}
+	s := &soak{book: newLedger(), rand: rand.New(rand.NewPCG(*seed, 1)), seed: *seed, duration: *duration}
 	fmt.Printf("soak: %d agents for %s, seed %d\n", *agents, *duration, *seed)
 	if err := s.run(*program, *agents, *duration); err != nil {
 		s.book.find("soak", nil, time.Now(), "%v", err)
 	}
 	s.endGateways()
-	if !s.report() {
-		fmt.Printf("\nlogs of the gateways: %s\n", s.dir)
+	ok := s.report()
+	if !ok && *trace == "" {
+		*trace = filepath.Join(s.dir, "trace.txt")
+	}
+	if *trace != "" {
+		if err := s.trace(*trace); err != nil {
+			fmt.Println(err)
+		}
+	}
+	if !ok {
+		fmt.Printf("\nlogs of the gateways: %s; all that is known: %s\n", s.dir, *trace)
 		os.Exit(1)
 	}
 	_ = os.RemoveAll(s.dir)
@@ -67,6 +78,8 @@ func main() {
 type soak struct {
 	book     *ledger
 	rand     *rand.Rand
+	seed     uint64
+	duration time.Duration
 	dir      string
 	server   *server
 	gateways []*gateway
@@ -137,14 +150,21 @@ func (s *soak) setUp(program string) error {
 	s.server = newServer(s.book, address)
 	s.server.excuse = func(c *serverConn) bool {
 		for _, g := range s.gateways {
-			if strings.HasPrefix(c.name, g.name+"/") {
+			if g == c.way.gateway {
 				return g.wasDisturbed(time.Now(), inFlight/2) != nil
 			}
 		}
 		return false
 	}
-	if err := s.server.start(); err != nil {
-		return err
+	s.server.wayFrom = func(address string) (from *way) {
+		for _, g := range s.gateways {
+			for _, w := range g.ways { // one port is used again; the newest has it now
+				if g.above == nil && w.conn.Source() == address && (from == nil || w.opened.After(from.opened)) {
+					from = w
+				}
+			}
+		}
+		return from
 	}
 	var upper *gateway
 	for _, name := range []string{"direct", "upper", "lower"} {
@@ -159,18 +179,23 @@ func (s *soak) setUp(program string) error {
 		if g.metrics, err = freeAddress(s.rand.IntN); err != nil {
 			return err
 		}
-		if g.up, err = fault.Open(target); err != nil {
+		if g.up, err = fault.OpenTapped(target, s.book.tap(g)); err != nil {
 			return err
 		}
 		if g.agents, err = fault.Open(g.address); err != nil {
 			return err
 		}
-		if err := g.start(); err != nil {
-			return err
-		}
 		s.gateways = append(s.gateways, g)
 		if name == "upper" {
 			upper = g
+		}
+	}
+	if err := s.server.start(); err != nil {
+		return err
+	}
+	for _, g := range s.gateways {
+		if err := g.start(); err != nil {
+			return err
 		}
 	}
 	if !s.await("the gateways are up", "soak", func() string { return s.miscounted(true) }) {
@@ -274,7 +299,7 @@ func (s *soak) probe() {
 			up := ups[a]
 			switch {
 			case up.epoch == nil:
-			case up.epoch.heardIn[up.number-1] != nil:
+			case up.epoch.ups[up.number-1].heard != nil:
 				continue
 			case !up.epoch.ended.IsZero():
 				delete(ups, a)
@@ -392,17 +417,9 @@ func (s *soak) checkFiles(base map[*gateway]int, empty bool) {
 	})
 }
 
-// disturb notes that a gateway is about to end its links.
-func (s *soak) disturb(g *gateway) {
-	for _, c := range g.up.Conns() {
-		s.server.hit(c.Source(), endedByGateway)
-	}
-}
-
 // endGateways ends the gateways politely, the lower before the upper.
 func (s *soak) endGateways() {
 	for _, g := range slices.Backward(s.gateways) {
-		s.disturb(g)
 		g.signal(syscall.SIGTERM)
 		code, err := g.wait(20 * time.Second)
 		if err != nil {

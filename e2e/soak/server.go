@@ -36,12 +36,13 @@ type server struct {
 	starts  int
 	conns   map[*serverConn]struct{}
 	places  map[*member]*place
-	known   map[*member]*epoch  // on which connection an agent said who it is
-	hits    map[string]*linkHit // by the address that a connection comes from
-	quiet   bool                // it says nothing on its own account any more
+	known   map[*member]*epoch // on which connection an agent said who it is
+	quiet   bool               // it says nothing on its own account any more
 
-	// excuse tells whether a gateway has ended its link because something was done to it. Set once.
-	excuse func(*serverConn) bool
+	// Set once. excuse tells whether a gateway has ended its link because something was done to it;
+	// wayFrom, with ledger.mu held, which link comes from an address.
+	excuse  func(*serverConn) bool
+	wayFrom func(address string) *way
 }
 
 // place is where an agent spoke last.
@@ -54,6 +55,7 @@ type place struct {
 type serverConn struct {
 	server *server
 	ws     *websocket.Conn
+	way    *way
 	name   string
 	number int
 	opened time.Time
@@ -61,32 +63,13 @@ type serverConn struct {
 	// writing is held while a message for an agent is numbered and written.
 	writing sync.Mutex
 
-	// Guarded by ledger.mu.
-	ended time.Time
-	hit   *linkHit // why it ended; nil if nobody knows, or it has not
+	ended time.Time // guarded by ledger.mu
 }
 
-// address is where the connection comes from.
-func (c *serverConn) address() string { return c.ws.RemoteAddr().String() }
-
-// linkHit is a fault of a link.
-type linkHit struct {
-	what string
-	at   time.Time
-	by   time.Time // when its gateway has noticed at the latest; zero if that is not known; for the injector, then for judge
-}
-
-// endedByGateway is that the gateway was reloaded or killed.
-const endedByGateway = "was ended by its gateway"
-
-// How soon a gateway on a busy machine notices the end of a link: after a reset it can write
-// nothing more there; after a FIN it can until it has read it.
-const resetNotice, endNotice = 250 * time.Millisecond, time.Second
-
-func (c *serverConn) String() string { return fmt.Sprintf("link %s (%d)", c.name, c.number) }
+func (c *serverConn) String() string { return fmt.Sprintf("link %s (%d, %s)", c.name, c.number, c.way) }
 
 func newServer(book *ledger, address string) *server {
-	return &server{address: address, book: book, conns: map[*serverConn]struct{}{}, places: map[*member]*place{}, hits: map[string]*linkHit{}}
+	return &server{address: address, book: book, conns: map[*serverConn]struct{}{}, places: map[*member]*place{}}
 }
 
 // start starts a server that knows nobody.
@@ -140,10 +123,8 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s.conns[c] = struct{}{}
-	if h := s.hits[c.address()]; h != nil && time.Since(h.at) > inFlight {
-		delete(s.hits, c.address()) // of another link that came from there once
-	}
 	s.book.mu.Lock()
+	c.way = s.wayFrom(ws.RemoteAddr().String())
 	s.book.counts["links to the server"]++
 	c.number = s.book.counts["links to the server"]
 	s.book.mu.Unlock()
@@ -188,13 +169,9 @@ func (c *serverConn) read() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	_, open := s.conns[c]
-	hit := s.hits[c.address()]
-	delete(s.hits, c.address())
-	if !open && (hit == nil || hit.what == endedByGateway) {
-		hit = &linkHit{"ended with the server", time.Now(), time.Now().Add(endNotice)}
-	}
 	s.book.mu.Lock()
-	c.ended, c.hit = time.Now(), hit
+	c.ended, c.way.stopped = time.Now(), !open
+	hit := c.way.hit != ""
 	s.book.mu.Unlock()
 	for m, at := range s.places {
 		if at.segment.conn != c {
@@ -206,7 +183,7 @@ func (c *serverConn) read() {
 		}
 	}
 	delete(s.conns, c)
-	if open && hit == nil && !s.excuse(c) {
+	if open && !hit && !s.excuse(c) {
 		s.book.find("link lost without reason", nil, time.Now(), "%s, after %s: %v", c, time.Since(c.opened).Round(time.Millisecond), err)
 	}
 }
@@ -358,17 +335,6 @@ func (s *server) push(m *member, c *serverConn, message *protobufs.ServerToAgent
 	seg, uid := at.segment, at.uid
 	s.mu.Unlock()
 	return seg.conn.tell(seg, uid, message, size) == nil
-}
-
-// hit notes that a fault hits the connection that comes from this address. The first fault is
-// what its gateway has to find out about; by is to be set when it has to have noticed.
-func (s *server) hit(address, what string) *linkHit {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if h := s.hits[address]; h == nil || h.what == endedByGateway {
-		s.hits[address] = &linkHit{what: what, at: time.Now()}
-	}
-	return s.hits[address]
 }
 
 // someSize draws a size for a payload: mostly small, some large.

@@ -1,8 +1,12 @@
 package main
 
 import (
+	"fmt"
+	"slices"
 	"syscall"
 	"time"
+
+	"github.com/opampgateway/opampgateway/e2e/fault"
 )
 
 // inFlight bounds how long before an end something may have been said that is lost with it. It
@@ -29,14 +33,29 @@ const lastWords = time.Second
 // stateWithin is how soon after an agent came to a new way its full state must be there.
 const stateWithin = 10 * time.Second
 
+// unread is how long what a gateway has written may wait until the line reads it, or what the line
+// has passed on until its target does: a line holds a link for that long at most.
+const unread = 3 * time.Second
+
+// settling is how long an agent that the server was asked about anew is on its way to that link.
+const settling = 2 * time.Second
+
 // judge goes through the book at the end of the run, when nothing is on its way any more.
 //
-//   - An agent's message may be lost when a link on its way was lost: the messages just before
-//     the server was asked about the agent again. And when the agent's own connection ended
-//     other than by a goodbye: the last of that connection.
-//   - A server's message may be lost when it was among the last that were said to the agent on
-//     that way, before a link or the agent's connection ended.
-//   - Nothing may be lost between two messages that went the same way.
+// The lines see what a gateway writes, and know how each link ended. So what an agent said and the
+// server has not heard was written to a link, or it was not:
+//
+//   - What was written may be lost when that link was lost, with all that was written there behind
+//     it, or when its gateway was killed.
+//   - What was not written may be lost in the last moment before a link was cut; only then nobody
+//     knows what a gateway had written there. Otherwise the gateway had it and has to write it to
+//     another link, as long as the agent stays.
+//   - When the agent's own connection ended other than by a goodbye, or its gateway was ended, the
+//     last of that connection may be lost.
+//
+// A server's message may be lost when it was among the last that were said to the agent on that
+// way, before a link or the agent's connection ended; nothing may be lost between two that went
+// the same way.
 func (l *ledger) judge(end time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -56,114 +75,167 @@ func (l *ledger) judge(end time.Time) {
 
 // judgeUpLocked looks for what a connection's agent said and the server has not heard.
 func (l *ledger) judgeUpLocked(e *epoch) {
-	before := 0 // index of the way of the last message that arrived
-	for i := 0; i < len(e.said); i++ {
-		if e.heardIn[i] != nil {
-			before = e.heardIn[i].index
+	last := len(e.ups) // from here on no gateway has written anything
+	for last > 0 && e.ups[last-1].heard == nil && e.ups[last-1].written[0] == nil {
+		last--
+	}
+	wrong, from := "", 0
+	for i := range e.ups {
+		is := ""
+		if e.ups[i].heard == nil {
+			var excuse string
+			if excuse, is = l.whyLostLocked(e, i, last); is == "" {
+				l.counts["lost up, "+excuse]++
+				l.excused = append(l.excused, excusedLoss{e, i, excuse})
+			}
+		}
+		if is != wrong {
+			l.lostUpLocked(e, from, i, wrong)
+			wrong, from = is, i
+		}
+	}
+	l.lostUpLocked(e, from, len(e.ups), wrong)
+}
+
+func (l *ledger) lostUpLocked(e *epoch, from, to int, wrong string) {
+	if wrong != "" {
+		l.findLocked("lost", e, e.ups[from].said, "up %d to %d of %s, said at %s to %s: %s",
+			from+1, to, e, l.since(e.ups[from].said), l.since(e.ups[to-1].said), wrong)
+	}
+}
+
+// whyLostLocked looks for why message i of e is lost; if nothing excuses it, it says what is wrong.
+// From last on no gateway has written anything.
+func (l *ledger) whyLostLocked(e *epoch, i, last int) (excuse, wrong string) {
+	said := &e.ups[i]
+	for hop := e.hops() - 1; hop >= 0; hop-- {
+		if said.written[hop] != nil {
+			return l.whyLostOnLocked(e, i, hop)
+		}
+	}
+	if l.wasCutOffLocked(e, i) {
+		return "in the last moment before a link was cut", ""
+	}
+	if i < last {
+		return "", "its gateway has not written it to any link, but what the agent said later"
+	}
+	return l.whyLastLocked(e, said.said)
+}
+
+// whyLostOnLocked is whyLostLocked for what was written, and by which gateway last.
+func (l *ledger) whyLostOnLocked(e *epoch, i, hop int) (excuse, wrong string) {
+	said := &e.ups[i]
+	w, top := said.written[hop], hop == e.hops()-1
+	for j := range e.ups[i+1:] {
+		later := &e.ups[i+1+j]
+		if later.written[hop] == w && later.heard != nil && (!top || later.heard.conn.way == w) {
+			return "", fmt.Sprintf("it was written on %s, and %d, which was written there later, has arrived", w, i+2+j)
+		}
+	}
+	end := w.conn.End()
+	at := said.writtenAt[hop]
+	late := at.Add(unread + l.pulse.missed(at, end.At))
+	if !top { // a gateway reads no further while its own link takes nothing
+		late = late.Add(troubled)
+	}
+	switch {
+	case w.lost() && end.At.After(late):
+		return "", fmt.Sprintf("it was written on %s at %s, long before that was lost: %s", w, l.since(at), w.ended(l))
+	case w.lost() && w.hit != "":
+		return "with a link that " + w.hit, ""
+	case w.lost() && top:
+		return "with a link that ended with the server", ""
+	case w.gateway.wasKilled(end.At):
+		return "with a gateway that was killed", ""
+	case !top && w.gateway.above.wasUpset(at.Add(-troubled-l.pulse.missed(at, end.At)), late):
+		return "with a link of the gateway above, or its end", ""
+	}
+	return "", fmt.Sprintf("it was written on %s at %s, and no fault explains that: %s", w, l.since(at), w.ended(l))
+}
+
+// wasCutOffLocked reports whether message i of e, which the line has not seen, may have been
+// written to a link just before that was cut.
+func (l *ledger) wasCutOffLocked(e *epoch, i int) bool {
+	said := e.ups[i].said
+	for n, asked := range e.askings[0] {
+		cut := asked.way.conn.End().Cut
+		moved := n+1 < len(e.askings[0]) && e.askings[0][n+1].at.Before(said)
+		if cut.IsZero() || moved || !asked.way.lost() || said.After(cut) {
 			continue
 		}
-		from := i
-		for i < len(e.said) && e.heardIn[i] == nil {
-			i++
+		from := said
+		if asked.at.After(from) { // it was not written before
+			from = asked.at
 		}
-		lost := i - from
-		switch {
-		case i < len(e.said) && e.heardIn[i].index > before:
-			l.judgeWayLocked(e, from, i, before)
-		case i < len(e.said):
-			l.findLocked("lost", e, e.said[from], "up %d to %d of %s, said at %s to %s: those before and behind arrived on the same way, %s",
-				from+1, i, e, l.since(e.said[from]), l.since(e.said[i-1]), e.heardIn[i].conn)
-		case e.ended.IsZero():
-			l.findLocked("lost", e, e.said[from], "up %d to %d of %s, said from %s on: it is still connected", from+1, i, e, l.since(e.said[from]))
-		case !e.touched.IsZero():
-			l.permitLocked("up, with an agent's connection", lost, e.said[from], e.touched, e)
-		default:
-			l.judgeLastWordsLocked(e, lost, e.said[from])
+		late := from.Add(unread + l.pulse.missed(from, cut))
+		if e.gateway.above != nil { // which reads no further while its own link takes nothing
+			late = late.Add(troubled)
 		}
-		if i < len(e.said) {
-			before = e.heardIn[i].index
+		if cut.After(late) {
+			continue
+		}
+		if !slices.ContainsFunc(e.ups[i+1:], func(later up) bool { return later.written[0] == asked.way }) {
+			return true
 		}
 	}
+	return false
 }
 
-// judgeWayLocked looks at what was lost when an agent came from one way to another, perhaps by
-// some on which nothing was heard. What it said when its gateway knew of the end of the last of
-// these cannot have gone there: the gateway had it.
-func (l *ledger) judgeWayLocked(e *epoch, from, to, before int) {
-	next := e.heardIn[to]
-	last, lost := e.said[to-1], to-from
-	if e.gateway.above != nil { // which link below it was, nobody knows
-		l.permitLocked("up, with a link between gateways", lost, e.said[from], next.asked, e)
-		return
+// whyLastLocked looks for why the last that an agent said, from said on, was never written.
+func (l *ledger) whyLastLocked(e *epoch, said time.Time) (excuse, wrong string) {
+	if e.ended.IsZero() {
+		return "", "its gateway has not written it to any link, and the agent is still connected"
 	}
-	var old *serverConn
-	for _, s := range e.segments[before:next.index] {
-		if hit := s.conn.hit; hit != nil && !hit.by.IsZero() && (old == nil || hit.by.After(old.hit.by)) {
-			old = s.conn
-		}
-	}
-	switch {
-	case old == nil:
-		l.findLocked("lost", e, last, "up %d to %d of %s, said at %s to %s: no fault has ended %s",
-			from+1, to, e, l.since(e.said[from]), l.since(last), e.segments[before].conn)
-	case last.After(old.hit.by):
-		l.findLocked("lost", e, last, "up %d to %d of %s, said at %s to %s: %s %s, which was known at %s at the latest",
-			from+1, to, e, l.since(e.said[from]), l.since(last), old, old.hit.what, l.since(old.hit.by))
-	default:
-		l.permitLocked("up, with a link that "+old.hit.what, lost, e.said[from], next.asked, e)
-	}
-}
-
-// judgeLastWordsLocked looks for why the last that an agent said is lost, when nothing happened
-// on its own connection but what the agent did itself, or the gateway.
-func (l *ledger) judgeLastWordsLocked(e *epoch, lost int, said time.Time) {
+	ended, why := e.ended, "with an agent's connection"
 	gateway := e.gateway.wasDisturbed(e.ended, inFlight)
-	hit := e.wayHitLocked(said)
+	late := l.pulse.missed(said, e.ended)
 	switch {
+	case !e.touched.IsZero():
+		ended = e.touched
 	case e.byItself && !e.polite:
-		l.permitLocked("up, with an agent's connection", lost, said, e.ended, e)
 	case gateway != nil && gateway.signal == syscall.SIGKILL:
-		l.permitLocked("up, with a gateway that was killed", lost, said, e.ended, e)
-	case gateway != nil && said.After(gateway.at.Add(lastWords)):
-		l.permitLocked("up, said long after a gateway that was reloaded had closed the connection", lost, said, e.ended, e)
-	case gateway != nil && hit && e.lastLinkLost():
-		l.permitLocked("up, with a gateway that was reloaded when the link was lost", lost, said, e.ended, e)
-	case e.polite && hit:
-		l.permitLocked("up, with a link, last words before a goodbye", lost, said, e.ended, e)
+		why = "with a gateway that was killed"
+	case gateway != nil && said.After(gateway.at.Add(lastWords-late)):
+		why = "said long after a gateway that was reloaded had closed the connection"
+	case gateway != nil && e.wasHomelessLocked(gateway.at, settling+late):
+		why = "with a gateway that was reloaded when the agent had no link"
+	case e.polite && e.linkLostLocked(gateway, said.Add(-troubled), e.ended.Add(time.Second+late)):
+		why = "with a link, last words before a goodbye"
 	case e.slow:
-		l.permitLocked("up, with an agent that was too slow", lost, said, e.ended, e)
+		why = "with an agent that was too slow"
 	default:
-		l.findLocked("lost", e, said, "the last %d that %s said, from %s on: nothing happened on its way, and it ended so: %s", lost, e, l.since(said), e.end)
+		return "", "its gateway has not written it to any link, and nothing has happened to the agent's connection, which ended so: " + e.end
 	}
-}
-
-// permitLocked counts what was lost with something that ended, if that was not long before.
-func (l *ledger) permitLocked(why string, n int, said, ended time.Time, e *epoch) {
 	bound := inFlight
 	if e.gateway.above != nil { // it may go from one broken way to the next, as long as it is not let go
 		bound += gracePeriod * 3 / 2
 	}
 	if ended.Sub(said) > bound {
-		l.findLocked("lost", e, said, "%d messages %s of %s: they were said at %s, and the end came only at %s", n, why, e, l.since(said), l.since(ended))
-		return
+		return "", "its gateway has not written it to any link, and the end came only at " + l.since(ended)
 	}
-	l.counts["lost "+why] += n
+	return why, ""
 }
 
-// wayHitLocked reports whether something happened on the way of e while what was said then was
-// on it.
-func (e *epoch) wayHitLocked(said time.Time) bool {
-	return e.gateway.wasHit(said.Add(-troubled), e.ended.Add(time.Second))
-}
-
-// lastLinkLost reports whether a fault hit the last link that the agent spoke on, as far as that
-// is known: not below another gateway.
-func (e *epoch) lastLinkLost() bool {
-	if e.gateway.above != nil || len(e.segments) == 0 {
+// wasHomelessLocked reports whether the agent had no link when its gateway was reloaded: the last was
+// lost, or closed by the gateway above, or the agent was on its way to it.
+func (e *epoch) wasHomelessLocked(reloaded time.Time, within time.Duration) bool {
+	n := len(e.askings[0])
+	if n == 0 {
 		return true
 	}
-	hit := e.segments[len(e.segments)-1].conn.hit
-	return hit != nil && hit.what != endedByGateway
+	last := e.askings[0][n-1]
+	end := last.way.conn.End()
+	return last.way.lost() || end.By != fault.Nobody && end.At.Before(reloaded) ||
+		n > 1 && last.at.After(reloaded.Add(-within))
+}
+
+// linkLostLocked reports whether a link of the agent's was lost in this time, or closed by the gateway
+// above; not by its own, when that was disturbed.
+func (e *epoch) linkLostLocked(disturbed *disturbance, from, to time.Time) bool {
+	return slices.ContainsFunc(e.askings[0], func(asked asking) bool {
+		end := asked.way.conn.End()
+		return (asked.way.lost() || end.By != fault.Nobody && disturbed == nil) && end.At.After(from) && end.At.Before(to)
+	})
 }
 
 // judgeEndLocked looks for ends that nobody caused.
@@ -184,16 +256,33 @@ func (l *ledger) judgeStateLocked(e *epoch, end time.Time) {
 		if i+1 < len(e.segments) {
 			until = e.segments[i+1].asked
 		}
-		for _, at := range []time.Time{e.touched, e.ended, s.conn.ended} {
+		for _, at := range append(e.wayEndsLocked(s.asked), e.touched, e.ended, s.conn.ended) {
 			if !at.IsZero() && at.Before(until) {
 				until = at
 			}
 		}
-		if s.described.IsZero() && until.Sub(s.asked) > stateWithin {
+		if s.described.IsZero() && until.Sub(s.asked) > stateWithin+l.pulse.missed(s.asked, until) {
 			l.findLocked("full state missing", e, s.asked, "of %s on %s, since the server was asked about it at %s (for the %d. time) until %s",
 				e, s.conn, l.since(s.asked), i+1, l.since(until))
 		}
 	}
+}
+
+// wayEndsLocked returns when each link ended on which e was when the server was asked about it at that
+// time; zero for one that has not.
+func (e *epoch) wayEndsLocked(at time.Time) (ends []time.Time) {
+	for hop := range e.hops() {
+		var last *way
+		for _, asked := range e.askings[hop] {
+			if asked.at.Before(at) {
+				last = asked.way
+			}
+		}
+		if last != nil {
+			ends = append(ends, last.conn.End().At)
+		}
+	}
+	return ends
 }
 
 // judgeDownLocked looks for what the server said to an agent and nobody has heard.

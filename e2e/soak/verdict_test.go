@@ -1,0 +1,138 @@
+package main
+
+import (
+	"net"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/opampgateway/opampgateway/e2e/fault"
+)
+
+// trial is a book with one agent of one gateway in it, which is behind a real line.
+type trial struct {
+	*ledger
+	t       *testing.T
+	gateway *gateway
+	epoch   *epoch
+}
+
+func newTrial(t *testing.T) *trial {
+	t.Helper()
+	server, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	t.Cleanup(func() { server.Close() })
+	l, g := newLedger(), &gateway{name: "direct"}
+	g.up, err = fault.OpenTapped(server.Addr().String(), l.tap(g))
+	require.NoError(t, err)
+	t.Cleanup(g.up.Close)
+	e := l.open(l.addActor(l.join(), false), g)
+	l.letIn(e)
+	return &trial{l, t, g, e}
+}
+
+// link opens another link, on which the server is asked about the agent.
+func (tr *trial) link() *way {
+	tr.t.Helper()
+	ways := func() []*way {
+		tr.mu.Lock()
+		defer tr.mu.Unlock()
+		return tr.gateway.ways
+	}
+	known := len(ways())
+	conn, err := net.Dial("tcp", tr.gateway.up.Address())
+	require.NoError(tr.t, err)
+	tr.t.Cleanup(func() { conn.Close() })
+	require.Eventually(tr.t, func() bool { return len(ways()) > known && len(tr.gateway.up.Conns()) > 0 }, 10*time.Second, time.Millisecond)
+	w := ways()[known]
+	tr.epoch.askings[0] = append(tr.epoch.askings[0], asking{w, time.Now()})
+	tr.asked(tr.epoch, &serverConn{name: "link", number: known + 1, way: w})
+	return w
+}
+
+// says has the agent say something, which its gateway writes on w unless that is nil; it may be heard.
+func (tr *trial) says(w *way, heard bool) {
+	said := tr.say(tr.epoch, 0)
+	u := &tr.epoch.ups[said.number-1]
+	if w != nil {
+		u.written[0], u.writtenAt[0] = w, time.Now()
+	}
+	if heard {
+		u.heard = tr.epoch.segments[len(tr.epoch.segments)-1]
+	}
+}
+
+func (tr *trial) want(lost int, excuses map[string]int) {
+	tr.t.Helper()
+	tr.mu.Lock()
+	tr.judgeUpLocked(tr.epoch)
+	tr.mu.Unlock()
+	assert.Len(tr.t, tr.findings, lost, "%+v", tr.findings)
+	delete(tr.counts, "said by agents")
+	assert.Equal(tr.t, excuses, tr.counts)
+}
+
+func TestLostUp(t *testing.T) {
+	t.Run("into a black hole, and the gateway was reloaded before the agent spoke again", func(t *testing.T) {
+		tr := newTrial(t)
+		w := tr.link()
+		tr.says(w, true)
+		tr.hitWay(tr.gateway, w.conn, "was in a black hole")
+		w.conn.Swallow()
+		tr.says(w, false)
+		tr.link()
+		tr.gateway.disturbed = []disturbance{{time.Now(), syscall.SIGHUP}}
+		tr.close(tr.epoch, "1012", false, false)
+		tr.want(0, map[string]int{"lost up, with a link that was in a black hole": 1})
+	})
+	t.Run("forgotten while there was no link", func(t *testing.T) {
+		tr := newTrial(t)
+		w := tr.link()
+		tr.hitWay(tr.gateway, w.conn, "was reset")
+		w.conn.Reset()
+		time.Sleep(time.Millisecond)
+		tr.says(nil, false)
+		tr.says(tr.link(), true)
+		tr.want(1, map[string]int{})
+	})
+	t.Run("just before a cut", func(t *testing.T) {
+		tr := newTrial(t)
+		w := tr.link()
+		tr.says(nil, false)
+		tr.hitWay(tr.gateway, w.conn, "was reset")
+		w.conn.Reset()
+		tr.says(tr.link(), true)
+		tr.want(0, map[string]int{"lost up, in the last moment before a link was cut": 1})
+	})
+	t.Run("before something that arrived on the same link", func(t *testing.T) {
+		tr := newTrial(t)
+		w := tr.link()
+		tr.says(w, false)
+		tr.says(nil, false)
+		tr.says(w, true)
+		tr.hitWay(tr.gateway, w.conn, "was reset")
+		w.conn.Reset()
+		tr.want(2, map[string]int{})
+	})
+	t.Run("written, and the link lives", func(t *testing.T) {
+		tr := newTrial(t)
+		tr.says(tr.link(), false)
+		tr.want(1, map[string]int{})
+	})
+	t.Run("never written, and the agent is connected", func(t *testing.T) {
+		tr := newTrial(t)
+		tr.link()
+		tr.says(nil, false)
+		tr.want(1, map[string]int{})
+	})
+	t.Run("the last before a kill", func(t *testing.T) {
+		tr := newTrial(t)
+		tr.link()
+		tr.says(nil, false)
+		tr.close(tr.epoch, "killed", true, false)
+		tr.want(0, map[string]int{"lost up, with an agent's connection": 1})
+	})
+}
