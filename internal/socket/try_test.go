@@ -40,7 +40,7 @@ func TestTryOnTheKernelsConnections(t *testing.T) {
 			require.NoError(t, err)
 			assert.Equal(t, 5, n)
 
-			near.Close() // with something unread, which resets it
+			near.Close()                    // with something unread, which resets it
 			_, _ = io.Copy(io.Discard, far) // until it is
 			_, err = conn.tryWrite([]byte("?"))
 			assert.True(t, errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE), err)

@@ -66,7 +66,7 @@ type Direction struct {
 	messages, bytes atomic.Int64
 	attributes      metric.MeasurementOption
 	latency         metric.Float64Histogram
-	timed           atomic.Int64 // when the last message was taken whose latency was recorded
+	timed           atomic.Int64          // when the last message was taken whose latency was recorded
 	recorded        []metric.RecordOption // the attributes, as the histogram takes them without allocating
 }
 
