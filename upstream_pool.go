@@ -358,16 +358,14 @@ func (p *upstreamPool) signalLocked() {
 // admit attaches a new agent to a link and asks the server about it.
 func (p *upstreamPool) admit(ctx context.Context, a *agentConn) (connect.Result, error) {
 	for {
-		wait, cancel := context.WithTimeoutCause(ctx, linkWait, errNoLink)
-		l, err := p.attach(wait, a, nil, time.Time{})
-		cancel()
+		l, err := p.attach(ctx, a, nil, time.Time{})
 		if err != nil {
 			return connect.Result{}, err
 		}
 		if a.question == nil {
 			return connect.Result{Accept: true}, nil
 		}
-		result, err := l.ask(ctx, a.question, l.asking, admissionCeiling)
+		result, err := l.ask(ctx, a.question, l.asking, 0)
 		if !errors.Is(err, errLinkLost) {
 			return result, err
 		}
@@ -375,9 +373,11 @@ func (p *upstreamPool) admit(ctx context.Context, a *agentConn) (connect.Result,
 }
 
 // attach counts a among the agents of the live link that has the fewest, waiting for one
-// while there is none. An agent that lost a link is patient: for a moment it waits for the
-// same slot, and when all were lost, until more than the first are back.
+// while there is none: not for long, if the agent is new. An agent that lost a link is patient:
+// for a moment it waits for the same slot, and when all were lost, until more than the first
+// are back.
 func (p *upstreamPool) attach(ctx context.Context, a *agentConn, from *link, lost time.Time) (*link, error) {
+	var tooLong <-chan time.Time
 	for {
 		p.mu.Lock()
 		if a.ended {
@@ -411,9 +411,14 @@ func (p *upstreamPool) attach(ctx context.Context, a *agentConn, from *link, los
 		if count > 0 {
 			patient = time.After(wait)
 		}
+		if from == nil && tooLong == nil {
+			tooLong = time.After(linkWait)
+		}
 		select {
 		case <-changed:
 		case <-patient:
+		case <-tooLong:
+			return nil, errNoLink
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		}
@@ -933,17 +938,19 @@ func (l *link) giveUpAsking() {
 		zap.String("link", l.pool.linkName(l.slot)))
 }
 
-// ask asks the server whether an agent may connect, within the given time once it is its turn:
-// window bounds the questions in flight. The error is errLinkLost, errCannotAsk, or that of
+// ask asks the server whether an agent may connect, within the given time, if there is one, once it
+// is its turn: window bounds the questions in flight. The error is errLinkLost, errCannotAsk, or that of
 // ctx, which is context.DeadlineExceeded when there was no answer in time.
 func (l *link) ask(ctx context.Context, question connect.Question, window chan struct{}, within time.Duration) (connect.Result, error) {
 	if err := l.awaitTurn(ctx, window); err != nil {
 		return connect.Result{}, err
 	}
 	defer func() { <-window }()
-	ctx, cancel := context.WithTimeout(ctx, within)
-	defer cancel()
-
+	if within > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, within)
+		defer cancel()
+	}
 	requestUID := uuid.NewString()
 	frame, err := question.Frame(requestUID)
 	if err != nil {
@@ -1024,7 +1031,7 @@ func (l *link) awaitPause(ctx context.Context) error {
 
 // answer takes a connectResult to whoever asked: one of ours, or a gateway below.
 func (l *link) answer(frame []byte, f *wire.Fields, data []byte, taken int64) {
-	requestUID, err := connect.RequestUID(data)
+	requestUID, result, err := connect.ParseResult(data)
 	if err != nil {
 		l.pool.tel.Fault(telemetry.ServerBadFrame)
 		return
@@ -1039,7 +1046,7 @@ func (l *link) answer(frame []byte, f *wire.Fields, data []byte, taken int64) {
 	l.noteCapabilities(frame, f)
 	switch {
 	case asker != nil:
-		asker <- connect.ParseResult(data)
+		asker <- result
 	case relayed:
 		a := below.gateway
 		a.deliver(frame, taken)

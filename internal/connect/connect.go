@@ -114,18 +114,10 @@ func (q Question) Frame(requestUID string) ([]byte, error) {
 	return frame, nil
 }
 
-// RequestUID returns the request_uid in the JSON of either message.
+// RequestUID returns the request_uid in the JSON of a connect.
 func RequestUID(data []byte) (string, error) {
-	var message struct {
-		RequestUID string `json:"request_uid"`
-	}
-	if err := json.Unmarshal(data, &message); err != nil {
-		return "", fmt.Errorf("read request_uid: %w", err)
-	}
-	if message.RequestUID == "" {
-		return "", errors.New("read request_uid: missing")
-	}
-	return message.RequestUID, nil
+	requestUID, _, err := ParseResult(data)
+	return requestUID, err
 }
 
 // Result is the server's verdict on one agent. Its zero value refuses with 401.
@@ -135,13 +127,23 @@ type Result struct {
 	Headers    map[string]string `json:"response_headers"`
 }
 
-// ParseResult reads the JSON of a connectResult. A verdict that cannot be read is a refusal.
-func ParseResult(data []byte) Result {
-	var result Result
-	if err := json.Unmarshal(data, &result); err != nil {
-		return Result{}
+// ParseResult reads the JSON of a connectResult: the request_uid that it answers, and the verdict,
+// which is a refusal if it cannot be read.
+func ParseResult(data []byte) (requestUID string, result Result, err error) {
+	var message struct {
+		RequestUID string `json:"request_uid"`
+		Result
 	}
-	return result
+	err = json.Unmarshal(data, &message)
+	switch {
+	case message.RequestUID != "" && err != nil: // something else has another type than it should
+		return message.RequestUID, Result{}, nil
+	case err != nil:
+		return "", Result{}, fmt.Errorf("read request_uid: %w", err)
+	case message.RequestUID == "":
+		return "", Result{}, errors.New("read request_uid: missing")
+	}
+	return message.RequestUID, message.Result, nil
 }
 
 // RefusalStatus returns the HTTP status for a refused agent: the server's, if it

@@ -253,11 +253,15 @@ func TestRequestUIDTiesAnswersToQuestions(t *testing.T) {
 }
 
 func TestResultIsTheServersVerdict(t *testing.T) {
-	result := connect.ParseResult(capturedMessage(t, "gateway-upstream/002-down").GetData())
+	requestUID, result, err := connect.ParseResult(capturedMessage(t, "gateway-upstream/002-down").GetData())
+	require.NoError(t, err)
+	assert.Len(t, requestUID, 36)
 	assert.Equal(t, connect.Result{Accept: true, StatusCode: 200, Headers: map[string]string{}}, result)
 
-	result = connect.ParseResult([]byte(`{"request_uid":"x","accept":false,"http_status_code":429,
+	requestUID, result, err = connect.ParseResult([]byte(`{"request_uid":"x","accept":false,"http_status_code":429,
 		"response_headers":{"Retry-After":"60"},"something_new":[1]}`))
+	require.NoError(t, err)
+	assert.Equal(t, "x", requestUID)
 	assert.False(t, result.Accept)
 	assert.Equal(t, http.StatusTooManyRequests, result.RefusalStatus())
 	assert.Equal(t, map[string]string{"Retry-After": "60"}, result.Headers)
@@ -271,12 +275,19 @@ func TestResultThatCannotBeReadIsARefusal(t *testing.T) {
 		`{"accept":true,"response_headers":{"Retry-After":["60"]}}`, `{"accept":true,"response_headers":[]}`,
 		"\x00", "\xff{\"accept\":true}",
 	} {
-		result := connect.ParseResult([]byte(data))
+		_, result, err := connect.ParseResult([]byte(data))
+		require.Error(t, err, "it answers nothing")
 		assert.False(t, result.Accept, data)
 		assert.Equal(t, http.StatusUnauthorized, result.RefusalStatus(), data)
 		h := http.Header{}
 		result.CopyRefusalHeaders(h)
 		assert.Empty(t, h, data)
+	}
+	for _, verdict := range []string{`"accept":"true"`, `"accept":true,"response_headers":[]`, `"accept":true,"http_status_code":"200"`} {
+		requestUID, result, err := connect.ParseResult([]byte(`{"request_uid":"x",` + verdict + `}`))
+		require.NoError(t, err, "it answers a question")
+		assert.Equal(t, "x", requestUID)
+		assert.Equal(t, connect.Result{}, result)
 	}
 	assert.Equal(t, http.StatusUnauthorized, connect.Result{}.RefusalStatus())
 }
@@ -349,8 +360,9 @@ func TestRefusalIsOneCleanResponse(t *testing.T) {
 	response := httptest.NewRecorder()
 	response.Header().Set("Vary", "Origin")
 	response.Header().Set("X-Reason", "ours")
-	result := connect.ParseResult([]byte(`{"accept":false,"http_status_code":426,"response_headers":
+	_, result, err := connect.ParseResult([]byte(`{"request_uid":"x","accept":false,"http_status_code":426,"response_headers":
 		{"Upgrade":"v1.99.0","x-reason":"theirs","X-Evil":"x\r\n\r\nHTTP/1.1 101 Switching Protocols","X-Evil\r\nX-Worse":"x"}}`))
+	require.NoError(t, err)
 	result.CopyRefusalHeaders(response.Header())
 	assert.Equal(t, http.Header{"Vary": {"Origin"}, "Upgrade": {"v1.99.0"}, "Connection": {"Upgrade"}, "X-Reason": {"theirs"}}, response.Header())
 }
@@ -360,7 +372,7 @@ func FuzzResult(f *testing.F) {
 	f.Add([]byte(`{"accept":false,"http_status_code":426,"response_headers":{"Upgrade":"v2","Connection":"x","A b":"c","X":"\r\n"}}`))
 	f.Add([]byte(`{"accept":false,"http_status_code":-9223372036854775808,"response_headers":{"":""}}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		result := connect.ParseResult(data)
+		_, result, _ := connect.ParseResult(data)
 		status := result.RefusalStatus()
 		require.GreaterOrEqual(t, status, 400)
 		require.LessOrEqual(t, status, 599)
