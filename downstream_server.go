@@ -1,7 +1,6 @@
 package opampgateway
 
 import (
-	"bufio"
 	"cmp"
 	"context"
 	"crypto/tls"
@@ -34,10 +33,6 @@ import (
 )
 
 const (
-	// agentReadBuffer is enough for the header of a frame and most of a heartbeat, in bytes; longer
-	// reads go past it.
-	agentReadBuffer = 1 << 10
-
 	// handshakeTimeout bounds the writing of an answer to an upgrade request.
 	handshakeTimeout = 30 * time.Second
 
@@ -470,7 +465,7 @@ func (a *agentConn) start(conn net.Conn) {
 	queueSize := s.cfg.Agents.MaxQueueSize
 	a.outbox = outbox.New(a, queueSize+queueSize/16, &s.memory.Down)
 	// gorilla has seen to it that nothing was read beyond the request.
-	a.sock = socket.New(conn, bufio.NewReaderSize(conn, agentReadBuffer), false, s.cfg.MaxMessageSize, s.cfg.Agents.WriteTimeout, a, a.pong)
+	a.sock = socket.New(conn, socket.InputOf(conn), false, s.cfg.MaxMessageSize, s.cfg.Agents.WriteTimeout, a, a.pong)
 	s.mu.Lock()
 	s.agents[a] = struct{}{}
 	closing := s.closing

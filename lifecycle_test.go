@@ -188,7 +188,9 @@ func TestShutdownUnderLoad(t *testing.T) {
 			go func() {
 				for sequence := 0; ctx.Err() == nil; sequence++ {
 					a.Say(sequence)
-					s.server.Links()[0].Push(gatewaytest.Offer(a.UID, "x", 1000*i))
+					if links := s.server.Links(); len(links) > 0 {
+						links[0].Push(gatewaytest.Offer(a.UID, "x", 1000*i))
+					}
 					time.Sleep(time.Millisecond)
 				}
 				done <- struct{}{}

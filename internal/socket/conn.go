@@ -10,7 +10,8 @@ import (
 // waiting. Until New takes it over it is what it is made of.
 type Conn struct {
 	net.Conn
-	try trier // nil where every write may wait
+	try  trier  // nil where every write may wait
+	wait waiter // nil where who waits to read needs a buffer
 
 	// mu guards what follows. TLS may write on behalf of its reader, too.
 	mu    sync.Mutex
@@ -25,11 +26,12 @@ type trier interface {
 
 // Wrap returns conn as a Conn.
 func Wrap(conn net.Conn) *Conn {
-	try, ok := conn.(trier) // tests' connections in memory
-	if !ok {
-		try = newTrier(conn)
+	try, wait := rawOf(conn)
+	if try == nil { // tests' connections in memory
+		try, _ = conn.(trier)
+		wait, _ = conn.(waiter)
 	}
-	return &Conn{Conn: conn, try: try}
+	return &Conn{Conn: conn, try: try, wait: wait}
 }
 
 // Listen has the connections of l wrapped.

@@ -61,7 +61,7 @@ func (s *stream) readyLocked(side int) error {
 	return nil
 }
 
-func (s *stream) read(b []byte) (int, error) {
+func (s *stream) read(take func() []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for {
@@ -69,6 +69,7 @@ func (s *stream) read(b []byte) (int, error) {
 			return 0, err
 		}
 		if len(s.buffer) > 0 {
+			b := take()
 			n := copy(b[:min(len(b), s.piece)], s.buffer)
 			s.buffer = s.buffer[n:]
 			s.changed.Broadcast()
@@ -188,7 +189,14 @@ func (c *memConn) take(tb testing.TB, n int) {
 	require.NoError(tb, err)
 }
 
-func (c *memConn) Read(b []byte) (int, error)  { return c.in.read(b) }
+func (c *memConn) Read(b []byte) (int, error) { return c.in.read(func() []byte { return b }) }
+
+func (c *memConn) readWhenReady(in *lazyInput) error {
+	n, err := c.in.read(in.take)
+	in.end += n
+	return err
+}
+
 func (c *memConn) Write(b []byte) (int, error) { return c.out.write(b, true) }
 
 func (c *memConn) TryWrite(b []byte) (int, error) { return c.out.write(b, false) }

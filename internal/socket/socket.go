@@ -9,7 +9,6 @@
 package socket
 
 import (
-	"bufio"
 	"encoding/binary"
 	"errors"
 	"math/rand/v2"
@@ -80,7 +79,7 @@ type Socket struct {
 	pong         func(payload []byte)
 
 	// Owned by the reader.
-	in       *bufio.Reader
+	in       Input
 	frame    frame // what is left of the one being read
 	skipping bool  // the message that frame is of
 	broken   bool  // the peer has violated the protocol
@@ -108,7 +107,7 @@ type Socket struct {
 // already. Messages above limit bytes are not read; a write that makes no progress for
 // writeTimeout fails. What is read is counted in mem. pong is called by the reader for each ping of
 // the peer, to queue the answer; it must not wait.
-func New(conn net.Conn, in *bufio.Reader, client bool, limit int, writeTimeout time.Duration, mem Memory, pong func(payload []byte)) *Socket {
+func New(conn net.Conn, in Input, client bool, limit int, writeTimeout time.Duration, mem Memory, pong func(payload []byte)) *Socket {
 	below, ok := conn.(*Conn)
 	if !ok {
 		below = conn.(interface{ NetConn() net.Conn }).NetConn().(*Conn)

@@ -1,7 +1,6 @@
 package socket
 
 import (
-	"bufio"
 	"bytes"
 	"crypto/ed25519"
 	"crypto/tls"
@@ -39,9 +38,6 @@ const (
 	writeTimeout = 30 * time.Second
 )
 
-// fixture is a Socket and its peer, which is gorilla's.
-const readBufferSize = 1 << 10
-
 // counted is memory without end; it counts what is held.
 type counted struct{ held, most int }
 
@@ -54,6 +50,7 @@ func (c *counted) Piece(size, _ int) ([]byte, error) {
 func (c *counted) Return(piece []byte) { c.held -= len(piece) }
 func (c *counted) Release(n int)       { c.held -= n }
 
+// fixture is a Socket and its peer, which is gorilla's.
 type fixture struct {
 	memory counted
 	*Socket
@@ -77,7 +74,7 @@ func newFixture(tb testing.TB, client bool, limit, capacity int) *fixture {
 	}
 	f.conn.out.capacity, f.conn.in.capacity = capacity, capacity
 	f.conn.out.writes = 0
-	f.Socket = New(f.ws.NetConn(), bufio.NewReaderSize(f.ws.NetConn(), readBufferSize), client, limit, writeTimeout, &f.memory, func(payload []byte) { f.pinged = append(f.pinged, string(payload)) })
+	f.Socket = New(f.ws.NetConn(), InputOf(f.ws.NetConn()), client, limit, writeTimeout, &f.memory, func(payload []byte) { f.pinged = append(f.pinged, string(payload)) })
 	tb.Cleanup(func() {
 		f.conn.Close()
 		f.peerConn.Close()
@@ -428,8 +425,40 @@ func TestReadTakesNoMoreThanTheLimitOfAMessage(t *testing.T) {
 			sent := f.peerConn.unread()
 			_, err := f.Read()
 			require.ErrorIs(t, err, ErrTooLarge)
-			assert.LessOrEqual(t, sent-f.peerConn.unread(), limit+2*readBufferSize)
+			assert.LessOrEqual(t, sent-f.peerConn.unread(), limit+2*inputSize)
 		}
+	})
+}
+
+// Most agents say nothing most of the time.
+func TestWhoWaitsToReadHoldsNoBuffer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture(t, false, unlimited, 1<<20)
+		in := f.in.(*lazyInput)
+		for _, sizes := range [][]int{{25}, {200, 3, 0, 1}, {inputSize - 8}, {100_000, 25}} {
+			for i, size := range sizes {
+				require.NoError(t, f.peer.WriteMessage(websocket.BinaryMessage, payload(uint64(i), size)))
+			}
+			for i, size := range sizes {
+				message, err := f.Read()
+				require.NoError(t, err)
+				require.True(t, bytes.Equal(payload(uint64(i), size), message))
+			}
+			require.Nil(t, in.buffer, sizes)
+		}
+		header := []byte{0x82, 0x80}
+		_, err := f.peerConn.Write(header) // and its key later
+		require.NoError(t, err)
+		read := make(chan []byte)
+		go func() {
+			message, _ := f.Read()
+			read <- message
+		}()
+		synctest.Wait()
+		_, err = f.peerConn.Write(make([]byte, 4))
+		require.NoError(t, err)
+		assert.Equal(t, []byte{}, <-read)
+		assert.Nil(t, in.buffer)
 	})
 }
 
@@ -657,7 +686,7 @@ func TestCloseDoesNotWaitForTLS(t *testing.T) {
 		// InsecureSkipVerify: what is tested is how the connection ends.
 		theirs := tls.Client(peerConn, &tls.Config{InsecureSkipVerify: true})
 		peer, ws := handshake(t, theirs, ours)
-		s := New(ws.NetConn(), bufio.NewReaderSize(ws.NetConn(), readBufferSize), false, unlimited, writeTimeout, &counted{}, func([]byte) {})
+		s := New(ws.NetConn(), InputOf(ws.NetConn()), false, unlimited, writeTimeout, &counted{}, func([]byte) {})
 
 		_, err := WriteBatch(s, []entry{{Kind: outbox.Message, Frame: []byte("hello")}})
 		require.NoError(t, err)
@@ -682,7 +711,7 @@ func TestATLSPeerThatStallsIsNoticed(t *testing.T) {
 		ours := tls.Server(Wrap(conn), &tls.Config{Certificates: []tls.Certificate{certificate}})
 		theirs := tls.Client(peerConn, &tls.Config{InsecureSkipVerify: true})
 		_, ws := handshake(t, theirs, ours)
-		s := New(ws.NetConn(), bufio.NewReaderSize(ws.NetConn(), readBufferSize), false, unlimited, writeTimeout, &counted{}, func([]byte) {})
+		s := New(ws.NetConn(), InputOf(ws.NetConn()), false, unlimited, writeTimeout, &counted{}, func([]byte) {})
 		defer s.Close()
 		start := time.Now()
 		_, err := WriteBatch(s, []entry{{Kind: outbox.Message, Frame: payload(1, 1<<20)}})
@@ -940,7 +969,7 @@ func newTLSFixture(t *testing.T, certificate tls.Certificate) *fixture {
 	ours := tls.Server(Wrap(f.conn), &tls.Config{Certificates: []tls.Certificate{certificate}})
 	theirs := tls.Client(f.peerConn, &tls.Config{InsecureSkipVerify: true})
 	f.peer, f.ws = handshake(t, theirs, ours)
-	f.Socket = New(ours, bufio.NewReaderSize(ours, readBufferSize), false, unlimited, writeTimeout, &f.memory, func([]byte) {})
+	f.Socket = New(ours, InputOf(ours), false, unlimited, writeTimeout, &f.memory, func([]byte) {})
 	t.Cleanup(func() {
 		f.conn.Close()
 		f.peerConn.Close()

@@ -47,3 +47,38 @@ func TestTryOnTheKernelsConnections(t *testing.T) {
 		})
 	}
 }
+
+// A real connection is read as one in memory is: whatever the pieces, to the end.
+func TestReadingTheKernelsConnections(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer l.Close()
+	near, err := net.Dial("tcp", l.Addr().String())
+	require.NoError(t, err)
+	far, err := Listen(l).Accept()
+	require.NoError(t, err)
+	defer far.Close()
+	in := InputOf(far).(*lazyInput)
+
+	for _, piece := range []string{"he", "llo", " world"} {
+		_, err = near.Write([]byte(piece))
+		require.NoError(t, err)
+	}
+	start, err := in.Peek(5)
+	require.NoError(t, err)
+	assert.Equal(t, "hello", string(start))
+	_, err = in.Discard(5)
+	require.NoError(t, err)
+	rest := make([]byte, 6)
+	_, err = io.ReadFull(in, rest)
+	require.NoError(t, err)
+	assert.Equal(t, " world", string(rest))
+	assert.Nil(t, in.buffer)
+
+	near.Close()
+	_, err = in.Peek(2)
+	require.ErrorIs(t, err, io.EOF)
+	require.NoError(t, far.Close())
+	_, err = in.Peek(2)
+	require.ErrorIs(t, err, net.ErrClosed)
+}

@@ -3,26 +3,28 @@
 package socket
 
 import (
+	"io"
 	"net"
 	"os"
 	"sync"
 	"syscall"
 )
 
-// newTrier returns what writes to conn without waiting; nil if its kind cannot.
-func newTrier(conn net.Conn) trier {
+// rawOf returns what can be done with a connection of the kernel's; nothing if conn is none.
+func rawOf(conn net.Conn) (trier, waiter) {
 	if sc, ok := conn.(syscall.Conn); ok {
 		if raw, err := sc.SyscallConn(); err == nil {
-			return &rawTrier{raw}
+			r := &rawConn{raw}
+			return r, r
 		}
 	}
-	return nil
+	return nil, nil
 }
 
-type rawTrier struct{ raw syscall.RawConn }
+type rawConn struct{ raw syscall.RawConn }
 
 // TryWrite is one call to the kernel, which does not wait since Go's sockets never do.
-func (r *rawTrier) TryWrite(b []byte) (int, error) {
+func (r *rawConn) TryWrite(b []byte) (int, error) {
 	a := attempts.Get().(*attempt)
 	a.b = b
 	err := r.raw.Write(a.write)
@@ -60,6 +62,36 @@ func (a *attempt) do(fd uintptr) bool {
 		case syscall.EAGAIN:
 		default:
 			a.err = os.NewSyscallError("write", err)
+		}
+		return true
+	}
+}
+
+func (r *rawConn) readWhenReady(in *lazyInput) error {
+	if err := r.raw.Read(in.ready); err != nil {
+		return err
+	}
+	return in.err
+}
+
+// read is one call to the kernel. It reports false if nothing has come yet; the buffer is not kept
+// while it waits.
+func (in *lazyInput) read(fd uintptr) bool {
+	buffer := in.take()
+	for {
+		n, err := syscall.Read(int(fd), buffer)
+		switch {
+		case err == syscall.EINTR: //nolint:errorlint // the kernel's own are bare
+			continue
+		case err == syscall.EAGAIN: //nolint:errorlint // the kernel's own are bare
+			in.release()
+			return false
+		case err != nil:
+			in.err = os.NewSyscallError("read", err)
+		case n == 0:
+			in.err = io.EOF
+		default:
+			in.end += n
 		}
 		return true
 	}
