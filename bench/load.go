@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -248,7 +249,7 @@ func (a *agent) take(message []byte) error {
 	if err != nil {
 		return err
 	}
-	if len(owner) > 0 && string(owner) != string(a.uid[:]) {
+	if len(owner) > 0 && !bytes.Equal(owner, a.uid[:]) {
 		return fmt.Errorf("got a message for %x", owner)
 	}
 	if flags&flagReportFullState != 0 {

@@ -33,12 +33,9 @@ func (b *bench) size(out string, t sizing) error {
 	return b.report(out)
 }
 
-func (b *bench) sizeOn(st *stage, t sizing) (err error) {
-	if st.server, err = startRole("server", b.logFile("server")); err != nil {
-		return err
-	}
-	var address ServerAddress
-	if err := st.server.call("Listen", ServerListen{t.listen, b.certFile(), b.keyFile()}, &address); err != nil {
+func (b *bench) sizeOn(st *stage, t sizing) error {
+	address, err := st.startServer(b, t.listen)
+	if err != nil {
 		return err
 	}
 	progress("The bench's server listens at %s: it has to be the server::endpoint of the gateway at %s.", agentURL(false, address.Plain), t.url)
@@ -53,10 +50,7 @@ func (b *bench) sizeOn(st *stage, t sizing) (err error) {
 	if err != nil {
 		return err
 	}
-	if st.load, err = startRole("load", b.logFile("load")); err != nil {
-		return err
-	}
-	if err := st.load.call("Target", Target{URL: t.url}, nil); err != nil { // whose certificate it is does not matter here
+	if err := st.startLoad(b, ""); err != nil {
 		return err
 	}
 	b.results.calibrate()
