@@ -140,11 +140,17 @@ soak-broken: collector ## the soak fails for gateways that are broken; BROKEN='d
 opampsupervisor: build/opampsupervisor ## build the OpAMP supervisor that e2e tests the gateway with
 
 ##@ Measure it
-.PHONY: bench
+.PHONY: bench growth
 
 bench: collector $(if $(TARGET),,haproxy) ## the gateway next to HAProxy and others; TARGET=ws://…: size that gateway
 	@cd bench && $(GOBUILD) bench -o ../build/opampbench .
 	@cd bench && exec ../build/opampbench $(BENCH_TARGET) $(BENCHFLAGS)
+
+# On one processor, the time is that of all the work, whoever does it.
+growth: ## what a message, an agent that comes or leaves, and an idle one cost, of 2,000 to 100,000 agents
+	@go test -c -o build/growth.test .
+	@for b in Message:300000x 'Disconnect|Admit:20000x' Memory:1x; do \
+		build/growth.test -test.run '^$$' -test.cpu 1 -test.bench "^Benchmark($${b%:*})\$$" -test.benchtime "$${b#*:}" || exit; done
 
 ##@ Other
 .PHONY: help clean
