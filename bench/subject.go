@@ -288,6 +288,5 @@ func (st *stage) quiet() (time.Duration, error) {
 }
 
 func (st *stage) connect(agents, atOnce int, greeting bool) error {
-	var took time.Duration
-	return st.load.call("Connect", Connect{agents, atOnce, 2 * time.Minute, greeting}, &took)
+	return st.load.call("Connect", Connect{agents, atOnce, 2 * time.Minute, greeting}, nil)
 }
