@@ -39,6 +39,7 @@ const (
 	barHeight   = 20
 	groupHead   = 20 // name and goals of a group
 	groupMargin = 10
+	figureWidth = 150
 )
 
 // svg draws the bars, each with a whisker from the least to the largest value, and dashed lines
@@ -69,11 +70,15 @@ func (c *chart) svg() string {
 	draw(`<text x="10" y="20" font-size="14" font-weight="bold">%s</text>`, text(c.title))
 	draw(`<text x="10" y="38" fill="#555">%s</text>`, text(c.notes))
 	bottom := height - chartBottom
-	for _, tick := range ticks(scale) {
+	all := ticks(scale)
+	for i, tick := range all {
+		label := plain(tick)
+		if i == len(all)-1 {
+			label += " " + c.unit
+		}
 		draw(`<path d="M%.1f %dV%d" stroke="#ddd"/>`, x(tick), chartTop-6, bottom)
-		draw(`<text x="%.1f" y="%d" text-anchor="middle" fill="#555">%s</text>`, x(tick), bottom+15, plain(tick))
+		draw(`<text x="%.1f" y="%d" text-anchor="middle" fill="#555">%s</text>`, x(tick), bottom+15, text(label))
 	}
-	draw(`<text x="%d" y="%d" fill="#555">%s</text>`, chartWidth-chartRight+30, bottom+15, text(c.unit))
 	y := chartTop
 	for _, g := range c.groups {
 		draw(`<text x="10" y="%d"><tspan font-weight="bold">%s</tspan>%s</text>`, y+13, text(g.name), text(g.goalText()))
@@ -88,12 +93,17 @@ func (c *chart) svg() string {
 			draw(`<text x="%d" y="%.1f" text-anchor="end">%s</text>`, chartLeft-8, middle+4, text(bar.subject))
 			draw(`<rect x="%d" y="%d" width="%.1f" height="%d" fill="%s" fill-opacity="%.1f"/>`,
 				chartLeft, y+2, x(v.median)-chartLeft, barHeight-4, chartColors[bar.color%len(chartColors)], opacity)
-			draw(`<path d="M%.1f %.1fv6m0 -3H%.1fm0 -3v6" stroke="#000" fill="none"/>`, x(v.low), middle-3, x(v.high))
+			if v.low < v.high {
+				draw(`<path d="M%.1f %.1fv6m0 -3H%.1fm0 -3v6" stroke="#000" fill="none"/>`, x(v.low), middle-3, x(v.high))
+			}
 			end := x(v.high)
 			if bar.subject == nameGateway {
 				for _, line := range g.lines {
-					draw(`<path d="M%.1f %dv%d" stroke="#d62728" stroke-width="2" stroke-dasharray="4 2"/>`, x(line), y-1, barHeight+2)
-					end = max(end, x(line))
+					draw(`<path d="M%.1f %dv%d" stroke="#fff" stroke-width="5"/>`, x(line), y+2, barHeight-4)
+					draw(`<path d="M%.1f %dv%d" stroke="#d62728" stroke-width="2" stroke-dasharray="5 2"/>`, x(line), y-1, barHeight+2)
+					if x(line) < end+figureWidth { // it would run through the figure
+						end = max(end, x(line))
+					}
 				}
 			}
 			draw(`<text x="%.1f" y="%.1f">%s</text>`, end+8, middle+4, text(v.String()))
@@ -114,7 +124,7 @@ func (g *chartGroup) goalText() string {
 	for _, goal := range g.goals {
 		all = append(all, goal.String())
 	}
-	return "  – dashed: goals for the gateway, " + strings.Join(all, "; ")
+	return " – dashed: goal for the gateway, " + strings.Join(all, ", and ")
 }
 
 // ticks are round numbers from 0 to scale, a handful.

@@ -44,6 +44,19 @@ var goals = []goal{
 	{"p99 of healthy agents, one stalled to none", 1.5, 0, "stalled", "p99 of the others, meanwhile", toOwn, "p99 of the others, before"},
 }
 
+// goals are those that the run can tell something about.
+func (b *bench) goals() (all []*goal) {
+	if b.quick {
+		return nil
+	}
+	for i := range goals {
+		if !math.IsNaN(spreadOf(goals[i].values(b.results)).median) {
+			all = append(all, &goals[i])
+		}
+	}
+	return all
+}
+
 // values are what the goal is about, repetition by repetition.
 func (g *goal) values(r *results) []float64 {
 	own := r.of(g.scenario, g.figure, nameGateway)
@@ -110,8 +123,6 @@ func differences(a, b []float64) (c []float64) {
 
 func (g *goal) verdict(s spread) string {
 	switch {
-	case math.IsNaN(s.median):
-		return "not measured"
 	case g.stretch > 0 && s.median <= g.stretch:
 		return "stretch reached"
 	case s.median <= g.goal:

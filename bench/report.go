@@ -80,18 +80,13 @@ func (b *bench) writeScenario(w io.Writer, as style, s *scenario) {
 
 func (b *bench) writeGoals(w io.Writer, as style) {
 	rows := [][]string{{"figure", "measured", "goal", "stretch", ""}}
-	for i := range goals {
-		g := &goals[i]
+	for _, g := range b.goals() {
 		measured := spreadOf(g.values(b.results))
-		verdict := g.verdict(measured)
-		if verdict == "not measured" {
-			continue
-		}
 		stretch := ""
 		if g.stretch > 0 {
 			stretch = "≤ " + plain(g.stretch)
 		}
-		rows = append(rows, []string{g.text, measured.String(), "≤ " + plain(g.goal), stretch, verdict})
+		rows = append(rows, []string{g.text, measured.String(), "≤ " + plain(g.goal), stretch, g.verdict(measured)})
 	}
 	if len(rows) > 1 {
 		as.heading(w, "Goals for the gateway, repetition by repetition")
@@ -154,13 +149,11 @@ func (b *bench) charts() (charts []*chart) {
 				group.bars = append(group.bars, chartBar{subject.name, i, value})
 			}
 		}
-		for i := range goals {
-			g := &goals[i]
-			if g.scenario != f.scenario || g.figure != f.name || math.IsNaN(spreadOf(g.values(b.results)).median) {
-				continue
+		for _, g := range b.goals() {
+			if g.scenario == f.scenario && g.figure == f.name {
+				group.goals = append(group.goals, g)
+				group.lines = append(group.lines, g.limit(b.results))
 			}
-			group.goals = append(group.goals, g)
-			group.lines = append(group.lines, g.limit(b.results))
 		}
 		charts[at].groups = append(charts[at].groups, group)
 	}
