@@ -33,7 +33,7 @@ func (b *bench) write(w io.Writer, as style) {
 	for _, line := range b.machine() {
 		as.line(w, line)
 	}
-	as.line(w, "noise: the same work on all cores, between measurements, took "+noiseText(b.results.noise("")))
+	as.line(w, "noise: the same work on all cores, between measurements, took "+b.results.noise(""))
 	as.line(w, "figures: the median of all repetitions, with the least and the largest")
 	if b.quick {
 		as.line(w, "a quick run, with fewer agents and short windows: it shows that all works, its figures mean little")
@@ -69,7 +69,9 @@ func (b *bench) writeScenario(w io.Writer, as style, s *scenario) {
 	if len(rows) > 1 {
 		as.heading(w, s.name+": "+s.about)
 		as.table(w, rows)
-		as.note(w, "noise: "+noiseText(b.results.noise(s.name)))
+		if noise := b.results.noise(s.name); noise != "" {
+			as.note(w, "noise: "+noise)
+		}
 		for _, c := range b.charts() {
 			if c.scenario == s.name {
 				as.chart(w, c)
@@ -169,10 +171,11 @@ func (b *bench) newChart(f *figure, file string) *chart {
 	case "cores":
 		better = ""
 	}
-	return &chart{
-		scenario: s.name, file: file, title: s.name + ": " + s.about, unit: f.unit,
-		notes: better + "bar: median of all repetitions, line: least to largest; noise: " + noiseText(b.results.noise(s.name)),
+	notes := better + "bar: median of all repetitions, line: least to largest"
+	if noise := b.results.noise(s.name); noise != "" {
+		notes += "; noise: " + noise
 	}
+	return &chart{scenario: s.name, file: file, title: s.name + ": " + s.about, unit: f.unit, notes: notes}
 }
 
 // chartFile puts figures into one chart that can share an axis.

@@ -78,26 +78,26 @@ func (r *results) calibrate(scenario string) {
 	r.loops = append(r.loops, loop{scenario, float64(time.Since(start).Microseconds()) / 1e3})
 }
 
-// noise is what that work took during a scenario; during all of them, if none is named.
-func (r *results) noise(scenario string) spread {
+// muchNoise is from where on the largest value is too far above the least.
+const muchNoise = 1.5
+
+// noise says what that work took during a scenario, or all of them if none is named; nothing, if
+// nothing was measured.
+func (r *results) noise(scenario string) string {
 	var all []float64
 	for _, l := range r.loops {
 		if scenario == "" || l.scenario == scenario {
 			all = append(all, l.took)
 		}
 	}
-	return spreadOf(all)
-}
-
-// muchNoise is from where on the largest value is too far above the least.
-const muchNoise = 1.5
-
-func noiseText(s spread) string {
-	text := s.String() + " ms"
-	if s.high > muchNoise*s.low {
-		text += ", which is much: others were using the machine"
+	switch s := spreadOf(all); {
+	case len(all) == 0:
+		return ""
+	case s.high > muchNoise*s.low:
+		return s.String() + " ms, which is much: others were using the machine"
+	default:
+		return s.String() + " ms"
 	}
-	return text
 }
 
 // of returns the values of a figure, or none.

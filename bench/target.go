@@ -79,6 +79,7 @@ func (b *bench) sizeOn(st *stage, t sizing) error {
 	if err != nil {
 		return err
 	}
+	b.results.calibrate("idle")
 	for _, load := range []struct {
 		scenario string
 		rate     int
