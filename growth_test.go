@@ -25,7 +25,8 @@ const (
 
 // atEachSize runs a benchmark before fleets of all fleetSizes, and once more with the agents active that
 // the smallest has, of the largest: what makes a difference between that and the smallest fleet
-// is the number of agents, and what makes one between large fleets is the caches, too.
+// is the number of agents; for a message there has to be none. Between large fleets it is the
+// processor's caches, too.
 func atEachSize(b *testing.B, benchmark func(b *testing.B, f *fleet, active int)) {
 	b.Helper()
 	for _, size := range fleetSizes {
