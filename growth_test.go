@@ -23,10 +23,9 @@ const (
 	turnover = 250
 )
 
-// atEachSize runs a benchmark before fleets of all fleetSizes, and once more with the agents active that
-// the smallest has, of the largest: what makes a difference between that and the smallest fleet
-// is the number of agents; for a message there has to be none. Between large fleets it is the
-// processor's caches, too.
+// atEachSize runs a benchmark before fleets of all sizes, and once more before the largest, of which
+// only as many agents are active as the smallest has: what differs from the smallest fleet then is
+// owed to the number of agents, and what differs between fleets besides to the processor's caches.
 func atEachSize(b *testing.B, benchmark func(b *testing.B, f *fleet, active int)) {
 	b.Helper()
 	for _, size := range fleetSizes {
