@@ -150,10 +150,11 @@ func inUse() memoryInUse {
 	return memoryInUse{int64(stats.HeapAlloc), int64(stats.StackInuse)}
 }
 
-// How often memory may be allocated to relay one small message: once, for the message.
-const allocationsUp, allocationsDown = 1, 1
+// How often memory may be allocated to relay one small message: never, since that of messages is
+// used again.
+const allocationsUp, allocationsDown = 0, 0
 
-func TestRelayingAllocatesNothingButTheMessage(t *testing.T) {
+func TestRelayingAllocatesNothing(t *testing.T) {
 	f := newFleet(t)
 	defer f.stop()
 	f.grow(10)
@@ -169,5 +170,4 @@ func TestRelayingAllocatesNothingButTheMessage(t *testing.T) {
 		<-f.done
 	})
 	require.LessOrEqual(t, down, float64(allocationsDown), "allocations per message to an agent")
-	t.Logf("%v allocations up, %v down", up, down)
 }
