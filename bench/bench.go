@@ -44,20 +44,20 @@ func (b *bench) run() {
 			if repetition >= s.repeat && s.repeat > 0 {
 				continue
 			}
-			b.results.calibrate()
 			for i := range b.subjects {
 				subject := b.subjects[(i+repetition)%len(b.subjects)]
 				if slices.Contains(s.without, subject.name) {
 					continue
 				}
+				b.results.calibrate(s.name)
 				progress("%d/%d %s: %s", repetition+1, b.repeat, s.name, subject.name)
 				if err := s.run(b, subject); err != nil {
 					b.results.fail(s.name, subject.name, err)
 				}
 			}
+			b.results.calibrate(s.name)
 		}
 	}
-	b.results.calibrate()
 }
 
 func progress(format string, args ...any) {

@@ -2,9 +2,15 @@ package main
 
 import (
 	"bytes"
+	"encoding/xml"
+	"errors"
+	"io"
 	"math"
 	"net"
 	"net/url"
+	"os"
+	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -12,6 +18,76 @@ import (
 	"github.com/open-telemetry/opamp-go/protobufs"
 	"google.golang.org/protobuf/proto"
 )
+
+// TestMain has the test's own program play the roles that the bench starts.
+func TestMain(m *testing.M) {
+	if len(os.Args) == 3 && os.Args[1] == "-role" {
+		exit(playRole(os.Args[2]))
+	}
+	m.Run()
+}
+
+// The bench itself, as far as it needs nothing else: it measures something in each scenario, for
+// each subject, and writes it down.
+func TestBench(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("CPU time and memory of other processes are read on Linux only")
+	}
+	var err error
+	b := &bench{work: t.TempDir(), quick: true, repeat: 1, window: 100 * time.Millisecond, settle: 10 * time.Millisecond, results: &results{}}
+	b.scenarios, err = choose(scenarios, "saturated,tls,paced-1k,storm,memory", func(s *scenario) string { return s.name })
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.subjects, err = choose(subjects, "naive,direct", func(s *subject) string { return s.name })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.writeCertificate(); err != nil {
+		t.Fatal(err)
+	}
+	b.run()
+	for _, failure := range b.results.failures {
+		t.Error(failure)
+	}
+	for scenario, figures := range map[string]int{"saturated": 5, "tls": 5, "paced-1k": 5, "storm": 2, "memory": 5} {
+		for _, f := range b.results.figures {
+			if f.scenario != scenario {
+				continue
+			}
+			figures--
+			if f.unit != "KiB" && !(spreadOf(f.values[nameNaive]).median > 0) {
+				t.Errorf("%s, %s: %v", scenario, f.name, f.values)
+			}
+		}
+		if figures != 0 {
+			t.Errorf("%s: %d figures are missing", scenario, figures)
+		}
+	}
+	dir := t.TempDir()
+	if err := b.report(dir); err != nil {
+		t.Fatal(err)
+	}
+	report, err := os.ReadFile(filepath.Join(dir, "results.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range b.charts() {
+		if !strings.Contains(string(report), "("+c.file+")") {
+			t.Errorf("the report does not show %s", c.file)
+		}
+		svg, err := os.Open(filepath.Join(dir, c.file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for text := xml.NewDecoder(svg); err == nil; {
+			_, err = text.Token()
+		}
+		if svg.Close(); !errors.Is(err, io.EOF) {
+			t.Errorf("%s: %v", c.file, err)
+		}
+	}
+}
 
 // A bench that takes any reply for a good one would praise a relay that mixes agents up.
 func TestAgentsNoticeWhatIsNotTheirs(t *testing.T) {
@@ -116,9 +192,8 @@ func TestNaiveRelay(t *testing.T) {
 	}
 	l := &load{url: &url.URL{Scheme: "ws", Host: relay.Listen}}
 	l.size.Store(200)
-	var took time.Duration
 	const agents = 20
-	if err := l.Connect(Connect{agents, 5, 30 * time.Second, true}, &took); err != nil {
+	if err := l.Connect(Connect{agents, 5, 30 * time.Second, true}, nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := l.Start(Start{Size: 2000}, nil); err != nil {
@@ -169,7 +244,56 @@ func TestSpreadLeavesOutWhatFailed(t *testing.T) {
 		r.add("saturated", perRoundTrip, "µs", nameNaive, 4)
 		r.repetition++
 	}
-	if got, want := spreadOf(toPeer("saturated", perRoundTrip, nameNaive)(r)), (spread{0.75, 0.5, 1}); got != want {
+	if got, want := spreadOf((&goal{scenario: "saturated", figure: perRoundTrip, to: toPeer, of: nameNaive}).values(r)), (spread{0.75, 0.5, 1}); got != want {
 		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
+func TestNumbers(t *testing.T) {
+	for value, want := range map[float64]string{
+		0: "0.00", 0.0123: "0.01", 9.876: "9.88", 12.34: "12.3", 123.4: "123", 1234: "1,230", 79_663: "79,700", 3_271_557: "3,270,000",
+		math.Inf(1): "stuck",
+	} {
+		if got := number(value); got != want {
+			t.Errorf("%v is %q, want %q", value, got, want)
+		}
+	}
+	for value, want := range map[float64]string{0: "0", 3 * 0.2: "0.6", 2500: "2,500", 1_000_000: "1,000,000"} {
+		if got := plain(value); got != want {
+			t.Errorf("%v is %q, want %q", value, got, want)
+		}
+	}
+}
+
+// The line of a goal in a chart is where its verdict turns.
+func TestGoalsHaveTheirLines(t *testing.T) {
+	for i := range goals {
+		g := &goals[i]
+		r := &results{}
+		r.add(g.scenario, g.figure, "", nameDirect, 3)
+		r.add(g.scenario, g.figure, "", nameNaive, 20)
+		r.add(g.scenario, g.figure, "", nameHAProxy, 30)
+		if g.to == toOwn {
+			r.add(g.scenario, g.of, "", nameGateway, 7)
+		}
+		limit := g.limit(r)
+		r.add(g.scenario, g.figure, "", nameGateway, limit)
+		if got := spreadOf(g.values(r)).median; math.Abs(got-g.goal) > 1e-9 {
+			t.Errorf("%s: at the line of %v it is %v, want %v", g.text, limit, got, g.goal)
+		}
+	}
+}
+
+func TestTargetsHaveAPort(t *testing.T) {
+	for target, want := range map[string]string{
+		"wss://gateway.example/v1/opamp": "wss://gateway.example:443/v1/opamp",
+		"ws://127.0.0.1:4320/v1/opamp":   "ws://127.0.0.1:4320/v1/opamp",
+		"ws://[::1]":                     "ws://[::1]:80",
+		"http://gateway.example":         "",
+		"gateway.example:4320":           "",
+	} {
+		if got, err := withPort(target); got != want || (err == nil) != (want != "") {
+			t.Errorf("%s is %q and %v, want %q", target, got, err, want)
+		}
 	}
 }

@@ -126,7 +126,7 @@ func (c *conn) take(n int) ([]byte, error) {
 			c.buffer = larger
 		}
 		for c.to < n {
-			read, err := c.Conn.Read(c.buffer[c.to:])
+			read, err := c.Read(c.buffer[c.to:])
 			if read == 0 && err != nil {
 				return nil, err
 			}
@@ -147,7 +147,7 @@ func (c *conn) write(opcode byte, payload []byte) error {
 	*buffer = appendFrame((*buffer)[:0], opcode, payload, c.client)
 	c.writing.Lock()
 	defer c.writing.Unlock()
-	_, err := c.Conn.Write(*buffer)
+	_, err := c.Write(*buffer)
 	return err
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -95,9 +96,8 @@ type Connect struct {
 }
 
 // Connect connects more agents.
-func (l *load) Connect(args Connect, took *time.Duration) error {
-	start := time.Now()
-	deadline := start.Add(args.Within)
+func (l *load) Connect(args Connect, _ *struct{}) error {
+	deadline := time.Now().Add(args.Within)
 	first := len(l.agents)
 	l.agents = append(l.agents, make([]*agent, args.Agents)...)
 	var next atomic.Int64
@@ -123,7 +123,6 @@ func (l *load) Connect(args Connect, took *time.Duration) error {
 	if err := failed.Load(); err != nil {
 		return *err
 	}
-	*took = time.Since(start)
 	before := l.replies.Load()
 	for _, a := range l.agents[first:] {
 		if args.Greeting {
@@ -166,29 +165,36 @@ func (l *load) dial(index int, deadline time.Time) (*agent, error) {
 	if l.url.Scheme == "wss" {
 		nc = tls.Client(nc, l.tls)
 	}
-	_ = nc.SetDeadline(deadline)
 	a := &agent{load: l, index: index, uid: uidOf(index), conn: newConn(nc, true)}
-	path := l.url.Path
+	if err := a.shakeHands(deadline); err != nil {
+		nc.Close()
+		return nil, fmt.Errorf("handshake of agent %d: %w", index, err)
+	}
+	return a, nil
+}
+
+func (a *agent) shakeHands(deadline time.Time) error {
+	_ = a.conn.SetDeadline(deadline)
+	target := a.load.url
+	path := target.Path
 	if path == "" {
 		path = "/v1/opamp"
 	}
-	request := "GET " + path + " HTTP/1.1\r\nHost: " + l.url.Host + "\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" +
+	request := "GET " + path + " HTTP/1.1\r\nHost: " + target.Host + "\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" +
 		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n" +
 		"Authorization: Secret-Key 01J9ZQ0V4E7S8T9R2K3M4N5P6Q\r\nUser-Agent: bench/1.0\r\nOpAMP-Version: v0.2.0\r\n" +
-		fmt.Sprintf("Agent-ID: %x\r\nAgent-Version: v1.95.0\r\nAgent-Hostname: host-%d\r\n\r\n", a.uid, index)
-	if _, err := nc.Write([]byte(request)); err != nil {
-		return nil, err
+		fmt.Sprintf("Agent-ID: %x\r\nAgent-Version: v1.95.0\r\nAgent-Hostname: host-%d\r\n\r\n", a.uid, a.index)
+	if _, err := a.conn.Write([]byte(request)); err != nil {
+		return err
 	}
 	head, err := a.conn.readHead()
 	if err != nil {
-		return nil, fmt.Errorf("handshake of agent %d: %w", index, err)
+		return err
 	}
 	if status, _, _ := strings.Cut(head, "\r\n"); !strings.HasPrefix(status, "HTTP/1.1 101 ") {
-		nc.Close()
-		return nil, fmt.Errorf("agent %d was answered %q", index, status)
+		return fmt.Errorf("answered %q", status)
 	}
-	_ = nc.SetDeadline(time.Time{})
-	return a, nil
+	return a.conn.SetDeadline(time.Time{})
 }
 
 // send sends the agent's next message.
@@ -248,7 +254,7 @@ func (a *agent) take(message []byte) error {
 	if err != nil {
 		return err
 	}
-	if len(owner) > 0 && string(owner) != string(a.uid[:]) {
+	if len(owner) > 0 && !bytes.Equal(owner, a.uid[:]) {
 		return fmt.Errorf("got a message for %x", owner)
 	}
 	if flags&flagReportFullState != 0 {

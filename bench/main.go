@@ -19,7 +19,7 @@ func main() {
 	out := flag.String("out", "../build/bench", "directory for results and logs")
 	only := flag.String("only", "", "scenarios to run, separated by commas: "+strings.Join(names(scenarios, func(s *scenario) string { return s.name }), ", "))
 	under := flag.String("subjects", "", "what to measure, separated by commas: "+strings.Join(names(subjects, func(s *subject) string { return s.name }), ", "))
-	flag.BoolVar(&b.quick, "quick", false, "a short run that shows that all works")
+	flag.BoolVar(&b.quick, "quick", false, "a short run that shows that all works, whatever -repeat, -window and -settle say")
 	flag.IntVar(&b.repeat, "repeat", 5, "repetitions")
 	flag.DurationVar(&b.window, "window", 4*time.Second, "how long each load is measured")
 	flag.DurationVar(&b.settle, "settle", 15*time.Second, "how long agents are idle before memory is read")

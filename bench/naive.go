@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"net"
 	"net/http"
 	"strconv"
@@ -149,7 +148,7 @@ func (n *naive) serve(w http.ResponseWriter, r *http.Request) {
 
 // ask asks the server about an agent.
 func (n *naive) ask(link *naiveConn, r *http.Request) error {
-	id := fmt.Sprintf("%x", mix(n.next.Add(1)))
+	id := strconv.FormatUint(mix(n.next.Add(1)), 16)
 	data, err := json.Marshal(connectRequest{RequestUID: id, RemoteAddress: r.RemoteAddr, Headers: r.Header})
 	if err != nil {
 		return err

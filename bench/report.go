@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -18,8 +19,8 @@ func (b *bench) report(dir string) error {
 	if err := os.WriteFile(filepath.Join(dir, "results.md"), []byte(markdownText.String()), 0o644); err != nil {
 		return err
 	}
-	for name, svg := range b.charts() {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(svg), 0o644); err != nil {
+	for _, c := range b.charts() {
+		if err := os.WriteFile(filepath.Join(dir, c.file), []byte(c.svg()), 0o644); err != nil {
 			return err
 		}
 	}
@@ -29,13 +30,13 @@ func (b *bench) report(dir string) error {
 
 func (b *bench) write(w io.Writer, as style) {
 	as.heading(w, "The bench")
-	for _, line := range machine() {
+	for _, line := range b.machine() {
 		as.line(w, line)
 	}
-	as.line(w, fmt.Sprintf("Noise: the same work took %s ms of the machine, between all measurements.", spreadOf(b.results.loops)))
-	as.line(w, "Figures are the median of all repetitions, with the least and the largest.")
+	as.line(w, "noise: the same work on all cores, between measurements, took "+b.results.noise(""))
+	as.line(w, "figures: the median of all repetitions, with the least and the largest")
 	if b.quick {
-		as.line(w, "This was a quick run, with fewer agents and short windows: it shows that all works, its figures mean little.")
+		as.line(w, "a quick run, with fewer agents and short windows: it shows that all works, its figures mean little")
 	}
 	for _, s := range b.scenarios {
 		b.writeScenario(w, as, s)
@@ -68,22 +69,26 @@ func (b *bench) writeScenario(w io.Writer, as style, s *scenario) {
 	if len(rows) > 1 {
 		as.heading(w, s.name+": "+s.about)
 		as.table(w, rows)
+		if noise := b.results.noise(s.name); noise != "" {
+			as.note(w, "noise: "+noise)
+		}
+		for _, c := range b.charts() {
+			if c.scenario == s.name {
+				as.chart(w, c)
+			}
+		}
 	}
 }
 
 func (b *bench) writeGoals(w io.Writer, as style) {
 	rows := [][]string{{"figure", "measured", "goal", "stretch", ""}}
-	for _, g := range goals {
+	for _, g := range b.goals() {
 		measured := spreadOf(g.values(b.results))
-		verdict := g.verdict(measured)
-		if verdict == "not measured" {
-			continue
-		}
 		stretch := ""
 		if g.stretch > 0 {
-			stretch = "≤ " + strings.TrimSpace(number(g.stretch)+" "+g.unit)
+			stretch = "≤ " + plain(g.stretch)
 		}
-		rows = append(rows, []string{g.text, measured.String(), "≤ " + strings.TrimSpace(number(g.goal)+" "+g.unit), stretch, verdict})
+		rows = append(rows, []string{g.text, measured.String(), "≤ " + plain(g.goal), stretch, g.verdict(measured)})
 	}
 	if len(rows) > 1 {
 		as.heading(w, "Goals for the gateway, repetition by repetition")
@@ -96,12 +101,16 @@ type style interface {
 	heading(w io.Writer, text string)
 	line(w io.Writer, text string)
 	table(w io.Writer, rows [][]string)
+	note(w io.Writer, text string) // below a table
+	chart(w io.Writer, c *chart)
 }
 
 type terminal struct{}
 
 func (terminal) heading(w io.Writer, text string) { fmt.Fprintf(w, "\n%s\n", text) }
 func (terminal) line(w io.Writer, text string)    { fmt.Fprintf(w, "  %s\n", text) }
+func (terminal) note(w io.Writer, text string)    { fmt.Fprintf(w, "  %s\n", text) }
+func (terminal) chart(io.Writer, *chart)          {}
 
 func (terminal) table(w io.Writer, rows [][]string) {
 	columns := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
@@ -115,6 +124,8 @@ type markdown struct{}
 
 func (markdown) heading(w io.Writer, text string) { fmt.Fprintf(w, "\n## %s\n\n", text) }
 func (markdown) line(w io.Writer, text string)    { fmt.Fprintf(w, "- %s\n", text) }
+func (markdown) note(w io.Writer, text string)    { fmt.Fprintf(w, "\n%s\n", text) }
+func (markdown) chart(w io.Writer, c *chart)      { fmt.Fprintf(w, "\n![%s](%s)\n", c.title, c.file) }
 
 func (markdown) table(w io.Writer, rows [][]string) {
 	for i, row := range rows {
@@ -125,37 +136,56 @@ func (markdown) table(w io.Writer, rows [][]string) {
 	}
 }
 
-// charts returns one for each scenario and unit, by the name of its file.
-func (b *bench) charts() map[string]string {
-	charts := map[string]*chart{}
+// charts returns one for each scenario and kind of figure.
+func (b *bench) charts() (charts []*chart) {
 	for _, f := range b.results.figures {
-		s := b.scenarios[slices.IndexFunc(b.scenarios, func(s *scenario) bool { return s.name == f.scenario })]
 		file := chartFile(f)
-		c := charts[file]
-		if c == nil {
-			c = &chart{title: s.name + ": " + s.about, unit: f.unit}
-			charts[file] = c
+		at := slices.IndexFunc(charts, func(c *chart) bool { return c.file == file })
+		if at < 0 {
+			at = len(charts)
+			charts = append(charts, b.newChart(f, file))
 		}
 		group := chartGroup{name: f.name}
 		for i, subject := range b.subjects {
-			if values := f.values[subject.name]; len(values) > 0 {
-				group.bars = append(group.bars, chartBar{subject.name, i, spreadOf(values)})
+			if value := spreadOf(f.values[subject.name]); !math.IsNaN(value.median) {
+				group.bars = append(group.bars, chartBar{subject.name, i, value})
 			}
 		}
-		c.groups = append(c.groups, group)
+		for _, g := range b.goals() {
+			if g.scenario == f.scenario && g.figure == f.name {
+				group.goals = append(group.goals, g)
+				group.lines = append(group.lines, g.limit(b.results))
+			}
+		}
+		charts[at].groups = append(charts[at].groups, group)
 	}
-	files := map[string]string{}
-	for file, c := range charts {
-		files[file] = c.svg()
+	return charts
+}
+
+func (b *bench) newChart(f *figure, file string) *chart {
+	s := b.scenarios[slices.IndexFunc(b.scenarios, func(s *scenario) bool { return s.name == f.scenario })]
+	better := "less is better; "
+	switch f.unit {
+	case "1/s", "%", "agents":
+		better = "more is better; "
+	case "cores":
+		better = ""
 	}
-	return files
+	notes := better + "bar: median of all repetitions, line: least to largest"
+	if noise := b.results.noise(s.name); noise != "" {
+		notes += "; noise: " + noise
+	}
+	return &chart{scenario: s.name, file: file, title: s.name + ": " + s.about, unit: f.unit, notes: notes}
 }
 
 // chartFile puts figures into one chart that can share an axis.
 func chartFile(f *figure) string {
 	kind := strings.NewReplacer("µs", "cpu", "1/s", "rate", "%", "share", "MiB", "base").Replace(f.unit)
-	if strings.Contains(f.name, "latency") || strings.Contains(f.name, "p99") {
-		kind = "latency"
+	switch {
+	case strings.HasPrefix(f.name, "latency"):
+		kind = strings.ReplaceAll(f.name, " ", "-")
+	case strings.Contains(f.name, "p99"):
+		kind = "latency-p99"
 	}
 	return strings.ToLower(f.scenario + "-" + kind + ".svg")
 }

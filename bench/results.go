@@ -4,7 +4,11 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"math"
+	"runtime"
 	"slices"
+	"strconv"
+	"strings"
+	"sync"
 	"time"
 )
 
@@ -14,7 +18,13 @@ type results struct {
 
 	figures  []*figure
 	failures []string
-	loops    []float64 // what the same work took each time, in milliseconds
+	loops    []loop
+}
+
+// loop is a fixed piece of work that was done between measurements.
+type loop struct {
+	scenario string
+	took     float64 // in milliseconds
 }
 
 // figure is one thing that was measured, of each subject, once per repetition: not a number where
@@ -50,16 +60,52 @@ func (r *results) fail(scenario, subject string, err error) {
 	progress("FAILED: %s", what)
 }
 
-// calibrate measures the machine itself: the same work takes the same time where nobody else has
-// any, and the clock of the CPU does not change.
-func (r *results) calibrate() {
-	block := make([]byte, 1<<20)
+// calibrate measures the machine itself, all of its cores: the same work takes the same time where
+// nobody else has any, and the clock of the CPU does not change.
+func (r *results) calibrate(scenario string) {
 	start := time.Now()
-	for range 64 {
-		sum := sha256.Sum256(block)
-		block[0] = sum[0]
+	var cores sync.WaitGroup
+	for range runtime.NumCPU() {
+		cores.Go(func() {
+			block := make([]byte, 1<<20)
+			for range 64 {
+				sum := sha256.Sum256(block)
+				block[0] = sum[0]
+			}
+		})
 	}
-	r.loops = append(r.loops, float64(time.Since(start).Microseconds())/1e3)
+	cores.Wait()
+	r.loops = append(r.loops, loop{scenario, float64(time.Since(start).Microseconds()) / 1e3})
+}
+
+// muchNoise is from where on the largest value is too far above the least.
+const muchNoise = 1.5
+
+// noise says what that work took during a scenario, or all of them if none is named; nothing, if
+// nothing was measured.
+func (r *results) noise(scenario string) string {
+	var all []float64
+	for _, l := range r.loops {
+		if scenario == "" || l.scenario == scenario {
+			all = append(all, l.took)
+		}
+	}
+	switch s := spreadOf(all); {
+	case len(all) == 0:
+		return ""
+	case s.high > muchNoise*s.low:
+		return s.String() + " ms, which is much: others were using the machine"
+	default:
+		return s.String() + " ms"
+	}
+}
+
+// of returns the values of a figure, or none.
+func (r *results) of(scenario, name, subject string) []float64 {
+	if f := r.find(scenario, name); f != nil {
+		return f.values[subject]
+	}
+	return nil
 }
 
 // spread is several measurements of one thing.
@@ -94,10 +140,24 @@ func number(v float64) string {
 	case math.IsInf(v, 0):
 		return "stuck"
 	case a >= 100:
-		return fmt.Sprintf("%.0f", v)
+		digit := math.Pow(10, math.Floor(math.Log10(a))-2)
+		return plain(math.Round(v/digit) * digit)
 	case a >= 10:
 		return fmt.Sprintf("%.1f", v)
 	default:
 		return fmt.Sprintf("%.2f", v)
 	}
+}
+
+// plain has all digits that there are, up to the millionth; before the point in groups of three.
+func plain(v float64) string {
+	digits := strconv.FormatFloat(math.Round(v*1e6)/1e6, 'f', -1, 64)
+	if v < 1000 {
+		return digits
+	}
+	whole, rest, _ := strings.Cut(digits, ".")
+	for i := len(whole) - 3; i > 0; i -= 3 {
+		whole = whole[:i] + "," + whole[i:]
+	}
+	return strings.TrimSuffix(whole+"."+rest, ".")
 }

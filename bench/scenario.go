@@ -180,6 +180,9 @@ func (b *bench) disconnectOf(s *subject, agents, rounds int) error {
 		if err != nil {
 			return err
 		}
+		if _, err := st.loadState(); err != nil {
+			return err
+		}
 		if err := st.load.call("Disconnect", nil, nil); err != nil {
 			return err
 		}

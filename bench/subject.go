@@ -108,9 +108,9 @@ defaults
   timeout tunnel 1h
 frontend agents
   bind %s %s
-  default_backend server
-backend server
-  server server %s
+  default_backend opamp
+backend opamp
+  server opamp %s
 `
 
 // haproxyProgram is where Debian puts it, which is on the PATH of root only, or on the PATH.
@@ -178,31 +178,43 @@ type stage struct {
 	server, load *role
 }
 
-func (b *bench) stage(s *subject, tls bool) (st *stage, err error) {
-	st = &stage{subject: s}
-	defer func() {
-		if err != nil {
-			st.close()
-		}
-	}()
+func (b *bench) stage(s *subject, tls bool) (*stage, error) {
+	st := &stage{subject: s}
+	if err := st.open(b, tls); err != nil {
+		st.close()
+		return nil, err
+	}
+	return st, nil
+}
+
+func (st *stage) open(b *bench, tls bool) error {
+	address, err := st.startServer(b, "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	if st.running, err = st.start(b, tls, address); err != nil {
+		return err
+	}
+	if err := st.ready(); err != nil {
+		return err
+	}
+	return st.startLoad(b, b.certFile())
+}
+
+func (st *stage) startServer(b *bench, listen string) (address ServerAddress, err error) {
 	if st.server, err = startRole("server", b.logFile("server")); err != nil {
-		return st, err
+		return address, err
 	}
-	var address ServerAddress
-	listen := ServerListen{"127.0.0.1:0", b.certFile(), b.keyFile()}
-	if err = st.server.call("Listen", listen, &address); err != nil {
-		return st, err
-	}
-	if st.running, err = s.start(b, tls, address); err != nil {
-		return st, err
-	}
-	if err = st.ready(); err != nil {
-		return st, err
-	}
+	err = st.server.call("Listen", ServerListen{listen, b.certFile(), b.keyFile()}, &address)
+	return address, err
+}
+
+// startLoad starts the agents' process. They trust the certificate in a file; any, if none is named.
+func (st *stage) startLoad(b *bench, certFile string) (err error) {
 	if st.load, err = startRole("load", b.logFile("load")); err != nil {
-		return st, err
+		return err
 	}
-	return st, st.load.call("Target", Target{st.url, b.certFile()}, nil)
+	return st.load.call("Target", Target{st.url, certFile}, nil)
 }
 
 // ready waits until the subject has its links, and listens.
@@ -276,6 +288,5 @@ func (st *stage) quiet() (time.Duration, error) {
 }
 
 func (st *stage) connect(agents, atOnce int, greeting bool) error {
-	var took time.Duration
-	return st.load.call("Connect", Connect{agents, atOnce, 2 * time.Minute, greeting}, &took)
+	return st.load.call("Connect", Connect{agents, atOnce, 2 * time.Minute, greeting}, nil)
 }

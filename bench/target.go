@@ -3,6 +3,8 @@ package main
 import (
 	"errors"
 	"fmt"
+	"net"
+	"net/url"
 	"time"
 )
 
@@ -23,22 +25,38 @@ func (b *bench) size(out string, t sizing) error {
 		{name: "saturated", about: fmt.Sprintf("%d agents, each says 200 bytes and gets 200 back, again and again", t.agents)},
 		{name: "sizing", about: "what follows for agents that send a heartbeat every 30 s, and nothing else"},
 	}
+	var err error
+	if t.url, err = withPort(t.url); err != nil {
+		return err
+	}
 	st := &stage{subject: &subject{name: nameTarget}, running: &running{url: t.url, pid: t.pid}}
 	b.subjects = []*subject{st.subject}
 	defer st.close()
 	if err := b.sizeOn(st, t); err != nil {
 		return err
 	}
-	b.results.calibrate()
 	return b.report(out)
 }
 
-func (b *bench) sizeOn(st *stage, t sizing) (err error) {
-	if st.server, err = startRole("server", b.logFile("server")); err != nil {
-		return err
+// withPort adds the usual port to a WebSocket's URL that has none.
+func withPort(target string) (string, error) {
+	u, err := url.Parse(target)
+	if err != nil {
+		return "", fmt.Errorf("-target: %w", err)
 	}
-	var address ServerAddress
-	if err := st.server.call("Listen", ServerListen{t.listen, b.certFile(), b.keyFile()}, &address); err != nil {
+	port, known := map[string]string{"ws": "80", "wss": "443"}[u.Scheme]
+	if !known || u.Hostname() == "" {
+		return "", fmt.Errorf("-target: %q is no ws:// or wss:// URL", target)
+	}
+	if u.Port() == "" {
+		u.Host = net.JoinHostPort(u.Hostname(), port)
+	}
+	return u.String(), nil
+}
+
+func (b *bench) sizeOn(st *stage, t sizing) error {
+	address, err := st.startServer(b, t.listen)
+	if err != nil {
 		return err
 	}
 	progress("The bench's server listens at %s: it has to be the server::endpoint of the gateway at %s.", agentURL(false, address.Plain), t.url)
@@ -53,30 +71,32 @@ func (b *bench) sizeOn(st *stage, t sizing) (err error) {
 	if err != nil {
 		return err
 	}
-	if st.load, err = startRole("load", b.logFile("load")); err != nil {
+	if err := st.startLoad(b, ""); err != nil {
 		return err
 	}
-	if err := st.load.call("Target", Target{URL: t.url}, nil); err != nil { // whose certificate it is does not matter here
-		return err
-	}
-	b.results.calibrate()
+	b.results.calibrate("idle")
 	perAgent, err := b.sizeIdle(st, t)
 	if err != nil {
 		return err
 	}
+	b.results.calibrate("idle")
 	for _, load := range []struct {
 		scenario string
 		rate     int
 	}{{"paced", 1000}, {"saturated", 0}} {
 		progress("%s", load.scenario)
+		b.results.calibrate(load.scenario)
 		if err := b.measure(load.scenario, st, traffic{agents: t.agents, size: 200, rate: load.rate}); err != nil {
 			return err
 		}
+		b.results.calibrate(load.scenario)
 	}
 	if t.pid != 0 {
 		cpu := b.results.of("paced", perRoundTrip, nameTarget)[0]
 		b.results.add("sizing", "agents per core", "agents", nameTarget, 30*1e6/cpu)
-		b.results.add("sizing", "agents per GiB", "agents", nameTarget, (1<<20)/perAgent)
+		if perAgent > 0 { // a few agents may fit into what was there already
+			b.results.add("sizing", "agents per GiB", "agents", nameTarget, (1<<20)/perAgent)
+		}
 	}
 	return nil
 }
