@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -66,6 +67,10 @@ const (
 	// An agent that has taken nothing for this long while something waits is not reading.
 	stallMoment = 100 * time.Millisecond
 
+	// manyMoves is how many agents have to come or go until it is worth the work to give back the memory
+	// that this took.
+	manyMoves = 1000
+
 	// shedPause gives those that were closed the time to give back what they hold.
 	shedPause = 10 * time.Millisecond
 
@@ -100,6 +105,7 @@ type downstreamServer struct {
 	shedding  sync.WaitGroup // who makes room when memory is used up
 
 	waiting atomic.Int64 // upgrade requests being answered
+	moves   atomic.Int64 // agents that have come or gone since memory was last given back
 
 	// mu guards the agents connected, and closing. It is never taken for a frame.
 	mu      sync.Mutex
@@ -336,6 +342,16 @@ func (s *downstreamServer) sweep(now time.Time, keepAlive sweepLimits) {
 		a.sweep(now, keepAlive)
 	}
 	s.memory.Trim()
+	s.giveBack()
+}
+
+// giveBack collects what many agents, coming or going at once, have left behind. The collector would
+// keep it until its heap has doubled, which idle agents do not bring about.
+func (s *downstreamServer) giveBack() {
+	if s.waiting.Load() == 0 && s.moves.Load() >= manyMoves {
+		s.moves.Store(0)
+		debug.FreeOSMemory()
+	}
 }
 
 // makeRoom lets agents go when memory is used up, until the gateway has nothing more to do. No
@@ -403,16 +419,16 @@ type agentConn struct {
 	// Set once, before the reader starts.
 	server   *downstreamServer
 	remote   string
-	gateway  bool             // it announced itself as another gateway
 	question connect.Question // asks the server about it; nil if the server is not asked
 	sock     *socket.Socket
 	outbox   *outbox.Outbox[*agentConn]
+	gateway  bool // it announced itself as another gateway
 
 	// Owned by the reader.
-	memory memory.Reader // what it holds
 	uid    wire.UID      // of its last message
+	bad    int32         // unreadable messages in a row
 	hold   *hold         // of uid; nil when it has to be claimed
-	bad    int           // unreadable messages in a row
+	memory memory.Reader // what it holds
 
 	// Shared.
 	link      atomic.Pointer[link]         // where its messages go; ended, or nil, while it has none
@@ -425,7 +441,7 @@ type agentConn struct {
 	fullState atomic.Int64                       // when it is asked for its state once more, Unix seconds; 0 for not
 
 	// Guarded by router.mu: one hold for each agent that speaks here.
-	held map[*hold]struct{}
+	held []*hold
 
 	// Guarded by upstreamPool.mu.
 	attached *link         // in whose agents it is
@@ -475,6 +491,7 @@ func (a *agentConn) start(conn net.Conn) {
 		a.muted.Store(true)
 		a.close(websocket.CloseServiceRestart, "gateway is shutting down")
 	}
+	s.moves.Add(1)
 	s.pool.settleNew(a)
 	go a.read()
 }
@@ -807,6 +824,7 @@ func (a *agentConn) end(err error) {
 	s.mu.Lock()
 	delete(s.agents, a)
 	s.mu.Unlock()
+	s.moves.Add(1)
 	gone := s.router.release(a)
 	home := s.pool.detach(a, gone)
 	s.log.Debug("agent's connection ended", zap.Stringer("agent", a.uid), zap.String("remote_address", a.remote), zap.Error(err))

@@ -56,9 +56,13 @@ type hold struct {
 	told atomic.Pointer[capabilities]
 
 	// Guarded by router.mu.
+	index    int   // of this in agent.held; ended when it is not there any more
 	departed bool  // the agent has said goodbye here; the hold stays for the server's answer
 	replaces *hold // ends when this one is used: the agent was given this UID in place of that
 }
+
+// ended is the index of a hold that has ended.
+const ended = -1
 
 func newRouter() *router { return &router{routes: map[wire.UID]*route{}} }
 
@@ -108,7 +112,7 @@ func (r *router) claim(a *agentConn, uid wire.UID, format wire.Format) (h *hold,
 func (r *router) rename(h *hold, uid wire.UID) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if _, held := h.agent.held[h]; !held || h.route.uid == uid {
+	if h.index == ended || h.route.uid == uid {
 		return nil
 	}
 	renamed, _, err := r.holdLocked(h.agent, uid, h.format)
@@ -147,11 +151,8 @@ func (r *router) holdLocked(a *agentConn, uid wire.UID, format wire.Format) (h *
 			way = &route{uid: uid}
 			r.routes[uid] = way
 		}
-		h = &hold{agent: a, route: way, format: format}
-		if a.held == nil {
-			a.held = map[*hold]struct{}{}
-		}
-		a.held[h] = struct{}{}
+		h = &hold{agent: a, route: way, format: format, index: len(a.held)}
+		a.held = append(a.held, h)
 	}
 	h.departed = false // whoever speaks after a goodbye is back
 	way.shared = way.shared || last != nil
@@ -163,11 +164,14 @@ func (r *router) holdLocked(a *agentConn, uid wire.UID, format wire.Format) (h *
 // dropLocked ends h, unless it has ended; the connection that held the route before is
 // current again.
 func (r *router) dropLocked(h *hold) {
-	if _, held := h.agent.held[h]; !held {
+	if h.index == ended {
 		return
 	}
-	way := h.route
-	delete(h.agent.held, h)
+	a, way := h.agent, h.route
+	last := a.held[len(a.held)-1] // takes the place of h
+	a.held[h.index], last.index = last, h.index
+	a.held[len(a.held)-1] = nil
+	a.held, h.index = a.held[:len(a.held)-1], ended
 	way.holds = without(way.holds, h)
 	if len(way.holds) == 0 {
 		delete(r.routes, way.uid)
@@ -186,7 +190,7 @@ func (r *router) depart(h *hold) {
 
 // forgetDepartedLocked makes room: behind a gateway, agents come and go on one connection.
 func (r *router) forgetDepartedLocked(a *agentConn) {
-	for h := range a.held {
+	for _, h := range slices.Backward(a.held) { // what takes the place of one dropped was looked at
 		if h.departed {
 			r.dropLocked(h)
 		}
@@ -198,7 +202,7 @@ func (r *router) reached(a *agentConn) []*hold {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	holds := make([]*hold, 0, len(a.held))
-	for h := range a.held {
+	for _, h := range a.held {
 		if h.route.current.Load() == h {
 			holds = append(holds, h)
 		}
@@ -211,7 +215,8 @@ func (r *router) reached(a *agentConn) []*hold {
 func (r *router) release(a *agentConn) (gone []*hold) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for h := range a.held {
+	for len(a.held) > 0 {
+		h := a.held[len(a.held)-1]
 		r.dropLocked(h)
 		if !h.departed && len(h.route.holds) == 0 && h.replaces == nil {
 			gone = append(gone, h)

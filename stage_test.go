@@ -207,7 +207,7 @@ func (r *running) wantConsistent() {
 		if l := a.link.Load(); l != nil && l == a.attached {
 			require.Contains(r.t, l.agents, a)
 		}
-		for h := range a.held {
+		for _, h := range a.held {
 			require.Same(r.t, a, h.agent)
 			require.Same(r.t, h.route, r.router.routes[h.route.uid], "a route is held that is not in the table")
 			require.Contains(r.t, h.route.holds, h)

@@ -89,7 +89,7 @@ type Outbox[S any] struct {
 	socket  Socket[S]
 	limit   int
 	account *memory.Account
-	agent   AgentSocket[S] // the socket of an agent's; nil for a link's
+	ofLink  bool
 
 	// mu guards what follows. It is never held while the socket is written to.
 	mu      sync.Mutex
@@ -115,13 +115,13 @@ type waiter[S any] struct {
 // once written, its memory is used again.
 func New[S any](socket AgentSocket[S], limit int, account *memory.Account) *Outbox[S] {
 	o := NewForLink[S](socket, limit, account)
-	o.agent, o.queue = socket, o.first[:0]
+	o.ofLink, o.queue = false, o.first[:0]
 	return o
 }
 
 // NewForLink returns a link's outbox; see New.
 func NewForLink[S any](socket Socket[S], limit int, account *memory.Account) *Outbox[S] {
-	o := &Outbox[S]{socket: socket, limit: limit, account: account}
+	o := &Outbox[S]{socket: socket, limit: limit, account: account, ofLink: true}
 	o.changed.L = &o.mu
 	return o
 }
@@ -139,7 +139,7 @@ func (o *Outbox[S]) Try(e Entry[S]) error {
 		return ErrFull
 	}
 	o.queueLocked(e)
-	if o.writing || o.agent == nil {
+	if o.writing || o.ofLink {
 		o.startLocked()
 		o.mu.Unlock()
 		return nil
@@ -274,7 +274,7 @@ func (o *Outbox[S]) startLocked() {
 		o.writing = true
 		o.changed.Broadcast()
 	default:
-		o.writing, o.stays = true, o.agent == nil
+		o.writing, o.stays = true, o.ofLink
 		go o.write()
 	}
 }
@@ -301,7 +301,7 @@ func (o *Outbox[S]) closeLocked() {
 
 // writeNow is the writer for what the socket takes at once. The rest is for a goroutine.
 func (o *Outbox[S]) writeNow(batch []Entry[S]) {
-	n, err := o.agent.TryBatch(batch)
+	n, err := o.socket.(AgentSocket[S]).TryBatch(batch)
 	if err != nil {
 		o.fail(batch[n:])
 		return
@@ -340,7 +340,7 @@ func (o *Outbox[S]) next(written []Entry[S]) []Entry[S] {
 	if len(o.queue) == 0 {
 		o.writing = false
 		o.changed.Broadcast()
-		if o.agent != nil {
+		if !o.ofLink {
 			o.queue, o.first = o.first[:0], [1]Entry[S]{} // an idle one holds nothing
 			return nil
 		}
@@ -356,7 +356,7 @@ func (o *Outbox[S]) next(written []Entry[S]) []Entry[S] {
 			return nil
 		}
 	}
-	if o.agent == nil {
+	if o.ofLink {
 		// Those who are about to bring something do so first: it is all written in one call.
 		o.mu.Unlock()
 		runtime.Gosched()
