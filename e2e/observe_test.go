@@ -44,14 +44,14 @@ func TestMetrics(t *testing.T) {
 		down += a.bytes - a.own
 	}
 	wantSamples(t, metrics, map[string]float64{
-		`otelcol_opampgateway_connections{direction="upstream"}`:              3,
-		`otelcol_opampgateway_connections{direction="downstream"}`:            agents,
-		`otelcol_opampgateway_messages{direction="upstream"}`:                 agents * each,
-		`otelcol_opampgateway_messages{direction="downstream"}`:               agents * each,
-		`otelcol_opampgateway_messages_bytes{direction="upstream"}`:           float64(up),
-		`otelcol_opampgateway_messages_bytes{direction="downstream"}`:         float64(down),
-		`otelcol_opampgateway_admissions{outcome="accepted"}`:                 agents,
-		`otelcol_opampgateway_admissions{outcome="refused"}`:                  1,
+		`otelcol_opampgateway_connections{direction="upstream"}`:      3,
+		`otelcol_opampgateway_connections{direction="downstream"}`:    agents,
+		`otelcol_opampgateway_messages{direction="upstream"}`:         agents * each,
+		`otelcol_opampgateway_messages{direction="downstream"}`:       agents * each,
+		`otelcol_opampgateway_messages_bytes{direction="upstream"}`:   float64(up),
+		`otelcol_opampgateway_messages_bytes{direction="downstream"}`: float64(down),
+		`otelcol_opampgateway_admissions{outcome="accepted"}`:         agents,
+		`otelcol_opampgateway_admissions{outcome="refused"}`:          1,
 	})
 	latency := samples(t, metrics)[`otelcol_opampgateway_messages_latency_sum{direction="upstream"}`]
 	require.Greater(t, latency, 0.0, "milliseconds that messages spent in the gateway")

@@ -136,12 +136,12 @@ func ParseResult(data []byte) (requestUID string, result Result, err error) {
 	}
 	err = json.Unmarshal(data, &message)
 	switch {
-	case message.RequestUID != "" && err != nil: // something else has another type than it should
-		return message.RequestUID, Result{}, nil
-	case err != nil:
+	case message.RequestUID == "" && err != nil:
 		return "", Result{}, fmt.Errorf("read request_uid: %w", err)
 	case message.RequestUID == "":
 		return "", Result{}, errors.New("read request_uid: missing")
+	case err != nil: // something else is of another type than it should be
+		message.Result = Result{}
 	}
 	return message.RequestUID, message.Result, nil
 }

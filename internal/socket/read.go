@@ -3,6 +3,7 @@ package socket
 import (
 	"cmp"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 
@@ -246,7 +247,7 @@ func (s *Socket) header() error {
 // peek returns the next n bytes without taking them.
 func (s *Socket) peek(n int) ([]byte, error) {
 	b, err := s.in.Peek(n)
-	if err == io.EOF && len(b) > 0 {
+	if errors.Is(err, io.EOF) && len(b) > 0 {
 		err = io.ErrUnexpectedEOF
 	}
 	return b, err
@@ -265,7 +266,7 @@ func (s *Socket) readPayload(b []byte) (int, error) {
 		f.read += n
 		f.left -= n
 	}
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
 	}
 	return n, err

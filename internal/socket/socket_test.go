@@ -914,11 +914,7 @@ func TestNothingCountsAsWrittenThatWasNotHandedOver(t *testing.T) {
 // What there is no room for at once is written later, from just where it was left.
 func TestWhatWasTriedIsFinishedLater(t *testing.T) {
 	certificate := selfSigned(t)
-	for name, open := range map[string]func(t *testing.T) *fixture{
-		"client": func(t *testing.T) *fixture { return newFixture(t, true, unlimited, 1<<20) },
-		"server": func(t *testing.T) *fixture { return newFixture(t, false, unlimited, 1<<20) },
-		"tls":    func(t *testing.T) *fixture { return newTLSFixture(t, certificate) },
-	} {
+	for _, name := range []string{"client", "server", "tls"} {
 		t.Run(name, func(t *testing.T) {
 			random := rand.New(rand.NewPCG(1, 2))
 			for range 100 {
@@ -944,7 +940,12 @@ func TestWhatWasTriedIsFinishedLater(t *testing.T) {
 				}
 				room := random.IntN(40_000)
 				synctest.Test(t, func(t *testing.T) {
-					f := open(t)
+					var f *fixture
+					if name == "tls" {
+						f = newTLSFixture(t, certificate)
+					} else {
+						f = newFixture(t, name == "client", unlimited, 1<<20)
+					}
 					f.conn.out.capacity = room
 					tried, err := TryBatch(f.Socket, batch)
 					require.NoError(t, err)

@@ -54,7 +54,7 @@ var attempts = sync.Pool{New: func() any {
 func (a *attempt) do(fd uintptr) bool {
 	for {
 		n, err := syscall.Write(int(fd), a.b)
-		switch err { //nolint:errorlint // the kernel's own are bare
+		switch err {
 		case nil:
 			a.n = n
 		case syscall.EINTR:
@@ -81,9 +81,9 @@ func (in *lazyInput) read(fd uintptr) bool {
 	for {
 		n, err := syscall.Read(int(fd), buffer)
 		switch {
-		case err == syscall.EINTR: //nolint:errorlint // the kernel's own are bare
+		case err == syscall.EINTR:
 			continue
-		case err == syscall.EAGAIN: //nolint:errorlint // the kernel's own are bare
+		case err == syscall.EAGAIN:
 			in.release()
 			return false
 		case err != nil:
