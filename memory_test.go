@@ -3,6 +3,7 @@ package opampgateway
 import (
 	"encoding/binary"
 	"fmt"
+	"runtime"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -158,5 +159,26 @@ func TestDeadAgentThatWaits(t *testing.T) {
 		link.ReadOn()
 	}, connections(1), func(cfg *Config) {
 		cfg.Server.KeepAlive = KeepAliveConfig{Interval: time.Minute, Timeout: 2 * time.Minute}
+	})
+}
+
+// TestMemoryIsGivenBack has the collector's memory collected after many agents have come or gone, once.
+func TestMemoryIsGivenBack(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		collections := func() uint32 {
+			var stats runtime.MemStats
+			time.Sleep(2 * agentSweepInterval)
+			runtime.ReadMemStats(&stats)
+			return stats.NumForcedGC
+		}
+		alice := s.introduce("alice")
+		before := collections()
+		require.Equal(t, before, collections(), "for nothing")
+		s.gateway.server.moves.Add(manyMoves - 2)
+		require.Equal(t, before, collections(), "for less than many")
+		alice.SayGoodbye()
+		s.introduce("bob")
+		require.Equal(t, before+1, collections())
+		require.Equal(t, before+1, collections(), "once")
 	})
 }

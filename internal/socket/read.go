@@ -151,13 +151,18 @@ func (s *Socket) Release() {
 
 // skip reads past what is left of a message that is of no use.
 func (s *Socket) skip() error {
+	if !s.skipping {
+		return nil
+	}
+	scratch := inputs.Get().(*[inputSize]byte)
+	defer inputs.Put(scratch)
 	for s.skipping {
 		for s.frame.left > 0 {
-			if _, err := s.peek(1); err != nil {
+			n, err := s.in.Read(scratch[:min(s.frame.left, inputSize)])
+			if err != nil {
 				return err
 			}
 			s.alive()
-			n, _ := s.in.Discard(min(s.frame.left, s.in.Buffered()))
 			s.frame.left -= n
 		}
 		if s.frame.fin {
