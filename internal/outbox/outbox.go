@@ -89,7 +89,7 @@ type Outbox[S any] struct {
 	socket  Socket[S]
 	limit   int
 	account *memory.Account
-	ofLink  bool
+	ofLink  bool // the writer stays, and gathers
 
 	// mu guards what follows. It is never held while the socket is written to.
 	mu      sync.Mutex
