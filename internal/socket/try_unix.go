@@ -53,7 +53,7 @@ var attempts = sync.Pool{New: func() any {
 
 func (a *attempt) do(fd uintptr) bool {
 	for {
-		n, err := syscall.Write(int(fd), a.b)
+		n, err := writeNow(fd, a.b)
 		switch err {
 		case nil:
 			a.n = n
@@ -77,9 +77,9 @@ func (r *rawConn) readWhenReady(in *lazyInput) error {
 // read is one call to the kernel. It reports false if nothing has come yet; the buffer is not kept
 // while it waits.
 func (in *lazyInput) read(fd uintptr) bool {
-	buffer := in.take()
+	in.take()
 	for {
-		n, err := syscall.Read(int(fd), buffer)
+		n, err := readNow(fd, in.buffer) // which is empty
 		switch {
 		case err == syscall.EINTR:
 			continue
