@@ -3,6 +3,7 @@
 package socket
 
 import (
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -54,12 +55,12 @@ var attempts = sync.Pool{New: func() any {
 func (a *attempt) do(fd uintptr) bool {
 	for {
 		n, err := writeNow(fd, a.b)
-		switch err {
-		case nil:
+		switch {
+		case err == nil:
 			a.n = n
-		case syscall.EINTR:
+		case errors.Is(err, syscall.EAGAIN):
+		case errors.Is(err, syscall.EINTR):
 			continue
-		case syscall.EAGAIN:
 		default:
 			a.err = os.NewSyscallError("write", err)
 		}
@@ -81,17 +82,17 @@ func (in *lazyInput) read(fd uintptr) bool {
 	for {
 		n, err := readNow(fd, in.buffer) // which is empty
 		switch {
-		case err == syscall.EINTR:
-			continue
-		case err == syscall.EAGAIN:
+		case err == nil && n > 0:
+			in.end += n
+		case err == nil:
+			in.err = io.EOF
+		case errors.Is(err, syscall.EAGAIN):
 			in.release()
 			return false
-		case err != nil:
-			in.err = os.NewSyscallError("read", err)
-		case n == 0:
-			in.err = io.EOF
+		case errors.Is(err, syscall.EINTR):
+			continue
 		default:
-			in.end += n
+			in.err = os.NewSyscallError("read", err)
 		}
 		return true
 	}
