@@ -93,7 +93,6 @@ func TestLostUp(t *testing.T) {
 		w := tr.link()
 		tr.hitWay(tr.gateway, w.conn, "was reset")
 		w.conn.Reset()
-		time.Sleep(time.Millisecond)
 		tr.says(nil, false)
 		tr.says(tr.link(), true)
 		tr.want(1, map[string]int{})

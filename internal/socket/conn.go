@@ -6,6 +6,10 @@ import (
 	"sync"
 )
 
+// maxRest bounds what is kept of one connection, in bytes: what TLS makes of a batch, and some for
+// what it says by itself. A peer that asks for new keys and reads nothing gets no further.
+const maxRest = 2 * tlsChunkSize
+
 // Conn is a network connection, below TLS if there is any, to which can be written without
 // waiting. Until New takes it over it is what it is made of.
 type Conn struct {
@@ -60,6 +64,9 @@ func (c *Conn) Write(b []byte) (int, error) {
 		if n, err = c.tryWrite(b); err != nil {
 			return n, err
 		}
+	}
+	if len(c.rest)+len(b)-n > maxRest {
+		return n, ErrStalled
 	}
 	c.rest = append(c.rest, b[n:]...)
 	return len(b), nil

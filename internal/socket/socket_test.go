@@ -978,6 +978,22 @@ func newTLSFixture(t *testing.T, certificate tls.Certificate) *fixture {
 	return f
 }
 
+// TLS answers by itself, too; a peer that has it answer again and again, and reads nothing, must not
+// have the answers pile up.
+func TestWhatIsKeptIsBounded(t *testing.T) {
+	near, _ := memPipe(100)
+	conn := Wrap(near)
+	conn.keep()
+	var err error
+	kept := 0
+	for ; err == nil; kept += 50 {
+		require.LessOrEqual(t, kept, maxRest+100)
+		_, err = conn.Write(make([]byte, 50))
+	}
+	require.ErrorIs(t, err, ErrStalled)
+	assert.Greater(t, kept, tlsChunkSize, "what TLS makes of a batch has to fit")
+}
+
 // A connection that breaks while it is only tried is an error like any other.
 func TestTryingABrokenConnectionFails(t *testing.T) {
 	for _, client := range []bool{true, false} {
