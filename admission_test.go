@@ -46,7 +46,7 @@ func TestQuestion(t *testing.T) {
 
 		s.connect("bob")
 		require.NotEqual(t, question.RequestUID, s.server.WantQuestion().RequestUID)
-		s.wantAdmissions(telemetry.Accepted, 2)
+		s.wantAdmissions(telemetry.OutcomeAccepted, 2)
 	})
 }
 
@@ -101,7 +101,7 @@ func TestRefusal(t *testing.T) {
 					require.NoError(t, err, "the body is as long as it should be")
 					require.NotEmpty(t, body)
 				}
-				s.wantAdmissions(telemetry.Refused, 1)
+				s.wantAdmissions(telemetry.OutcomeRefused, 1)
 			})
 		})
 	}
@@ -202,7 +202,7 @@ func TestAnswersInAnyOrder(t *testing.T) {
 		require.Empty(t, knock)
 		question.Accept()
 		s.wantLetIn(knock)
-		s.wantFaults(map[telemetry.Reason]int{telemetry.ServerStray: strays})
+		s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonServerStray: strays})
 	})
 }
 
@@ -218,7 +218,7 @@ func TestAgentHangsUp(t *testing.T) {
 			cancel()
 			require.Error(s.t, (<-knock).err)
 		}
-		s.wantAdmissions(telemetry.Abandoned, n)
+		s.wantAdmissions(telemetry.OutcomeAbandoned, n)
 		s.wantConsistent()
 		s.wantNobody()
 	}
@@ -232,7 +232,7 @@ func TestAgentHangsUp(t *testing.T) {
 			for _, q := range questions {
 				q.Accept()
 			}
-			s.wantFault(telemetry.ServerStray, 20)
+			s.wantFault(telemetry.ReasonServerStray, 20)
 			s.wantNobody()
 		})
 	})
@@ -258,7 +258,7 @@ func TestAgentHangsUp(t *testing.T) {
 			require.Len(t, s.server.Questions(), askWindow)
 			cancel()
 			require.Error(t, (<-knock).err)
-			s.wantAdmissions(telemetry.Abandoned, 1)
+			s.wantAdmissions(telemetry.OutcomeAbandoned, 1)
 			for _, q := range s.server.Questions() {
 				q.Accept()
 			}
@@ -303,7 +303,7 @@ func TestNoLink(t *testing.T) {
 			s.start()
 			answer := s.wantTurnedAway(s.knock("alice"))
 			require.Equal(t, 10*time.Second, answer.took)
-			s.wantAdmissions(telemetry.NoLink, 1)
+			s.wantAdmissions(telemetry.OutcomeNoLink, 1)
 		})
 	})
 
@@ -355,7 +355,7 @@ func TestNoAnswer(t *testing.T) {
 	play(t, func(t *testing.T, s *stage) {
 		s.server.OnConnect((*gatewaytest.Question).Silence)
 		require.Equal(t, 40*time.Second, s.wantTurnedAway(s.knock("alice")).took)
-		s.wantAdmissions(telemetry.NoAnswer, 1)
+		s.wantAdmissions(telemetry.OutcomeNoAnswer, 1)
 	})
 
 	t.Run("in a time of one's own choice", func(t *testing.T) {
@@ -414,7 +414,7 @@ func TestServerCannotBeAsked(t *testing.T) {
 					require.Zero(t, s.wantTurnedAway(s.knock("cathy")).took)
 				}
 				require.Len(t, s.server.Questions(), 2, "this server is not asked again")
-				s.wantAdmissions(telemetry.CannotAsk, 22)
+				s.wantAdmissions(telemetry.OutcomeCannotAsk, 22)
 				require.Len(t, s.logged(zap.WarnLevel, "server::agent_admission"), 1)
 				require.Contains(t, s.logged(zap.WarnLevel, "")[0].Message, "com.bindplane.opamp-gateway")
 
@@ -454,7 +454,7 @@ func TestAdmissionAccept(t *testing.T) {
 		link.Push(gatewaytest.Offer(alice.UID, "x", 10))
 		alice.WantFrame(gatewaytest.Offer(alice.UID, "x", 10))
 		require.Empty(t, s.server.Questions())
-		s.wantAdmissions(telemetry.Accepted, 1)
+		s.wantAdmissions(telemetry.OutcomeAccepted, 1)
 
 		link.Reset()
 		alice.WantFullStateRequest()
@@ -555,7 +555,7 @@ func TestTooManyHandshakes(t *testing.T) {
 	play(t, func(t *testing.T, s *stage) {
 		s.running.server.waiting.Add(maxHandshakes)
 		require.Zero(t, s.wantTurnedAway(s.knock("alice")).took)
-		s.wantAdmissions(telemetry.TooMany, 1)
+		s.wantAdmissions(telemetry.OutcomeTooMany, 1)
 		require.Empty(t, s.server.Questions())
 		s.running.server.waiting.Add(-maxHandshakes)
 		s.connect("alice")

@@ -38,20 +38,20 @@ func TestBadMessage(t *testing.T) {
 		reason telemetry.Reason
 		stated bool // it states alice's uid, so that it can be answered even if she has said nothing else
 	}{
-		{"garbage", []byte("GET / HTTP/1.1\r\n\r\n"), telemetry.BadFrame, false},
-		{"garbage after the header", []byte("\x00\xff\xff\xff\xff"), telemetry.BadFrame, false},
-		{"empty", nil, telemetry.BadFrame, false},
-		{"another header", slices.Concat([]byte{1}, status[1:]), telemetry.BadFrame, false},
-		{"two headers", slices.Concat([]byte{0}, status), telemetry.BadFrame, false},
-		{"truncated", status[:len(status)-1], telemetry.BadFrame, true},
-		{"truncated in the uid", status[:10], telemetry.BadFrame, false},
-		{"with more behind it", slices.Concat(status, []byte{0xff}), telemetry.BadFrame, true},
-		{"header only", []byte{0}, telemetry.BadUID, false},
-		{"no uid", gatewaytest.Status(nil, 1), telemetry.BadUID, false},
-		{"uid of 5 bytes", gatewaytest.Status([]byte("alice"), 1), telemetry.BadUID, false},
-		{"uid of 17 bytes", gatewaytest.Status([]byte("alice89012345678."), 1), telemetry.BadUID, false},
-		{"uid of 25 bytes", gatewaytest.Status([]byte("alice89012345678.........")[:25], 1), telemetry.BadUID, false},
-		{"uid of 1 MiB", gatewaytest.Status(make([]byte, 1<<20), 1), telemetry.BadUID, false},
+		{"garbage", []byte("GET / HTTP/1.1\r\n\r\n"), telemetry.ReasonBadFrame, false},
+		{"garbage after the header", []byte("\x00\xff\xff\xff\xff"), telemetry.ReasonBadFrame, false},
+		{"empty", nil, telemetry.ReasonBadFrame, false},
+		{"another header", slices.Concat([]byte{1}, status[1:]), telemetry.ReasonBadFrame, false},
+		{"two headers", slices.Concat([]byte{0}, status), telemetry.ReasonBadFrame, false},
+		{"truncated", status[:len(status)-1], telemetry.ReasonBadFrame, true},
+		{"truncated in the uid", status[:10], telemetry.ReasonBadFrame, false},
+		{"with more behind it", slices.Concat(status, []byte{0xff}), telemetry.ReasonBadFrame, true},
+		{"header only", []byte{0}, telemetry.ReasonBadUID, false},
+		{"no uid", gatewaytest.Status(nil, 1), telemetry.ReasonBadUID, false},
+		{"uid of 5 bytes", gatewaytest.Status([]byte("alice"), 1), telemetry.ReasonBadUID, false},
+		{"uid of 17 bytes", gatewaytest.Status([]byte("alice89012345678."), 1), telemetry.ReasonBadUID, false},
+		{"uid of 25 bytes", gatewaytest.Status([]byte("alice89012345678.........")[:25], 1), telemetry.ReasonBadUID, false},
+		{"uid of 1 MiB", gatewaytest.Status(make([]byte, 1<<20), 1), telemetry.ReasonBadUID, false},
 		{"a question without request_uid", nil, "", false},
 	} {
 		if test.reason == "" {
@@ -88,7 +88,7 @@ func TestBadMessage(t *testing.T) {
 			wantBadRequest(t, agent, alice)
 			agent.SendText(string(status))
 			wantBadRequest(t, agent, alice)
-			s.wantFaults(map[telemetry.Reason]int{telemetry.BadFrame: 2})
+			s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonBadFrame: 2})
 			s.server.WantFrame(alice, agent.Say(1))
 		})
 	})
@@ -128,7 +128,7 @@ func TestTooManyBadMessages(t *testing.T) {
 		}
 		alice.WantNothing()
 		alice.WantConnected()
-		s.wantFault(telemetry.BadFrame, 5*(maxBadInRow-1)+maxBadInRow)
+		s.wantFault(telemetry.ReasonBadFrame, 5*(maxBadInRow-1)+maxBadInRow)
 		s.server.WantFrame(bob.UID, bob.Say(1))
 		_, err := alice.WantEnd(20 * time.Second)
 		require.True(t, websocket.IsCloseError(err, websocket.CloseInvalidFramePayloadData), err)
@@ -162,7 +162,7 @@ func TestBadQuestion(t *testing.T) {
 				gateway.Send(gatewaytest.Frame(&protobufs.AgentToServer{CustomMessage: &protobufs.CustomMessage{
 					Capability: gatewaytest.GatewayCapability, Type: gatewaytest.ConnectType, Data: []byte(body),
 				}}))
-				s.wantFaults(map[telemetry.Reason]int{telemetry.BadFrame: 1})
+				s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonBadFrame: 1})
 				gateway.WantConnected()
 				require.Len(t, s.server.Questions(), 1)
 				gateway.Send(gatewaytest.Connect("1", "10.9.8.7:6", nil))
@@ -208,7 +208,7 @@ func TestBrokenWebSocket(t *testing.T) {
 		alice.WantConnected() // or it would be back thousands of times a second
 		alice.WantClosed(websocket.CloseProtocolError)
 		s.server.WantGoodbye(alice.UID)
-		s.wantFault(telemetry.BadFrame, 1)
+		s.wantFault(telemetry.ReasonBadFrame, 1)
 		s.server.WantFrame(bob.UID, bob.Say(1))
 
 		link := s.linkOf(bob)
@@ -254,7 +254,7 @@ func TestFloodForNobody(t *testing.T) {
 		}
 		link.Push(gatewaytest.Offer(alice.UID, "x", 100))
 		alice.WantFrame(gatewaytest.Offer(alice.UID, "x", 100))
-		s.wantFaults(map[telemetry.Reason]int{telemetry.ServerUnknownUID: 5000})
+		s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonServerUnknownUID: 5000})
 		require.Less(t, len(s.logs.All()), 50)
 	})
 }

@@ -88,8 +88,8 @@ func TestChainRefusal(t *testing.T) {
 		headers := c.door.WantRefused(t, "alice", http.StatusUpgradeRequired)
 		require.Equal(t, "OpAMP/v0.9.0", headers.Get("Upgrade"))
 		require.Equal(t, "too old", headers.Get("X-Reason"))
-		c.lower.wantAdmissions(telemetry.Refused, 1)
-		c.wantAdmissions(telemetry.Accepted, 3)
+		c.lower.wantAdmissions(telemetry.OutcomeRefused, 1)
+		c.wantAdmissions(telemetry.OutcomeAccepted, 3)
 	})
 }
 
@@ -199,7 +199,7 @@ func TestForeignConnect(t *testing.T) {
 					alice.Say(sequence)
 				}
 				start := time.Now()
-				s.wantFaults(map[telemetry.Reason]int{telemetry.ForeignConnect: 1})
+				s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonForeignConnect: 1})
 				alice.WantConnected()
 				s.server.WantNothing(alice.UID)
 				s.server.WantFrame(bob.UID, bob.Say(1))
@@ -233,14 +233,14 @@ func TestRelayedQuestions(t *testing.T) {
 		}
 		one.WantMessage(gatewaytest.ConnectResult("of one", gatewaytest.Verdict{Accept: true, Status: 200}))
 		two.WantMessage(gatewaytest.ConnectResult("of two", gatewaytest.Verdict{Accept: true, Status: 200}))
-		s.wantFault(telemetry.ServerStray, 2)
+		s.wantFault(telemetry.ReasonServerStray, 2)
 
 		// An answer after the admission time is nobody's any more.
 		one.Send(gatewaytest.Connect("late", "10.9.8.7:6", nil))
 		late := s.server.WantQuestion()
 		time.Sleep(50 * time.Second)
 		late.Accept()
-		s.wantFault(telemetry.ServerStray, 3)
+		s.wantFault(telemetry.ReasonServerStray, 3)
 
 		// Nor one for a gateway that has gone.
 		two.Send(gatewaytest.Connect("gone", "10.9.8.7:6", nil))
@@ -275,7 +275,7 @@ func TestChainLinkLost(t *testing.T) {
 				}
 			}
 		}
-		c.lower.wantFault(telemetry.LinkLost, 1)
+		c.lower.wantFault(telemetry.ReasonLinkLost, 1)
 		c.wantConsistent()
 		c.lower.wantConsistent()
 		// The agents were claimed again elsewhere, so nobody says goodbye for them.

@@ -197,12 +197,12 @@ func (s *downstreamServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 func (s *downstreamServer) admit(w http.ResponseWriter, r *http.Request) telemetry.Outcome {
 	if !s.checkRequest(w, r) {
-		return telemetry.BadRequest
+		return telemetry.OutcomeBadRequest
 	}
 	defer s.waiting.Add(-1)
 	if s.waiting.Add(1) > maxHandshakes {
 		refuseForNow(w, "too many agents are waiting to connect")
-		return telemetry.TooMany
+		return telemetry.OutcomeTooMany
 	}
 	// The listener's write timeout counts from the request; the server may take longer.
 	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(answerCeiling))
@@ -212,7 +212,7 @@ func (s *downstreamServer) admit(w http.ResponseWriter, r *http.Request) telemet
 	a, err := s.newAgent(r)
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
-		return telemetry.BadRequest
+		return telemetry.OutcomeBadRequest
 	}
 	verdict, err := s.pool.admit(ctx, a)
 	if err != nil {
@@ -225,16 +225,16 @@ func (s *downstreamServer) admit(w http.ResponseWriter, r *http.Request) telemet
 		status := verdict.RefusalStatus()
 		s.log.Debug("server refused agent", zap.String("remote_address", a.remote), zap.Int("status", status))
 		http.Error(w, "refused by the OpAMP server: "+http.StatusText(status), status)
-		return telemetry.Refused
+		return telemetry.OutcomeRefused
 	}
 	ws, err := s.upgrader.Upgrade(w, r, nil)
 	if err != nil {
 		s.pool.detach(a, nil)
 		s.log.Debug("agent left before it was let in", zap.String("remote_address", a.remote), zap.Error(err))
-		return telemetry.Abandoned
+		return telemetry.OutcomeAbandoned
 	}
 	a.start(ws.NetConn())
-	return telemetry.Accepted
+	return telemetry.OutcomeAccepted
 }
 
 // checkRequest refuses what can never become an agent's connection, before anybody is asked.
@@ -264,16 +264,16 @@ func (s *downstreamServer) checkRequest(w http.ResponseWriter, r *http.Request) 
 func (s *downstreamServer) turnAway(w http.ResponseWriter, r *http.Request, err error) telemetry.Outcome {
 	switch {
 	case r.Context().Err() != nil:
-		return telemetry.Abandoned
+		return telemetry.OutcomeAbandoned
 	case errors.Is(err, errCannotAsk):
 		refuseForNow(w, "the OpAMP server cannot be asked about agents")
-		return telemetry.CannotAsk
+		return telemetry.OutcomeCannotAsk
 	case errors.Is(err, errNoLink):
 		refuseForNow(w, "there is no connection to the OpAMP server")
-		return telemetry.NoLink
+		return telemetry.OutcomeNoLink
 	default:
 		refuseForNow(w, "the OpAMP server did not answer in time")
-		return telemetry.NoAnswer
+		return telemetry.OutcomeNoAnswer
 	}
 }
 
@@ -407,7 +407,7 @@ func (s *downstreamServer) shed() {
 		if l.agent.shed.Swap(true) {
 			continue
 		}
-		s.tel.Fault(telemetry.MemoryFull)
+		s.tel.Fault(telemetry.ReasonMemoryFull)
 		s.events.Warn("memory for messages is used up, see max_buffered_size; closing the connection of the agent that most waits for",
 			zap.String("remote_address", l.agent.remote), zap.Int("bytes", l.memory))
 		l.agent.Close()
@@ -520,12 +520,12 @@ func (a *agentConn) relayAll() error {
 		case err == nil:
 			err = a.relay(frame)
 		case errors.Is(err, socket.ErrTooLarge):
-			a.offend(telemetry.TooLarge, websocket.CloseMessageTooBig, "message above max_message_size")
+			a.offend(telemetry.ReasonTooLarge, websocket.CloseMessageTooBig, "message above max_message_size")
 			return err
 		case errors.Is(err, socket.ErrText):
-			err = a.reject(telemetry.BadFrame, &wire.Fields{}, "text message; OpAMP messages are binary")
+			err = a.reject(telemetry.ReasonBadFrame, &wire.Fields{}, "text message; OpAMP messages are binary")
 		case errors.Is(err, socket.ErrProtocol):
-			a.offend(telemetry.BadFrame, websocket.CloseProtocolError, err.Error())
+			a.offend(telemetry.ReasonBadFrame, websocket.CloseProtocolError, err.Error())
 		}
 		if err != nil {
 			return err
@@ -539,7 +539,7 @@ func (a *agentConn) relay(frame []byte) error {
 	taken := clock()
 	f, err := wire.ScanAgentToServer(frame)
 	if err != nil {
-		return a.reject(telemetry.BadFrame, &f, err.Error())
+		return a.reject(telemetry.ReasonBadFrame, &f, err.Error())
 	}
 	if f.CustomMessage != nil {
 		if kind, data := connect.Message(f.CustomMessage); kind != connect.Other {
@@ -550,15 +550,15 @@ func (a *agentConn) relay(frame []byte) error {
 	if a.hold == nil || !a.uid.Is(f.UID) || a.hold.route.current.Load() != a.hold {
 		if err := a.claim(&f); err != nil {
 			if errors.Is(err, errTooManyUIDs) {
-				a.offend(telemetry.TooManyUIDs, websocket.ClosePolicyViolation, "too many instance UIDs on one connection")
+				a.offend(telemetry.ReasonTooManyUIDs, websocket.ClosePolicyViolation, "too many instance UIDs on one connection")
 				return err
 			}
-			return a.reject(telemetry.BadUID, &f, err.Error())
+			return a.reject(telemetry.ReasonBadUID, &f, err.Error())
 		}
 	}
 	a.bad = 0
 	if err := a.send(entry{Frame: frame, Kind: outbox.Message, Sender: a, Taken: taken}); err != nil {
-		a.server.tel.Fault(telemetry.FrameLost)
+		a.server.tel.Fault(telemetry.ReasonFrameLost)
 		return err
 	}
 	if a.hold.format.Departs(&f) {
@@ -579,7 +579,7 @@ func (a *agentConn) claim(f *wire.Fields) error {
 		return err
 	}
 	if rival != nil {
-		a.server.tel.Fault(telemetry.UIDConflict)
+		a.server.tel.Fault(telemetry.ReasonUIDConflict)
 		if rival.fresh {
 			a.server.events.Info("instance UID is in use on two connections: an agent has reconnected, or was cloned; the one that spoke last gets the replies",
 				zap.Stringer("agent", uid), zap.String("remote_address", a.remote), zap.String("other_address", rival.agent.remote))
@@ -593,20 +593,20 @@ func (a *agentConn) claim(f *wire.Fields) error {
 // other connection it would let an agent that was let in try out credentials.
 func (a *agentConn) relayConnect(frame []byte, f *wire.Fields, kind connect.Kind, data []byte, taken int64) error {
 	if !a.gateway || kind != connect.Connect || len(f.UID) > 0 {
-		a.offend(telemetry.ForeignConnect, websocket.ClosePolicyViolation, "only a gateway may ask about agents")
+		a.offend(telemetry.ReasonForeignConnect, websocket.ClosePolicyViolation, "only a gateway may ask about agents")
 		return errForeignConnect
 	}
 	requestUID, err := connect.RequestUID(data)
 	if err != nil {
-		return a.reject(telemetry.BadFrame, f, err.Error())
+		return a.reject(telemetry.ReasonBadFrame, f, err.Error())
 	}
 	a.bad = 0
 	if l := a.link.Load(); l != nil && !l.expectFor(requestUID, a) {
-		a.server.tel.Fault(telemetry.FrameLost) // the gateway below asks again
+		a.server.tel.Fault(telemetry.ReasonFrameLost) // the gateway below asks again
 		return nil
 	}
 	if err := a.send(entry{Frame: frame, Kind: outbox.Message, Sender: a, Taken: taken}); err != nil {
-		a.server.tel.Fault(telemetry.FrameLost)
+		a.server.tel.Fault(telemetry.ReasonFrameLost)
 		return err
 	}
 	return nil
@@ -653,7 +653,7 @@ func (a *agentConn) pause() (ctx context.Context, over func()) {
 // Piece returns memory for a large message, and waits for it when there is none; the socket calls it.
 func (a *agentConn) Piece(size, message int) ([]byte, error) {
 	return a.memory.Piece(size, message, func() (context.Context, func()) {
-		a.server.tel.Fault(telemetry.MemoryFull)
+		a.server.tel.Fault(telemetry.ReasonMemoryFull)
 		a.server.events.Warn("memory for messages is used up, see max_buffered_size; agents with large messages wait",
 			zap.String("remote_address", a.remote))
 		return a.pause()
@@ -712,7 +712,7 @@ func (a *agentConn) discard() {
 func (a *agentConn) deliver(frame []byte, taken int64) bool {
 	err := a.outbox.Try(entry{Frame: frame, Kind: outbox.Message, Taken: taken})
 	if errors.Is(err, outbox.ErrFull) {
-		a.server.tel.Fault(telemetry.AgentSlow)
+		a.server.tel.Fault(telemetry.ReasonAgentSlow)
 		a.server.events.Info("agent reads too slowly; closing its connection", zap.String("remote_address", a.remote))
 		a.close(websocket.CloseTryAgainLater, "agent reads too slowly")
 	}
@@ -748,7 +748,7 @@ func (a *agentConn) WriteBatch(batch []entry) (int, error) {
 	n, err := socket.WriteBatch(a.sock, batch)
 	countRelayed(&a.server.tel.Down, batch[:n])
 	if err != nil && errors.Is(err, socket.ErrStalled) {
-		a.server.tel.Fault(telemetry.AgentSlow)
+		a.server.tel.Fault(telemetry.ReasonAgentSlow)
 	}
 	return n, err
 }
@@ -788,14 +788,14 @@ func (a *agentConn) sweep(now time.Time, limits sweepLimits) {
 			(*cancel)()
 		}
 	} else if a.memory.Overdue(a.sock.Received(), leastProgress) {
-		a.server.tel.Fault(telemetry.MemoryFull)
+		a.server.tel.Fault(telemetry.ReasonMemoryFull)
 		a.server.events.Warn("memory for messages is used up, see max_buffered_size; closing the connection of an agent that sends a large one too slowly",
 			zap.String("remote_address", a.remote))
 		a.close(websocket.CloseTryAgainLater, "sends too slowly")
 	}
 	switch quiet := a.sock.Sweep(); {
 	case quiet >= limits.close && !a.muted.Swap(true): // it may be elsewhere already
-		a.server.tel.Fault(telemetry.AgentSilent)
+		a.server.tel.Fault(telemetry.ReasonAgentSilent)
 		a.server.events.Info("no sign of life from agent; closing its connection", zap.String("remote_address", a.remote))
 		a.close(websocket.CloseGoingAway, "no sign of life")
 	case quiet >= limits.ping:

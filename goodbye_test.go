@@ -133,7 +133,7 @@ func TestNoGoodbye(t *testing.T) {
 			s.server.WantFrame(back.UID, gatewaytest.Status(back.UID, 1))
 			synctest.Wait()
 			s.server.WantNothing(back.UID)
-			s.wantFault(telemetry.UIDConflict, 0)
+			s.wantFault(telemetry.ReasonUIDConflict, 0)
 		}, connections(1))
 	})
 }

@@ -32,7 +32,7 @@ func TestSilentLink(t *testing.T) {
 			time.Sleep(2 * time.Minute) // until alice was asked once more
 			alice.WantFullStateRequest()
 			link = s.linkOf(alice)
-			s.wantFault(telemetry.LinkSilent, wait+1)
+			s.wantFault(telemetry.ReasonLinkSilent, wait+1)
 		}
 		require.NotEmpty(t, s.logged(zap.WarnLevel, "no sign of life from the server"))
 		alice.WantConnected()
@@ -59,7 +59,7 @@ func TestServerDoesNotRead(t *testing.T) {
 		time.Sleep(15 * time.Second)
 		s.wantFaults(nil)
 		time.Sleep(10 * time.Second)
-		s.wantFault(telemetry.LinkSilent, 1)
+		s.wantFault(telemetry.ReasonLinkSilent, 1)
 		link.ReadOn()
 		link.WantEnd()
 		bob.WantFullStateRequest()
@@ -100,10 +100,10 @@ func TestSilentAgent(t *testing.T) {
 				}
 				require.GreaterOrEqual(t, time.Since(begin), test.earliest)
 				require.LessOrEqual(t, time.Since(begin), test.atLatest)
-				s.wantFaults(map[telemetry.Reason]int{telemetry.AgentSilent: 1})
+				s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonAgentSilent: 1})
 				s.server.WantNothing(alice.UID) // it may be elsewhere already
 				s.server.WantLinks(3)[0].Push(gatewaytest.Offer(alice.UID, "x", 10))
-				s.wantFault(telemetry.ServerUnknownUID, 1)
+				s.wantFault(telemetry.ReasonServerUnknownUID, 1)
 				bob.WantConnected()
 			}, test.change)
 		})
@@ -160,6 +160,6 @@ func TestPausedAgent(t *testing.T) {
 		alice.WantConnected()
 		s.server.Start()
 		s.server.WantFrame(alice.UID, gatewaytest.Status(alice.UID, 1))
-		s.wantFaults(map[telemetry.Reason]int{telemetry.LinkLost: 3})
+		s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonLinkLost: 3})
 	}, func(cfg *Config) { cfg.Server.GracePeriod = 10 * time.Minute })
 }

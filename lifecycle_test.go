@@ -365,7 +365,7 @@ func TestNothingSecretIsLogged(t *testing.T) {
 		s.stop()
 
 		s.wantNotLogged(secret)
-		for _, reason := range []telemetry.Reason{telemetry.UIDConflict, telemetry.ServerNoUID, telemetry.ServerBadFrame, telemetry.BadFrame, telemetry.ForeignConnect, telemetry.AgentSlow, telemetry.AgentRefused, telemetry.LinkLost} {
+		for _, reason := range []telemetry.Reason{telemetry.ReasonUIDConflict, telemetry.ReasonServerNoUID, telemetry.ReasonServerBadFrame, telemetry.ReasonBadFrame, telemetry.ReasonForeignConnect, telemetry.ReasonAgentSlow, telemetry.ReasonAgentRefused, telemetry.ReasonLinkLost} {
 			require.NotZero(t, s.counted("faults", string(reason)), "%s has not happened", reason)
 		}
 		require.Less(t, len(s.logs.All()), 100, "a handful of lines per event")

@@ -49,7 +49,7 @@ func TestStalledAgents(t *testing.T) {
 		}
 		synctest.Wait()
 		require.LessOrEqual(t, s.running.server.memory.Down.Held(), 4<<20)
-		closed := int(s.counted("faults", string(telemetry.MemoryFull)))
+		closed := int(s.counted("faults", string(telemetry.ReasonMemoryFull)))
 		require.Greater(t, closed, 5)
 		require.Less(t, closed, 20)
 		s.wantConnections(21 - closed)
@@ -155,7 +155,7 @@ func TestDeadAgentThatWaits(t *testing.T) {
 		alice.Reset()
 		time.Sleep(20 * time.Second)
 		s.wantConnections(0)
-		s.wantFault(telemetry.FrameLost, 1)
+		s.wantFault(telemetry.ReasonFrameLost, 1)
 		link.ReadOn()
 	}, connections(1), func(cfg *Config) {
 		cfg.Server.KeepAlive = KeepAliveConfig{Interval: time.Minute, Timeout: 2 * time.Minute}

@@ -233,7 +233,7 @@ func TestRedial(t *testing.T) {
 		require.Equal(t, 5*time.Second, lost(0))
 		require.Zero(t, lost(time.Minute), "at once, since it lived for a minute")
 		require.Equal(t, 500*time.Millisecond, lost(0))
-		s.wantFault(telemetry.LinkLost, 17)
+		s.wantFault(telemetry.ReasonLinkLost, 17)
 	}, connections(1), exactly)
 
 	t.Run("one link does not wait for another", func(t *testing.T) {

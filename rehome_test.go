@@ -124,7 +124,7 @@ func TestLinkLost(t *testing.T) {
 					a.WantNothing()
 					a.WantConnected()
 				}
-				s.wantFaults(map[telemetry.Reason]int{telemetry.LinkLost: 1})
+				s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonLinkLost: 1})
 			})
 		})
 	}
@@ -180,7 +180,7 @@ func TestLinkLostUnwritten(t *testing.T) {
 					require.Equal(t, n+10, last)
 					a.WantConnected()
 				}
-				s.wantFaults(map[telemetry.Reason]int{telemetry.LinkLost: 1})
+				s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonLinkLost: 1})
 				s.wantSpread(3, 3)
 			}, connections(1))
 		})
@@ -296,7 +296,7 @@ func TestServerGone(t *testing.T) {
 		s.wantReachable(agents...)
 		s.wantSpread(n, 1+n/10)
 		s.wantConsistent()
-		s.wantFaults(map[telemetry.Reason]int{telemetry.LinkLost: 3})
+		s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonLinkLost: 3})
 	})
 }
 
@@ -326,8 +326,8 @@ func TestServerGoneForLong(t *testing.T) {
 		require.GreaterOrEqual(t, ends[0], time.Minute)
 		require.LessOrEqual(t, ends[n-1], 90*time.Second)
 		require.Greater(t, ends[n-1]-ends[0], 15*time.Second, "spread over time")
-		s.wantFault(telemetry.GraceOver, n)
-		s.wantFault(telemetry.FrameLost, 1)
+		s.wantFault(telemetry.ReasonGraceOver, n)
+		s.wantFault(telemetry.ReasonFrameLost, 1)
 		s.server.Start()
 		s.server.WantLinks(3)
 		synctest.Wait()
@@ -362,7 +362,7 @@ func TestReintroduction(t *testing.T) {
 				loseLink(s)
 				alice.WantClosed(websocket.ClosePolicyViolation)
 				bob.WantFullStateRequest()
-				s.wantFault(telemetry.AgentRefused, 1)
+				s.wantFault(telemetry.ReasonAgentRefused, 1)
 				s.server.WantNothing(alice.UID) // no goodbye: it is not the server's any more
 				s.wantReachable(bob)
 			}, connections(1))
@@ -410,7 +410,7 @@ func TestReintroduction(t *testing.T) {
 					require.True(t, websocket.IsCloseError(err, websocket.CloseTryAgainLater), err)
 					require.GreaterOrEqual(t, at.Sub(lost), time.Minute)
 					require.LessOrEqual(t, at.Sub(lost), 90*time.Second)
-					s.wantFault(telemetry.GraceOver, 1)
+					s.wantFault(telemetry.ReasonGraceOver, 1)
 					require.LessOrEqual(t, len(s.server.Questions()), 2+90/5)
 				}, connections(1))
 			})
@@ -433,7 +433,7 @@ func TestReintroduction(t *testing.T) {
 			alice.WantNothing()
 			second.Accept()
 			alice.WantFullStateRequest()
-			s.wantFault(telemetry.ServerStray, 1)
+			s.wantFault(telemetry.ReasonServerStray, 1)
 		}, connections(1))
 	})
 

@@ -75,7 +75,7 @@ func relayCapture(s *stage, directory string) {
 	require.NotZero(s.t, up)
 	synctest.Wait()
 	agent.WantNothing()
-	s.wantFault(telemetry.ServerNoUID, unaddressed)
+	s.wantFault(telemetry.ReasonServerNoUID, unaddressed)
 	require.EqualValues(s.t, up, s.counted("messages", "upstream"))
 	require.EqualValues(s.t, down-unaddressed, s.counted("messages", "downstream"))
 }
@@ -293,7 +293,7 @@ func TestRelayLarge(t *testing.T) {
 				alice.Send(report(alice.UID, limit+1))
 				alice.Say(2)
 			}()
-			s.wantFault(telemetry.TooLarge, 1)
+			s.wantFault(telemetry.ReasonTooLarge, 1)
 			alice.WantConnected() // it is closed late, so that it does not come back at once
 			s.server.WantFrame(bob.UID, bob.Say(1))
 			_, err := alice.WantEnd(20 * time.Second)
@@ -302,7 +302,7 @@ func TestRelayLarge(t *testing.T) {
 			require.LessOrEqual(t, time.Since(start), 15*time.Second)
 			s.server.WantGoodbye(alice.UID)
 			s.server.WantNothing(alice.UID)
-			s.wantFaults(map[telemetry.Reason]int{telemetry.TooLarge: 1})
+			s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonTooLarge: 1})
 		}, lower)
 	})
 
@@ -316,7 +316,7 @@ func TestRelayLarge(t *testing.T) {
 				link.Push(next)
 			}()
 			alice.WantFrame(next)
-			s.wantFaults(map[telemetry.Reason]int{telemetry.ServerTooLarge: 2})
+			s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonServerTooLarge: 2})
 			require.True(t, link.Open())
 		}, lower)
 	})
@@ -328,21 +328,21 @@ func TestRelayNobody(t *testing.T) {
 		alice := s.introduce("alice")
 		link := s.linkOf(alice)
 		link.Push(gatewaytest.Offer(gatewaytest.UID("bob"), "x", 10))
-		s.wantFault(telemetry.ServerUnknownUID, 1)
+		s.wantFault(telemetry.ReasonServerUnknownUID, 1)
 
 		link.Push([]byte{0}) // to keep the connection alive
-		s.wantFaults(map[telemetry.Reason]int{telemetry.ServerUnknownUID: 1})
+		s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonServerUnknownUID: 1})
 
 		for range 3 {
 			link.Push(gatewaytest.Offer(nil, "x", 10))
 		}
-		s.wantFault(telemetry.ServerNoUID, 3)
+		s.wantFault(telemetry.ReasonServerNoUID, 3)
 		require.Len(t, s.logged(zap.WarnLevel, "without instance_uid"), 1)
 
 		link.Push([]byte{0, 0xff})
 		link.Push([]byte("\x00\x0a\x10too short"))
 		link.PushText("hello")
-		s.wantFault(telemetry.ServerBadFrame, 3)
+		s.wantFault(telemetry.ReasonServerBadFrame, 3)
 
 		next := gatewaytest.Offer(alice.UID, "next", 10)
 		link.Push(next)
@@ -383,7 +383,7 @@ func TestManyUIDs(t *testing.T) {
 			for i := range maxUIDs + 1 {
 				proxy.Send(gatewaytest.Status(uid(i), 0))
 			}
-			s.wantFaults(map[telemetry.Reason]int{telemetry.TooManyUIDs: 1})
+			s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonTooManyUIDs: 1})
 			require.Empty(t, s.server.Received(uid(maxUIDs)))
 			_, err := proxy.WantEnd(16 * time.Second)
 			require.True(t, websocket.IsCloseError(err, websocket.ClosePolicyViolation), err)
@@ -432,12 +432,12 @@ func TestOneUIDTwice(t *testing.T) {
 		clone.Say(1)
 		s.server.Next(alice.UID)
 		wantAnswered(clone)
-		s.wantFault(telemetry.UIDConflict, 1)
+		s.wantFault(telemetry.ReasonUIDConflict, 1)
 
 		alice.Say(2)
 		s.server.Next(alice.UID)
 		wantAnswered(alice)
-		s.wantFault(telemetry.UIDConflict, 2)
+		s.wantFault(telemetry.ReasonUIDConflict, 2)
 
 		alice.Vanish()
 		synctest.Wait()
@@ -496,7 +496,7 @@ func TestNewUID(t *testing.T) {
 			links[2].Push(gatewaytest.Offer(wanda, "after", 10))
 			alice.WantFrame(gatewaytest.Offer(wanda, "after", 10))
 			links[2].Push(gatewaytest.Offer(alice.UID, "to the old one", 10))
-			s.wantFaults(map[telemetry.Reason]int{telemetry.ServerUnknownUID: 1})
+			s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonServerUnknownUID: 1})
 
 			alice.Vanish()
 			s.server.WantGoodbye(wanda)

@@ -25,7 +25,7 @@ func TestSlowAgent(t *testing.T) {
 			bob.WantFrame(gatewaytest.Offer(bob.UID, fmt.Sprint(i), 100))
 		}
 		require.Zero(t, time.Since(begin), "somebody waited for alice")
-		s.wantFault(telemetry.AgentSlow, 1)
+		s.wantFault(telemetry.ReasonAgentSlow, 1)
 		time.Sleep(3 * time.Second)
 		s.wantConnections(1)
 		s.server.WantGoodbye(alice.UID)
@@ -48,7 +48,7 @@ func TestSlowAgent(t *testing.T) {
 			for i := range len(alice.Inbox()) { // what fit arrives, without a gap
 				alice.WantFrame(gatewaytest.Offer(alice.UID, fmt.Sprint(i), 100_000))
 			}
-			s.wantFault(telemetry.AgentSlow, 1)
+			s.wantFault(telemetry.ReasonAgentSlow, 1)
 		}, connections(1))
 	})
 
@@ -82,7 +82,7 @@ func TestSlowAgent(t *testing.T) {
 			s.wantConnections(1)
 			time.Sleep(7 * time.Second) // what moved first may have done so at any time in the first part
 			s.wantConnections(0)
-			s.wantFaults(map[telemetry.Reason]int{telemetry.AgentSlow: 1})
+			s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonAgentSlow: 1})
 			s.server.WantGoodbye(alice.UID)
 		}, connections(1), func(cfg *Config) {
 			cfg.Agents.KeepAlive = KeepAliveConfig{Interval: 10 * time.Minute, Timeout: 20 * time.Minute}

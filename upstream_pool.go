@@ -240,7 +240,7 @@ func (p *upstreamPool) keep(slot int) {
 			dialAtOnce = true
 			delays.Reset()
 		}
-		p.tel.Fault(telemetry.LinkLost)
+		p.tel.Fault(telemetry.ReasonLinkLost)
 		log.Warn("lost connection to the server, connecting again", zap.Error(err), zap.Duration("after", time.Since(up).Round(time.Millisecond)))
 		if !dialAtOnce {
 			_ = sleep(p.dialing, delays.NextBackOff())
@@ -546,7 +546,7 @@ func (p *upstreamPool) rehome(a *agentConn, from *link) {
 			return
 		}
 		if err != nil {
-			p.letGo(a, telemetry.GraceOver, websocket.CloseTryAgainLater, "no connection to the server")
+			p.letGo(a, telemetry.ReasonGraceOver, websocket.CloseTryAgainLater, "no connection to the server")
 			return
 		}
 		delay, err := p.introduce(ctx, a, l)
@@ -556,7 +556,7 @@ func (p *upstreamPool) rehome(a *agentConn, from *link) {
 			continue
 		case errors.Is(err, errRefused):
 			a.muted.Store(true) // it is not the server's any more
-			p.letGo(a, telemetry.AgentRefused, websocket.ClosePolicyViolation, "refused by the server")
+			p.letGo(a, telemetry.ReasonAgentRefused, websocket.ClosePolicyViolation, "refused by the server")
 			return
 		case err != nil:
 			_ = sleep(ctx, delay)
@@ -684,7 +684,7 @@ func (p *upstreamPool) sweep(now time.Time, limits sweepLimits) {
 	for _, l := range p.links() {
 		switch quiet := l.sock.Sweep(); {
 		case quiet >= limits.close:
-			p.tel.Fault(telemetry.LinkSilent)
+			p.tel.Fault(telemetry.ReasonLinkSilent)
 			p.log.Warn("no sign of life from the server; closing the connection", zap.String("link", p.linkName(l.slot)))
 			l.sock.Close()
 		case quiet >= limits.ping:
@@ -776,9 +776,9 @@ func (l *link) read() error {
 		case err == nil:
 			l.relay(frame)
 		case errors.Is(err, socket.ErrTooLarge):
-			l.pool.tel.Fault(telemetry.ServerTooLarge)
+			l.pool.tel.Fault(telemetry.ReasonServerTooLarge)
 		case errors.Is(err, socket.ErrText):
-			l.pool.tel.Fault(telemetry.ServerBadFrame)
+			l.pool.tel.Fault(telemetry.ReasonServerBadFrame)
 		default:
 			var closed *websocket.CloseError
 			if errors.As(err, &closed) && closed.Code != websocket.CloseAbnormalClosure {
@@ -795,7 +795,7 @@ func (l *link) relay(frame []byte) {
 	taken := clock()
 	f, err := wire.ScanServerToAgent(frame)
 	if err != nil {
-		l.pool.tel.Fault(telemetry.ServerBadFrame)
+		l.pool.tel.Fault(telemetry.ReasonServerBadFrame)
 		return
 	}
 	if f.CustomMessage != nil {
@@ -810,7 +810,7 @@ func (l *link) relay(frame []byte) {
 	}
 	h := l.pool.router.find(f.UID)
 	if h == nil {
-		l.pool.tel.Fault(telemetry.ServerUnknownUID)
+		l.pool.tel.Fault(telemetry.ReasonServerUnknownUID)
 		l.sock.Drop(frame)
 		return
 	}
@@ -839,7 +839,7 @@ func (l *link) rename(frame []byte, h *hold) {
 		return
 	}
 	if err := l.pool.router.rename(h, uid); err != nil {
-		l.pool.tel.Fault(telemetry.TooManyUIDs)
+		l.pool.tel.Fault(telemetry.ReasonTooManyUIDs)
 	}
 }
 
@@ -897,7 +897,7 @@ func (l *link) takeUnaddressed(frame []byte, f *wire.Fields) {
 	}
 	message, err := decode(frame)
 	if err != nil {
-		l.pool.tel.Fault(telemetry.ServerBadFrame)
+		l.pool.tel.Fault(telemetry.ReasonServerBadFrame)
 		return
 	}
 	l.noteCapabilities(frame, f)
@@ -913,7 +913,7 @@ func (l *link) takeUnaddressed(frame []byte, f *wire.Fields) {
 		}
 	case f.Has(wire.FieldCustomCapabilities): // noted
 	default:
-		l.pool.tel.Fault(telemetry.ServerNoUID)
+		l.pool.tel.Fault(telemetry.ReasonServerNoUID)
 		if !l.toldNoUID {
 			l.toldNoUID = true
 			l.pool.log.Warn("server sends messages without instance_uid; nobody can tell which agent they are for, so they are dropped",
@@ -1033,7 +1033,7 @@ func (l *link) awaitPause(ctx context.Context) error {
 func (l *link) answer(frame []byte, f *wire.Fields, data []byte, taken int64) {
 	requestUID, result, err := connect.ParseResult(data)
 	if err != nil {
-		l.pool.tel.Fault(telemetry.ServerBadFrame)
+		l.pool.tel.Fault(telemetry.ReasonServerBadFrame)
 		return
 	}
 	l.mu.Lock()
@@ -1056,7 +1056,7 @@ func (l *link) answer(frame []byte, f *wire.Fields, data []byte, taken int64) {
 			a.sendOwn(wire.Format{Header: true}.CustomCapabilities(wire.UID{}, caps.names))
 		}
 	default:
-		l.pool.tel.Fault(telemetry.ServerStray)
+		l.pool.tel.Fault(telemetry.ReasonServerStray)
 	}
 }
 

@@ -24,25 +24,25 @@ type Reason string
 
 // The reasons.
 const (
-	BadFrame         Reason = "bad_frame"          // an agent's message cannot be read
-	BadUID           Reason = "bad_uid"            // an agent's message has no instance UID, or none of 16 or 26 bytes
-	ForeignConnect   Reason = "foreign_connect"    // a connect from what is no gateway, or with an instance UID
-	TooManyUIDs      Reason = "too_many_uids"      // one connection claims more instance UIDs than it may
-	TooLarge         Reason = "too_large"          // an agent's message is above max_message_size
-	UIDConflict      Reason = "uid_conflict"       // an instance UID is in use on two connections
-	AgentSlow        Reason = "agent_slow"         // an agent's outbox is full, or a write to it makes no progress
-	AgentSilent      Reason = "agent_silent"       // no sign of life from an agent
-	AgentRefused     Reason = "agent_refused"      // the server refused an agent that was introduced again
-	ServerBadFrame   Reason = "server_bad_frame"   // a server's message cannot be read
-	ServerTooLarge   Reason = "server_too_large"   // a server's message is above max_message_size
-	ServerNoUID      Reason = "server_no_uid"      // a server's message says not whom it is for
-	ServerUnknownUID Reason = "server_unknown_uid" // a server's message is for an agent that is not here
-	ServerStray      Reason = "server_stray"       // a connectResult that nobody waits for
-	LinkSilent       Reason = "link_silent"        // no sign of life from the server
-	LinkLost         Reason = "link_lost"          // a link ended
-	GraceOver        Reason = "grace_over"         // an agent let go because no link came back in time
-	MemoryFull       Reason = "memory_full"        // an agent waits, or is closed, because messages take all the memory they may
-	FrameLost        Reason = "frame_lost"         // an agent's message that could no longer be delivered
+	ReasonBadFrame         Reason = "bad_frame"          // an agent's message cannot be read
+	ReasonBadUID           Reason = "bad_uid"            // an agent's message has no instance UID, or none of 16 or 26 bytes
+	ReasonForeignConnect   Reason = "foreign_connect"    // a connect from what is no gateway, or with an instance UID
+	ReasonTooManyUIDs      Reason = "too_many_uids"      // one connection claims more instance UIDs than it may
+	ReasonTooLarge         Reason = "too_large"          // an agent's message is above max_message_size
+	ReasonUIDConflict      Reason = "uid_conflict"       // an instance UID is in use on two connections
+	ReasonAgentSlow        Reason = "agent_slow"         // an agent's outbox is full, or a write to it makes no progress
+	ReasonAgentSilent      Reason = "agent_silent"       // no sign of life from an agent
+	ReasonAgentRefused     Reason = "agent_refused"      // the server refused an agent that was introduced again
+	ReasonServerBadFrame   Reason = "server_bad_frame"   // a server's message cannot be read
+	ReasonServerTooLarge   Reason = "server_too_large"   // a server's message is above max_message_size
+	ReasonServerNoUID      Reason = "server_no_uid"      // a server's message says not whom it is for
+	ReasonServerUnknownUID Reason = "server_unknown_uid" // a server's message is for an agent that is not here
+	ReasonServerStray      Reason = "server_stray"       // a connectResult that nobody waits for
+	ReasonLinkSilent       Reason = "link_silent"        // no sign of life from the server
+	ReasonLinkLost         Reason = "link_lost"          // a link ended
+	ReasonGraceOver        Reason = "grace_over"         // an agent let go because no link came back in time
+	ReasonMemoryFull       Reason = "memory_full"        // an agent waits, or is closed, because messages take all the memory they may
+	ReasonFrameLost        Reason = "frame_lost"         // an agent's message that could no longer be delivered
 )
 
 // Outcome says how an agent's request to connect ended, in the outcome attribute of
@@ -51,14 +51,14 @@ type Outcome string
 
 // The outcomes.
 const (
-	Accepted   Outcome = "accepted"    // let in
-	Refused    Outcome = "refused"     // by the server
-	NoLink     Outcome = "no_link"     // there was no link to ask the server on
-	NoAnswer   Outcome = "no_answer"   // the server did not answer in time
-	CannotAsk  Outcome = "cannot_ask"  // the server does not know the gateway capability
-	TooMany    Outcome = "too_many"    // too many were waiting
-	BadRequest Outcome = "bad_request" // not a WebSocket upgrade, or from a foreign origin
-	Abandoned  Outcome = "abandoned"   // the agent hung up while it waited
+	OutcomeAccepted   Outcome = "accepted"    // let in
+	OutcomeRefused    Outcome = "refused"     // by the server
+	OutcomeNoLink     Outcome = "no_link"     // there was no link to ask the server on
+	OutcomeNoAnswer   Outcome = "no_answer"   // the server did not answer in time
+	OutcomeCannotAsk  Outcome = "cannot_ask"  // the server does not know the gateway capability
+	OutcomeTooMany    Outcome = "too_many"    // too many were waiting
+	OutcomeBadRequest Outcome = "bad_request" // not a WebSocket upgrade, or from a foreign origin
+	OutcomeAbandoned  Outcome = "abandoned"   // the agent hung up while it waited
 )
 
 // Direction is which way messages travel.

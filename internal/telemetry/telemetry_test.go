@@ -96,9 +96,9 @@ func TestMessagesAreCountedByManyAtOnce(t *testing.T) {
 
 func TestFaultsAreCountedByReason(t *testing.T) {
 	tel, collected := start(t, none, none)
-	tel.Fault(telemetry.BadFrame)
-	tel.Fault(telemetry.LinkLost)
-	tel.Fault(telemetry.BadFrame)
+	tel.Fault(telemetry.ReasonBadFrame)
+	tel.Fault(telemetry.ReasonLinkLost)
+	tel.Fault(telemetry.ReasonBadFrame)
 	metadatatest.AssertEqualOpampgatewayFaults(t, collected, []metricdata.DataPoint[int64]{
 		point("reason", "bad_frame", 2), point("reason", "link_lost", 1),
 	}, metricdatatest.IgnoreTimestamp())
@@ -106,9 +106,9 @@ func TestFaultsAreCountedByReason(t *testing.T) {
 
 func TestAdmissionsAreCountedByOutcome(t *testing.T) {
 	tel, collected := start(t, none, none)
-	tel.Admission(telemetry.Accepted)
-	tel.Admission(telemetry.Refused)
-	tel.Admission(telemetry.Accepted)
+	tel.Admission(telemetry.OutcomeAccepted)
+	tel.Admission(telemetry.OutcomeRefused)
+	tel.Admission(telemetry.OutcomeAccepted)
 	metadatatest.AssertEqualOpampgatewayAdmissions(t, collected, []metricdata.DataPoint[int64]{
 		point("outcome", "accepted", 2), point("outcome", "refused", 1),
 	}, metricdatatest.IgnoreTimestamp())
