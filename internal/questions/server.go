@@ -1,0 +1,119 @@
+package questions
+
+import (
+	"sync"
+	"time"
+)
+
+const (
+	// deafFor is how long a deaf server is left alone before it is tried with a question.
+	deafFor = 10 * time.Minute
+
+	// endsBeforeDeaf is at how many questions a server may end the link before it is deaf.
+	endsBeforeDeaf = 2
+
+	// sameEnd is the time within which links end by one crash of the server.
+	sameEnd = time.Second
+)
+
+// Server is what is known about the server as one to be asked. All books of a gateway share it, and
+// it outlives them.
+//
+// Some servers do not understand questions: they answer them as something else, end the connection,
+// or even crash. Such a server is deaf, and is asked no more, so that agents are told at once instead
+// of waiting for ever and the server crashing again; after a while a single question tries it. A
+// server that has answered one question is never deaf again. One that is merely silent is not
+// either: it may be busy.
+type Server struct {
+	// mu guards what follows; see Book.mu for the order.
+	mu       sync.Mutex
+	answered bool      // a question, ever
+	ends     int       // of links, at a question
+	lastEnd  time.Time // the last of those
+	deaf     bool
+	trialAt  time.Time // if deaf: when a question may try it
+	trying   bool      // if deaf: one does
+}
+
+// NewServer returns a server that nobody has asked yet.
+func NewServer() *Server { return &Server{} }
+
+// Deaf reports whether the server cannot be asked now. When it is time to try it, it can be.
+func (s *Server) Deaf(now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.deafLocked(now)
+}
+
+func (s *Server) deafLocked(now time.Time) bool {
+	return s.deaf && (s.trying || now.Before(s.trialAt))
+}
+
+// isDeaf reports whether the server is deaf, be it time to try it or not.
+func (s *Server) isDeaf() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.deaf
+}
+
+// mayAsk reports whether the server may be asked, and whether the question is the one to try it
+// with; if so, tried has to be called once that is decided.
+func (s *Server) mayAsk(now time.Time) (trial, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.deafLocked(now) {
+		return false, false
+	}
+	s.trying = s.deaf
+	return s.trying, true
+}
+
+// heard notes that the server answers questions.
+func (s *Server) heard() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.answered, s.deaf, s.trying = true, false, false
+}
+
+// tried ends a trial: in vain, or, if not, without any result, so that the next question is another
+// trial. It reports whether the server is deaf again.
+func (s *Server) tried(inVain bool, now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.trying = false
+	if !s.deaf || !inVain { // not deaf: it has answered another question since
+		return false
+	}
+	s.trialAt = now.Add(deafFor)
+	return true
+}
+
+// misunderstood notes that the server took a question for something else, and reports whether it is
+// deaf from now on.
+func (s *Server) misunderstood(now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.deafenLocked(now)
+}
+
+// endedAtQuestion notes that the server ended a link while a question was unanswered, and reports
+// whether it is deaf from now on. Links that end together end by one crash, at one question, even
+// when each has some.
+func (s *Server) endedAtQuestion(now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ends > 0 && now.Sub(s.lastEnd) < sameEnd {
+		return false
+	}
+	s.lastEnd = now
+	s.ends++
+	return s.ends >= endsBeforeDeaf && s.deafenLocked(now)
+}
+
+func (s *Server) deafenLocked(now time.Time) bool {
+	if s.answered || s.deaf {
+		return false
+	}
+	s.deaf, s.trialAt = true, now.Add(deafFor)
+	return true
+}
