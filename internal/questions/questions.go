@@ -297,9 +297,6 @@ func (b *Book[A]) GiveUp() (open []*Question[A]) {
 func (b *Book[A]) End(byServer bool, now time.Time) (open []*Question[A], deaf bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.ended {
-		return nil, false
-	}
 	b.ended = true
 	_, sent := b.lenLocked()
 	switch {

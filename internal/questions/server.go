@@ -72,7 +72,7 @@ func (s *Server) mayAsk(now time.Time) (trial, ok bool) {
 func (s *Server) heard() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.answered, s.deaf, s.trying = true, false, false
+	s.answered, s.deaf = true, false
 }
 
 // tried ends a trial: in vain, or, if not, without any result, so that the next question is another
