@@ -315,7 +315,7 @@ func TestQuestionTakesNoMoreThanItsBytes(t *testing.T) {
 	assert.Equal(t, len(question), cap(question))
 	frame := question.Frame("01980000-0000-7000-8000-00000000000a")
 	assert.Equal(t, len(frame), cap(frame))
-	assert.Equal(t, 1.0, testing.AllocsPerRun(1000, func() { question.Frame("01980000-0000-7000-8000-00000000000a") }))
+	assert.Less(t, testing.AllocsPerRun(1000, func() { question.Frame("01980000-0000-7000-8000-00000000000a") }), 2.0)
 	// The race detector has pools forget.
 	assert.Less(t, testing.AllocsPerRun(1000, func() { _, _ = connect.NewQuestion("192.0.2.1:1234", usual, nil) }), 4.0)
 }
