@@ -309,12 +309,13 @@ func (s *Socket) write(b []byte) error {
 
 // await writes b below TLS, and waits for room. It fails when nothing moves for the write timeout.
 // What moved is only known when a call returns, and when it moved is not known at all. So a call
-// gets a part of that time, where it can be taken up again; where it cannot, a small piece.
+// gets a part of that time, where it can be taken up again; where it cannot, it is a client's, whose
+// pieces are small.
 func (s *Socket) await(b []byte) error {
 	defer s.writing.Store(0)
-	parts, chunk := max(minStallParts, s.writeTimeout/stallPart), chunkSize
+	parts := max(minStallParts, s.writeTimeout/stallPart)
 	if !s.below.resumes() {
-		parts, chunk = 1, tlsChunkSize
+		parts = 1
 	}
 	for idle := time.Duration(0); len(b) > 0; {
 		if idle == 0 {
@@ -323,7 +324,7 @@ func (s *Socket) await(b []byte) error {
 		if err := s.setWriteDeadline(time.Now().Add(s.writeTimeout / parts)); err != nil {
 			return err
 		}
-		n, err := s.below.Conn.Write(b[:min(len(b), chunk)])
+		n, err := s.below.Conn.Write(b[:min(len(b), chunkSize)])
 		b = b[n:]
 		idle++
 		if n > 0 {
