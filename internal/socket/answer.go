@@ -70,7 +70,6 @@ func newHandshakeError(response *http.Response, proxy string, secrets []string) 
 		e.Status = strings.TrimSpace(strconv.Itoa(response.StatusCode) + " " + http.StatusText(response.StatusCode))
 	}
 	if location, err := url.Parse(response.Header.Get("Location")); err == nil && response.StatusCode/100 == 3 {
-		location.Path, _ = withoutSecrets(location.Path, secrets)
 		e.Location = words(Place(location), secrets)
 	}
 	body, _ := io.ReadAll(io.LimitReader(response.Body, maxBody)) // what has come is enough

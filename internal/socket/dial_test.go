@@ -319,6 +319,7 @@ func TestNoErrorTellsASecret(t *testing.T) {
 	require.EqualError(t, err, "server answered 401 Unauthorized: Secret-Key is unknown", "what is no secret is told")
 	err = dialed(t, scripted(t, "HTTP/1.1 401 Unauthorized\r\n\r\nno such key: hidden-authorization-of-the-gateway!", true), endpoint, headers)
 	require.EqualError(t, err, "server answered 401 Unauthorized: no such key:…")
+	wantNothing(t, dialed(t, scripted(t, "HTTP/1.1 404 Not Found\r\n\r\nnot found: /?hidden-token", true), "ws://server/?hidden-token", nil))
 	wantNothing(t, dialed(t, scripted(t, "", true), "ws://user:hidden-password@server/", nil))
 
 	through := func(proxy, answer string) error {

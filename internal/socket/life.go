@@ -66,6 +66,14 @@ func (l *life) Unanswered() bool {
 	return l.unanswered
 }
 
+// Excuse is for the next sweep like a sign of life: it is not the peer's silence when we do not read.
+// It answers nobody else, since it is none.
+func (l *life) Excuse() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lively = true
+}
+
 // sweep reports whether there was a sign of life since the last sweep.
 func (l *life) sweep() bool {
 	l.mu.Lock()

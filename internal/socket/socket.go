@@ -391,9 +391,6 @@ func (s *Socket) Stalled() time.Duration {
 	return 0
 }
 
-// Excuse counts as a sign of life: it is not the peer's silence when we do not read.
-func (s *Socket) Excuse() { s.alive() }
-
 // appendHeader appends the header of an unfragmented frame (RFC 6455, section 5.2).
 func appendHeader(b []byte, opcode byte, length int, masked bool, key [4]byte) []byte {
 	const fin, maskBit = 0x80, 0x80
