@@ -101,8 +101,8 @@ type Socket struct {
 
 	// Owned by the sweeper.
 	quiet       int32  // sweeps in a row without a sign of life
-	lastWritten uint64 // written at the last sweep
 	lastWriting bool   // a call to write had not returned at the last sweep
+	lastWritten uint64 // written at the last sweep
 }
 
 // New takes over conn, a *Conn or TLS over one, after the handshake, with what in has read of it
