@@ -2,13 +2,17 @@ package connect_test
 
 import (
 	"bytes"
+	"crypto/x509"
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/open-telemetry/opamp-go/protobufs"
 	"github.com/stretchr/testify/assert"
@@ -175,10 +179,9 @@ func TestQuestionIsWhatTheReferenceGatewayAsks(t *testing.T) {
 		require.NoError(t, json.Unmarshal(reference.GetCustomMessage().GetData(), &want))
 		require.NotEmpty(t, want.Headers["Authorization"], name)
 
-		question, err := connect.NewQuestion(want.RemoteAddress, want.Headers)
+		question, err := connect.NewQuestion(want.RemoteAddress, want.Headers, nil)
 		require.NoError(t, err)
-		frame, err := question.Frame(want.RequestUID)
-		require.NoError(t, err)
+		frame := question.Frame(want.RequestUID)
 		assert.Equal(t, want, wantQuestion(t, frame), name)
 
 		// Down to the keys: none is left out, none is of another type.
@@ -203,35 +206,153 @@ func TestQuestionCarriesWhateverHeadersAnAgentSends(t *testing.T) {
 		"weird-Case":    {"kept"},
 		"":              {"no name"},
 	}
-	question, err := connect.NewQuestion(`[::1%eth"0]:4320`, headers)
+	before := headers.Clone()
+	question, err := connect.NewQuestion(`[::1%eth"0]:4320`, headers, nil)
 	require.NoError(t, err)
-	frame, err := question.Frame("request-1")
-	require.NoError(t, err)
-	assert.Equal(t, connectJSON{"request-1", `[::1%eth"0]:4320`, headers}, wantQuestion(t, frame))
+	assert.Equal(t, connectJSON{"request-1", `[::1%eth"0]:4320`, headers}, wantQuestion(t, question.Frame("request-1")))
+	assert.Equal(t, before, headers)
 
 	// Bytes that are not text cannot stand in JSON. They may be refused by the server, but must
 	// not keep the agent from being asked about.
-	question, err = connect.NewQuestion("", http.Header{"X-Latin1": {"gr\xf6\xdfer"}})
+	question, err = connect.NewQuestion("", http.Header{"X-Latin1": {"gr\xf6\xdfer"}}, nil)
 	require.NoError(t, err)
-	frame, err = question.Frame("request-2")
+	assert.Equal(t, http.Header{"X-Latin1": {"gr\ufffd\ufffder"}}, wantQuestion(t, question.Frame("request-2")).Headers)
+
+	question, err = connect.NewQuestion("192.0.2.1:1234", nil, nil)
 	require.NoError(t, err)
-	assert.Equal(t, http.Header{"X-Latin1": {"gr\ufffd\ufffder"}}, wantQuestion(t, frame).Headers)
+	assert.Equal(t, connectJSON{"request-3", "192.0.2.1:1234", http.Header{}}, wantQuestion(t, question.Frame("request-3")))
 }
 
 // An agent that lost its link is introduced again, with the question asked before.
 func TestQuestionCanBeAskedAgain(t *testing.T) {
-	question, err := connect.NewQuestion("192.0.2.1:1234", http.Header{"Authorization": {"dummy"}})
+	question, err := connect.NewQuestion("192.0.2.1:1234", http.Header{"Authorization": {"dummy"}}, nil)
 	require.NoError(t, err)
 	before := bytes.Clone(question)
 	for _, requestUID := range []string{"request-1", "a-second-and-longer-request", "3"} {
-		frame, err := question.Frame(requestUID)
-		require.NoError(t, err)
-		asked := wantQuestion(t, frame)
+		asked := wantQuestion(t, question.Frame(requestUID))
 		assert.Equal(t, requestUID, asked.RequestUID)
 		assert.Equal(t, "192.0.2.1:1234", asked.RemoteAddress)
 		assert.Equal(t, http.Header{"Authorization": {"dummy"}}, asked.Headers)
 	}
 	assert.Equal(t, before, []byte(question))
+}
+
+// A server is told who an agent is by who has verified its certificate, never by the agent.
+func TestQuestionNamesTheVerifiedCertificate(t *testing.T) {
+	claimed := http.Header{
+		"Client-Cert": {":c3RvbGVu:"}, "client-cert": {":c3RvbGVu:"}, "CLIENT-CERT": {":c3RvbGVu:"},
+		"Client-Cert-Chain": {":c3RvbGVu:"}, "client-cert-CHAIN": {":c3RvbGVu:"},
+		"Client-Certificate": {"something else"},
+	}
+	before := claimed.Clone()
+	for name, test := range map[string]struct {
+		headers     http.Header
+		certificate *x509.Certificate
+		want        http.Header
+	}{
+		"without a certificate": {claimed, nil, http.Header{"Client-Certificate": {"something else"}}},
+		"with one": {
+			claimed, &x509.Certificate{Raw: []byte("\xff\xfe\xfdDER")},
+			http.Header{"Client-Certificate": {"something else"}, "Client-Cert": {"://79REVS:"}},
+		},
+		"with one, and nothing else": {nil, &x509.Certificate{Raw: []byte("DER!")}, http.Header{"Client-Cert": {":REVSIQ==:"}}},
+	} {
+		question, err := connect.NewQuestion("192.0.2.1:1234", test.headers, test.certificate)
+		require.NoError(t, err, name)
+		assert.Equal(t, test.want, wantQuestion(t, question.Frame("request-1")).Headers, name)
+	}
+	assert.Equal(t, before, claimed)
+}
+
+func TestQuestionIsBounded(t *testing.T) {
+	const most = 64 << 10
+	of := func(size int) http.Header {
+		return http.Header{"X": {"secret" + strings.Repeat("x", size-len("secret"))}}
+	}
+	question, err := connect.NewQuestion("", of(10_000), nil)
+	require.NoError(t, err)
+	rest := len(question) - 10_000
+	question, err = connect.NewQuestion("", of(most-rest), nil)
+	require.NoError(t, err)
+	assert.Len(t, question, most)
+
+	escaped := map[string]http.Header{
+		"one byte more":       of(most - rest + 1),
+		"a header":            of(1 << 20),
+		"much to be escaped":  {"X": {strings.Repeat("\x01", most/6)}},
+		"many names":          {},
+		"many values of one":  {"X": make([]string, most)},
+		"one name":            {strings.Repeat("x", most): {""}},
+		"a name with nothing": {strings.Repeat("x", most): nil},
+	}
+	for i := range 10_000 {
+		escaped["many names"]["X-"+strconv.Itoa(i)] = []string{""}
+	}
+	for name, headers := range escaped {
+		question, err := connect.NewQuestion("", headers, nil)
+		require.ErrorIs(t, err, connect.ErrQuestionTooLarge, name)
+		assert.Nil(t, question, name)
+		assert.NotContains(t, err.Error(), "secret")
+	}
+	_, err = connect.NewQuestion("", nil, &x509.Certificate{Raw: make([]byte, most)})
+	require.ErrorIs(t, err, connect.ErrQuestionTooLarge)
+	_, err = connect.NewQuestion(strings.Repeat("x", most), nil, nil)
+	require.ErrorIs(t, err, connect.ErrQuestionTooLarge)
+}
+
+// usual is what an agent sends.
+var usual = http.Header{
+	"Authorization": {"Secret-Key 01980000-0000-7000-8000-00000000000a"}, "Agent-Id": {"01980000-0000-7000-8000-00000000000a"},
+	"Agent-Version": {"v1.89.0"}, "Agent-Hostname": {"host.example.com"}, "Opamp-Version": {"v0.23.0"},
+	"User-Agent": {"opamp-go"}, "Connection": {"Upgrade"}, "Upgrade": {"websocket"},
+	"Sec-Websocket-Key": {"dGhlIHNhbXBsZSBub25jZQ=="}, "Sec-Websocket-Version": {"13"},
+}
+
+// A question is kept for as long as its agent is connected; each is asked while the server waits.
+func TestQuestionTakesNoMoreThanItsBytes(t *testing.T) {
+	question, err := connect.NewQuestion("192.0.2.1:1234", usual, nil)
+	require.NoError(t, err)
+	assert.Equal(t, len(question), cap(question))
+	frame := question.Frame("01980000-0000-7000-8000-00000000000a")
+	assert.Equal(t, len(frame), cap(frame))
+	assert.Less(t, testing.AllocsPerRun(1000, func() { question.Frame("01980000-0000-7000-8000-00000000000a") }), 2.0)
+	// The race detector has pools forget.
+	assert.Less(t, testing.AllocsPerRun(1000, func() { _, _ = connect.NewQuestion("192.0.2.1:1234", usual, nil) }), 4.0)
+}
+
+// FuzzQuestion compares what is put together by hand with what encoding/json makes of the same.
+func FuzzQuestion(f *testing.F) {
+	f.Add("192.0.2.1:1234", "Authorization", "Secret-Key dummy", "request-1")
+	f.Add(`"`, "\\", "\x00\b\t\n\v\f\r\x1f\x7f\"\\/<>&'", "2")
+	f.Add("gr\xf6\xdfer", "größer \u2028\u2029 🙂", "\xed\xa0\x80\xff\xf0\x9f\x99", "3")
+	f.Add("\xf0\x9f", "\ufffd", "\xc3", "")
+	f.Fuzz(func(t *testing.T, address, name, value, requestUID string) {
+		if strings.HasPrefix(strings.ToLower(name), "client-cert") || name == "Twice" {
+			return
+		}
+		headers := http.Header{name: {value}, "Twice": {value, name}}
+		question, err := connect.NewQuestion(address, headers, nil)
+		if err != nil {
+			require.ErrorIs(t, err, connect.ErrQuestionTooLarge)
+			require.Greater(t, len(address)+2*(len(name)+len(value)), 64<<10/6-100)
+			return
+		}
+		var want, got connectJSON
+		encoded, err := json.Marshal(connectJSON{RemoteAddress: address, Headers: headers})
+		require.NoError(t, err)
+		require.NoError(t, json.Unmarshal(encoded, &want))
+		require.NoError(t, json.Unmarshal(question, &got))
+		require.Equal(t, want, got)
+		if utf8.ValidString(address + "|" + name + "|" + value) {
+			require.Equal(t, connectJSON{RemoteAddress: address, Headers: headers}, got)
+		}
+		require.LessOrEqual(t, len(question), len(encoded))
+
+		if asked, err := json.Marshal(requestUID); err == nil && string(asked) == `"`+requestUID+`"` {
+			want.RequestUID = requestUID
+			require.Equal(t, want, wantQuestion(t, question.Frame(requestUID)))
+		}
+	})
 }
 
 func TestRequestUIDTiesAnswersToQuestions(t *testing.T) {
@@ -242,14 +363,104 @@ func TestRequestUIDTiesAnswersToQuestions(t *testing.T) {
 	assert.Equal(t, asked, answered)
 	assert.Len(t, asked, 36)
 
+	for data, want := range map[string]string{
+		`{"request_uid":"x"}`:                          "x",
+		" {\t\"request_uid\"\n:\r\"x\" } ":             "x",
+		`{"request_uid":"\u0078"}`:                     "x",
+		`{"request_uid":"gr\u00f6ßer"}`:                "größer",
+		`{"request_uid":"\"}, \\\"request_uid\":\"y"}`: `"}, \"request_uid":"y`,
+		`{"a":{"request_uid":"a"},"b":[{"request_uid":"b"},"}",-1.5e3],"c":true,"request_uid":"x","d":null}`: "x",
+		`{"request_uids":"a","xrequest_uid":"b","request_uid":"x"}`:                                          "x",
+		`{"request_uid":"` + strings.Repeat("x", 128) + `"}`:                                                 strings.Repeat("x", 128),
+		`{"request_uid":"` + strings.Repeat(`\u0078`, 128) + `"}`:                                            strings.Repeat("x", 128),
+	} {
+		requestUID, err := connect.RequestUID([]byte(data))
+		require.NoError(t, err, data)
+		assert.Equal(t, want, requestUID, data)
+	}
 	for _, data := range []string{
 		"", "{", "[]", "null", "{}", `{"request_uid":""}`, `{"request_uid":7}`, `{"request_uid":null}`,
-		`{"request_uid":"x"`, `{"request_uid":"x"}}`, `"x"`,
+		`{"request_uid":"x"`, `{"request_uid":"x"}}`, `"x"`, `{"request_uid":["x"]}`, `{"request_uid":"x",}`,
 	} {
 		requestUID, err := connect.RequestUID([]byte(data))
 		require.Error(t, err, data)
 		assert.Empty(t, requestUID, data)
 	}
+}
+
+// What is remembered of a question is small, and no two parsers see different ones.
+func TestRequestUIDIsShortAndUnambiguous(t *testing.T) {
+	for data, why := range map[string]string{
+		`{"request_uid":"` + strings.Repeat("x", 129) + `"}`:        "above 128 bytes",
+		`{"request_uid":"` + strings.Repeat("ö", 65) + `"}`:         "above 128 bytes",
+		`{"request_uid":"` + strings.Repeat(`\u0078`, 129) + `"}`:   "above 128 bytes",
+		`{"request_uid":"` + strings.Repeat("x", 1<<20) + `"}`:      "above 128 bytes",
+		`{"request_uid":"x","request_uid":"y"}`:                     "there are two",
+		`{"request_uid":"x","headers":{},"request_uid":"x"}`:        "there are two",
+		`{"request_uid":"x","Request_UID":"y"}`:                     "there are two",
+		`{"REQUEST_UID":"x","request_uid":"y"}`:                     "another case",
+		`{"REQUEST_UID":"x"}`:                                       "another case",
+		"{\"reque\u017ft_uid\":\"x\"}":                              "another case", // long s, which encoding/json folds
+		`{"request_uid":"x","request\u005fuid":"y"}`:                "escape",
+		`{"request_uid":"x","\u0072equest_uid":"y"}`:                "escape",
+		`{"request_uid":"x","reque\u017ft_uid":"y"}`:                "escape",
+		`{"request_uid":{"secret":"s"},"headers":{"X":["secret"]}}`: "not a string",
+	} {
+		requestUID, err := connect.RequestUID([]byte(data))
+		require.ErrorContains(t, err, why, data)
+		assert.NotContains(t, err.Error(), "secret")
+		assert.Empty(t, requestUID)
+		_, result, err := connect.ParseResult([]byte(data))
+		require.ErrorContains(t, err, why, data)
+		assert.Equal(t, connect.Result{}, result)
+	}
+}
+
+// Whoever was let in may send megabytes of what looks like a question, or an answer.
+func TestAHostileMessageCostsNoMoreThanALook(t *testing.T) {
+	for name, member := range map[string]string{
+		"headers":       `,"h%d":""`,
+		"for the agent": `,"X-%d":""`,
+		"wanted":        `,"Retry-After":"","u%d":""`,
+		"nested":        `,"h%d":[{"a":[]},{}]`,
+	} {
+		var entries strings.Builder
+		for i := range 100_000 {
+			fmt.Fprintf(&entries, member, i)
+		}
+		headers := `"response_headers":{"X-First":"1"` + entries.String() + `}`
+		for _, data := range []string{
+			`{"request_uid":"x"` + entries.String() + `}`,
+			`{"request_uid":"x","accept":true,"http_status_code":429,` + headers + `}`,
+		} {
+			allocations := testing.AllocsPerRun(1, func() {
+				requestUID, err := connect.RequestUID([]byte(data))
+				if err != nil || requestUID != "x" {
+					t.Error(name, requestUID, err)
+				}
+			})
+			assert.Less(t, allocations, 20.0, name)
+			allocations = testing.AllocsPerRun(1, func() {
+				_, result, err := connect.ParseResult([]byte(data))
+				if err != nil || len(result.Headers) > 16<<10/8 {
+					t.Error(name, len(result.Headers), err)
+				}
+			})
+			assert.Less(t, allocations, 20_000.0, "%s: what is kept is within 16 KiB", name)
+		}
+	}
+}
+
+func TestResultKeepsABoundedAmountOfHeaders(t *testing.T) {
+	long := strings.Repeat("x", 10_000)
+	_, result, err := connect.ParseResult([]byte(`{"request_uid":"x","http_status_code":503,"response_headers":
+		{"X-Long":"` + long + `","X-Longer":"` + long + `","X-Short":"1","Retry-After":"60","Set-Cookie":"` + long + `"}}`))
+	require.NoError(t, err)
+	assert.Equal(t, map[string]string{"X-Long": long, "X-Short": "1", "Retry-After": "60"}, result.Headers)
+
+	h := http.Header{}
+	connect.Result{StatusCode: 503, Headers: map[string]string{"Retry-After": "60", "X-A": long, "X-B": long, "X-C": "1"}}.CopyRefusalHeaders(h)
+	assert.Equal(t, http.Header{"Retry-After": {"60"}, "X-A": {long}, "X-C": {"1"}}, h)
 }
 
 func TestResultIsTheServersVerdict(t *testing.T) {
@@ -301,6 +512,39 @@ func TestRefusalStatusIsOneThatRefuses(t *testing.T) {
 	}
 }
 
+// Some servers send agents to another; agents follow.
+func TestRefusalMaySendTheAgentElsewhere(t *testing.T) {
+	for location, usable := range map[string]bool{
+		"https://other.example/v1/opamp?x=1": true, "wss://other.example": true, "http://[::1]:4320/": true, "ws://other:4320": true,
+		"/v2/opamp": true, "opamp": true, "//other.example/": true, "?again": true,
+		"": false, "https://": false, "https:///path": false, "javascript:alert(1)": false, "mailto:x@example.com": false,
+		"https://a b/": false, "https://other/\r\nX: y": false, "/\x00": false, "/\x7f": false, " /": false, "https://größer/": false,
+		"http://[::1": false, "/%zz": false, "https://other:port/": false,
+	} {
+		for _, status := range []int{301, 302, 303, 307, 308} {
+			for _, name := range []string{"Location", "location"} {
+				result := connect.Result{StatusCode: status, Headers: map[string]string{name: location}}
+				h := http.Header{}
+				result.CopyRefusalHeaders(h)
+				if usable {
+					assert.Equal(t, status, result.RefusalStatus(), location)
+					assert.Equal(t, http.Header{"Location": {location}}, h)
+				} else {
+					assert.Equal(t, http.StatusUnauthorized, result.RefusalStatus(), "%q", location)
+					assert.Empty(t, h)
+				}
+			}
+		}
+	}
+	for _, status := range []int{300, 304, 305, 306, 399, 201, 401, 503} { // these send nobody anywhere
+		h := http.Header{}
+		result := connect.Result{StatusCode: status, Headers: map[string]string{"Location": "/v2/opamp"}}
+		assert.GreaterOrEqual(t, result.RefusalStatus(), 400)
+		result.CopyRefusalHeaders(h)
+		assert.Empty(t, h, status)
+	}
+}
+
 func TestRefusalHeadersReachTheAgent(t *testing.T) {
 	for name, test := range map[string]struct {
 		status int
@@ -320,19 +564,20 @@ func TestRefusalHeadersReachTheAgent(t *testing.T) {
 		},
 		"no upgrade with another status":       {status: 401, from: map[string]string{"upgrade": "v1.99.0"}, want: http.Header{}},
 		"no upgrade with a nonsensical status": {status: 99, from: map[string]string{"Upgrade": "v1.99.0"}, want: http.Header{}},
-		"not those of one connection": {
+		"no others": {
 			status: 426,
 			from: map[string]string{
 				"Connection": "close", "keep-alive": "timeout=5", "Proxy-Authenticate": "Basic", "PROXY-AUTHORIZATION": "x",
 				"Proxy-Connection": "close", "TE": "trailers", "trailer": "X", "Transfer-Encoding": "chunked",
-				"content-length": "1000000", "X-Kept": "yes",
+				"content-length": "1000000", "Set-Cookie": "x", "Content-Type": "text/html", "Content-Encoding": "gzip",
+				"Strict-Transport-Security": "max-age=1", "Server": "x", "Xenon": "x", "X": "x", "X-Kept": "yes", "x-kept-too": "yes",
 			},
-			want: http.Header{"X-Kept": {"yes"}},
+			want: http.Header{"X-Kept": {"yes"}, "X-Kept-Too": {"yes"}},
 		},
 		"no invalid names": {
 			status: 401,
 			from: map[string]string{
-				"": "x", "X Space": "x", "X:Colon": "x", "X\r\nSet-Cookie": "x", "Größe": "x", "X-Nul\x00": "x",
+				"": "x", "X- Space": "x", "X-:Colon": "x", "X-\r\nSet-Cookie": "x", "X-Größe": "x", "X-Nul\x00": "x",
 				" Content-Length": "7", "Content-Length ": "7", "X-Kept": "yes",
 			},
 			want: http.Header{"X-Kept": {"yes"}},
@@ -374,17 +619,21 @@ func FuzzResult(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		_, result, _ := connect.ParseResult(data)
 		status := result.RefusalStatus()
-		require.GreaterOrEqual(t, status, 400)
+		require.GreaterOrEqual(t, status, 300)
 		require.LessOrEqual(t, status, 599)
+		require.Equal(t, status < 400, redirected(result), "it says where to")
 		if !json.Valid(data) {
 			require.Equal(t, connect.Result{}, result)
 		}
 		h := http.Header{}
 		result.CopyRefusalHeaders(h)
+		size := 0
 		for name, values := range h {
+			size += len(name) + len(values[0])
+			require.Len(t, values, 1)
 			require.True(t, httpguts.ValidHeaderFieldName(name), "%q", name)
 			require.Equal(t, http.CanonicalHeaderKey(name), name)
-			require.NotContains(t, []string{"Keep-Alive", "Transfer-Encoding", "Trailer", "Te", "Content-Length"}, name)
+			require.Regexp(t, "^(Retry-After|Www-Authenticate|Upgrade|Connection|Location|X-.*)$", name)
 			if status != http.StatusUpgradeRequired {
 				require.NotContains(t, []string{"Upgrade", "Connection"}, name)
 			}
@@ -392,7 +641,75 @@ func FuzzResult(f *testing.F) {
 				require.True(t, httpguts.ValidHeaderFieldValue(value), "%q", value)
 			}
 		}
+		require.LessOrEqual(t, size, 16<<10+len("ConnectionUpgrade"))
 	})
+}
+
+func redirected(result connect.Result) bool {
+	h := http.Header{}
+	result.CopyRefusalHeaders(h)
+	return h.Get("Location") != ""
+}
+
+// FuzzRequestUID compares with encoding/json, which is what most servers are made with: where we see
+// a request_uid, it sees the same, and no other parser could see another.
+func FuzzRequestUID(f *testing.F) {
+	f.Add(capturedMessage(f, "gateway-upstream/001-up").GetData())
+	for _, data := range []string{
+		`{"a":{"request_uid":"a"},"b":[{"x":"b"},"}",-1.5e3],"request_uid":"x","d":null}`, `{"request_uid":"x","REQUEST_UID":"y"}`,
+		`{"request_uid":"\ud83d\ude42\\\""}`, `{"request\u005fuid":"x"}`, `{"":[[[]]],"request_uid":"x","":{}}`, " {\"request_uid\" : \"x\"\r}\t",
+	} {
+		f.Add([]byte(data))
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		requestUID, err := connect.RequestUID(data)
+		var message struct {
+			RequestUID string `json:"request_uid"`
+		}
+		if err == nil {
+			require.NoError(t, json.Unmarshal(data, &message))
+			require.Equal(t, message.RequestUID, requestUID)
+			require.NotEmpty(t, requestUID)
+			require.LessOrEqual(t, len(requestUID), 128)
+		}
+		var all map[string]json.RawMessage
+		if json.Unmarshal(data, &all) != nil {
+			require.Error(t, err)
+			return
+		}
+		if value, ok := all["request_uid"]; ok && err != nil && json.Unmarshal(value, &message.RequestUID) == nil {
+			// Then it is one of the reasons that it may have.
+			require.Regexp(t, "two|another case|escape|empty|above 128|not a string", err.Error())
+		}
+	})
+}
+
+func BenchmarkNewQuestion(b *testing.B) {
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := connect.NewQuestion("192.0.2.1:1234", usual, nil); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkFrame(b *testing.B) {
+	question, err := connect.NewQuestion("192.0.2.1:1234", usual, nil)
+	require.NoError(b, err)
+	b.ReportAllocs()
+	for b.Loop() {
+		question.Frame("01980000-0000-7000-8000-00000000000a")
+	}
+}
+
+func BenchmarkParseResult(b *testing.B) {
+	data := capturedMessage(b, "gateway-upstream/002-down").GetData()
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, _, err := connect.ParseResult(data); err != nil {
+			b.Fatal(err)
+		}
+	}
 }
 
 func BenchmarkMessage(b *testing.B) {

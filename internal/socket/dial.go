@@ -3,12 +3,15 @@ package socket
 import (
 	"bufio"
 	"context"
+	"crypto/fips140"
 	"crypto/tls"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 
 	"github.com/gorilla/websocket"
 	"golang.org/x/net/proxy"
@@ -25,12 +28,13 @@ type Dialer struct {
 }
 
 // Dial connects and shakes hands, through the proxy that the environment names. It returns what New
-// takes over. With an error comes the server's answer if it gave one, its body read.
-func (d *Dialer) Dial(ctx context.Context, endpoint *url.URL, headers http.Header) (conn net.Conn, in *bufio.Reader, answer *http.Response, err error) {
+// takes over. An error is a *HandshakeError if the server, or the proxy, has answered something else
+// than yes. No error tells what is secret in the endpoint, a proxy's URL, or the headers.
+func (d *Dialer) Dial(ctx context.Context, endpoint *url.URL, headers http.Header) (conn net.Conn, in *bufio.Reader, err error) {
 	secure := endpoint.Scheme == "wss"
 	through, err := http.ProxyFromEnvironment(&http.Request{URL: withScheme(endpoint, "http", secure)})
-	if err != nil {
-		return nil, nil, nil, fmt.Errorf("proxy of the environment: %w", err)
+	if err != nil { // which may quote the proxy's URL
+		return nil, nil, errors.New("proxy that the environment names cannot be used, see HTTP_PROXY and HTTPS_PROXY")
 	}
 	address := hostPort(endpoint, secure)
 	if through == nil {
@@ -39,41 +43,61 @@ func (d *Dialer) Dial(ctx context.Context, endpoint *url.URL, headers http.Heade
 		conn, err = d.dialThrough(ctx, through, address)
 	}
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, nil, err
 	}
 	raw := Wrap(conn)
 	conn = raw
 	stop := context.AfterFunc(ctx, func() { raw.Close() })
 	defer func() {
-		if !stop() && err == nil {
-			err = context.Cause(ctx)
-		}
+		err = inTime(ctx, stop(), "server", err)
 		if err != nil {
 			raw.Close()
+			conn, in = nil, nil
 		}
 	}()
 	if secure {
 		if conn, err = d.startTLS(ctx, raw, endpoint.Hostname()); err != nil {
-			return raw, nil, nil, err
+			return nil, nil, explainTLS(err, "server", "ws://", "wss://")
 		}
 	}
 	in = bufio.NewReaderSize(conn, d.ReadBufferSize)
+	return conn, in, d.shakeHands(ctx, conn, in, endpoint, headers)
+}
+
+// shakeHands asks for a WebSocket. What follows the answer is left in in.
+func (d *Dialer) shakeHands(ctx context.Context, conn net.Conn, in *bufio.Reader, endpoint *url.URL, headers http.Header) error {
+	heard := &answer{in: in}
 	dialer := websocket.Dialer{
-		NetDialContext: func(context.Context, string, string) (net.Conn, error) { return handshaking{conn, in}, nil },
+		NetDialContext: func(context.Context, string, string) (net.Conn, error) { return handshaking{conn, heard}, nil },
 	}
-	// TLS is done; the scheme says no more than that.
-	_, answer, err = dialer.DialContext(ctx, withScheme(endpoint, "ws", false).String(), headers)
-	return conn, in, answer, err
+	var response *http.Response
+	var err error
+	// The SHA-1 of the handshake secures nothing (RFC 6455, section 1.3), so the strict mode of FIPS 140
+	// need not end the process for it. TLS has agreed on its algorithms by now.
+	fips140.WithoutEnforcement(func() {
+		// TLS is done; the scheme says no more than that.
+		_, response, err = dialer.DialContext(ctx, withScheme(endpoint, "ws", false).String(), headers)
+	})
+	secrets := secretsOf(endpoint, headers)
+	switch {
+	case err == nil && response.Header.Get("Sec-Websocket-Extensions") != "":
+		return errors.New("server uses an extension of WebSocket that was not asked for")
+	case err == nil:
+		return nil
+	case errors.Is(err, websocket.ErrBadHandshake):
+		return newHandshakeError(response, "", secrets)
+	}
+	return heard.explain(err, "server", "wss://", secrets)
 }
 
 // handshaking is a connection of which gorilla reads the server's answer byte by byte, so that
 // nothing of what follows it stays in its buffer.
 type handshaking struct {
 	net.Conn
-	in *bufio.Reader
+	heard *answer
 }
 
-func (h handshaking) Read(b []byte) (int, error) { return h.in.Read(b[:min(1, len(b))]) }
+func (h handshaking) Read(b []byte) (int, error) { return h.heard.Read(b[:min(1, len(b))]) }
 
 // Close leaves the connection to Dial.
 func (h handshaking) Close() error { return nil }
@@ -100,28 +124,33 @@ func (d *Dialer) dialThrough(ctx context.Context, through *url.URL, address stri
 	if !secure && through.Scheme != "http" {
 		socks, err := proxy.FromURL(through, forward{d})
 		if err != nil {
-			return nil, fmt.Errorf("proxy %s: %w", through.Redacted(), err)
+			return nil, fmt.Errorf("%s: %w", proxyAt(through), err)
 		}
-		return socks.(proxy.ContextDialer).DialContext(ctx, "tcp", address)
+		dialer, ok := socks.(proxy.ContextDialer)
+		if !ok {
+			return nil, fmt.Errorf("%s: of an unknown kind", proxyAt(through))
+		}
+		return dialer.DialContext(ctx, "tcp", address)
 	}
 	conn, err := d.NetDial(ctx, "tcp", hostPort(through, secure))
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%s: %w", proxyAt(through), err)
 	}
-	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	tunnel, err := d.tunnel(ctx, conn, through, address)
-	if err != nil {
+	if err = inTime(ctx, stop(), proxyAt(through), err); err != nil {
 		conn.Close()
-		return nil, fmt.Errorf("proxy %s: %w", through.Redacted(), err)
+		return nil, err
 	}
 	return tunnel, nil
 }
 
 func (d *Dialer) tunnel(ctx context.Context, conn net.Conn, through *url.URL, address string) (net.Conn, error) {
+	who := proxyAt(through)
 	if through.Scheme == "https" {
 		var err error
 		if conn, err = d.startTLS(ctx, conn, through.Hostname()); err != nil {
-			return nil, err
+			return nil, explainTLS(err, who, "http://", "https://")
 		}
 	}
 	ask := &http.Request{Method: http.MethodConnect, URL: &url.URL{Opaque: address}, Host: address, Header: http.Header{}}
@@ -131,17 +160,34 @@ func (d *Dialer) tunnel(ctx context.Context, conn net.Conn, through *url.URL, ad
 		ask.Header.Set("Proxy-Authorization", "Basic "+credentials)
 	}
 	if err := ask.Write(conn); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%s: %w", who, err)
 	}
 	// Nothing follows the answer until we speak, so the reader's buffer holds nothing else.
-	answer, err := http.ReadResponse(bufio.NewReader(conn), ask) //nolint:bodyclose // it is the tunnel
-	if err != nil {
-		return nil, err
-	}
-	if answer.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("answered %s", answer.Status)
+	heard := &answer{in: bufio.NewReader(conn)}
+	response, err := http.ReadResponse(bufio.NewReader(heard), ask) //nolint:bodyclose // it is the tunnel
+	secrets := secretsOf(through, ask.Header)
+	switch {
+	case err != nil:
+		return nil, heard.explain(err, who, "https://", secrets)
+	case response.StatusCode != http.StatusOK:
+		return nil, newHandshakeError(response, who, secrets)
 	}
 	return conn, nil
+}
+
+// inTime returns err, or that there was no answer of who in the time of ctx, which has stopped us unless
+// it was stopped itself.
+func inTime(ctx context.Context, stopped bool, who string, err error) error {
+	answered := (*HandshakeError)(nil)
+	switch {
+	case errors.As(err, &answered):
+		return err
+	case !stopped:
+		return fmt.Errorf("%s has not answered the handshake: %w", who, context.Cause(ctx))
+	case errors.Is(err, os.ErrDeadlineExceeded): // that of ctx, a moment before
+		return fmt.Errorf("%s has not answered the handshake: %w", who, context.DeadlineExceeded)
+	}
+	return err
 }
 
 // forward is how a SOCKS proxy is reached.

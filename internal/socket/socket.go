@@ -44,8 +44,10 @@ const (
 	// tlsChunkSize is how much TLS gets at once, to be kept where there is no room: one record.
 	tlsChunkSize = 16 << 10
 
-	// stallPart is how long one call to write may wait.
+	// stallPart is how long one call to write may wait, of a write timeout that is several times that.
 	stallPart = time.Second
+	// minStallParts is how many calls to write there are in a write timeout at least.
+	minStallParts = 2
 
 	// moment is how long the last words of a connection may take: this much to write them,
 	// and as much again to hear the peer's.
@@ -91,16 +93,16 @@ type Socket struct {
 	begun   int     // frames that TryBatch has begun
 
 	// Shared.
-	heard    atomic.Bool   // something came since the last sweep
+	life
 	received atomic.Uint64 // bytes of messages that memory was reserved for
 	written  atomic.Uint64 // calls to write that have made progress
-	writing  atomic.Int64  // when the call to write began that has not returned, Unix nanoseconds; 0 for none
-	hurry    atomic.Int64  // when all writing has to be over, Unix nanoseconds; 0 for not yet
+	writing  atomic.Int64  // when the call to write began that has not returned, by clock; 0 for none
+	hurry    atomic.Int64  // when all writing has to be over, by clock; 0 for not yet
 
 	// Owned by the sweeper.
-	quiet       int    // sweeps in a row without a sign of life
-	lastWritten uint64 // written at the last sweep
+	quiet       int32  // sweeps in a row without a sign of life
 	lastWriting bool   // a call to write had not returned at the last sweep
+	lastWritten uint64 // written at the last sweep
 }
 
 // New takes over conn, a *Conn or TLS over one, after the handshake, with what in has read of it
@@ -116,13 +118,6 @@ func New(conn net.Conn, in Input, client bool, limit int, writeTimeout time.Dura
 	return &Socket{
 		conn: conn, below: below, in: in, client: client,
 		limit: limit, writeTimeout: writeTimeout, memory: mem, pong: pong,
-	}
-}
-
-// alive notes a sign of life. It mostly only looks, since writing costs the other core its cache line.
-func (s *Socket) alive() {
-	if !s.heard.Load() {
-		s.heard.Store(true)
 	}
 }
 
@@ -314,19 +309,19 @@ func (s *Socket) write(b []byte) error {
 
 // await writes b below TLS, and waits for room. It fails when nothing moves for the write timeout.
 // What moved is only known when a call returns, and when it moved is not known at all. So a call
-// gets a part of that time, where it can be taken up again.
+// gets a part of that time, where it can be taken up again; where it cannot, it is a client's, whose
+// pieces are small.
 func (s *Socket) await(b []byte) error {
 	defer s.writing.Store(0)
-	parts := time.Duration(1)
-	if s.below.resumes() {
-		parts = max(1, s.writeTimeout/stallPart)
+	parts := max(minStallParts, s.writeTimeout/stallPart)
+	if !s.below.resumes() {
+		parts = 1
 	}
 	for idle := time.Duration(0); len(b) > 0; {
-		now := time.Now()
 		if idle == 0 {
-			s.writing.Store(now.UnixNano())
+			s.writing.Store(clock())
 		}
-		if err := s.setWriteDeadline(now.Add(s.writeTimeout / parts)); err != nil {
+		if err := s.setWriteDeadline(time.Now().Add(s.writeTimeout / parts)); err != nil {
 			return err
 		}
 		n, err := s.below.Conn.Write(b[:min(len(b), chunkSize)])
@@ -337,7 +332,7 @@ func (s *Socket) await(b []byte) error {
 			idle = 0
 		}
 		hurry := s.hurry.Load()
-		late := hurry != 0 && time.Now().UnixNano() >= hurry
+		late := hurry != 0 && clock() >= hurry
 		switch paused := errors.Is(err, os.ErrDeadlineExceeded) && !late; {
 		case paused && (idle == parts || parts == 1):
 			return ErrStalled
@@ -354,15 +349,15 @@ func (s *Socket) setWriteDeadline(t time.Time) error {
 		return err
 	}
 	if hurry := s.hurry.Load(); hurry != 0 {
-		return s.below.SetWriteDeadline(time.Unix(0, hurry))
+		return s.below.SetWriteDeadline(deadline(hurry))
 	}
 	return nil
 }
 
 // Hurry gives whatever is still being written a moment, and the reader twice that. It never waits.
 func (s *Socket) Hurry() {
-	s.hurry.CompareAndSwap(0, time.Now().Add(moment).UnixNano())
-	end := time.Unix(0, s.hurry.Load())
+	s.hurry.CompareAndSwap(0, clock()+int64(moment))
+	end := deadline(s.hurry.Load())
 	// An error here means that the connection has ended, which is what Hurry is about.
 	_ = s.conn.SetWriteDeadline(end)
 	_ = s.conn.SetReadDeadline(end.Add(moment))
@@ -375,7 +370,7 @@ func (s *Socket) Close() { _ = s.below.Close() }
 // read, and a blocked write moved nothing. A write that did not block proves nothing; the
 // kernel takes it whether or not there still is a peer.
 func (s *Socket) Sweep() (quiet int) {
-	alive := s.heard.Swap(false)
+	alive := s.sweep()
 	written, writing := s.written.Load(), s.writing.Load() != 0
 	if writing && s.lastWriting && written != s.lastWritten {
 		alive = true
@@ -385,19 +380,16 @@ func (s *Socket) Sweep() (quiet int) {
 	if alive {
 		s.quiet = 0
 	}
-	return s.quiet
+	return int(s.quiet)
 }
 
 // Stalled returns for how long what is being written has made no progress; 0 when nothing is.
 func (s *Socket) Stalled() time.Duration {
 	if since := s.writing.Load(); since != 0 {
-		return time.Since(time.Unix(0, since))
+		return time.Duration(clock() - since)
 	}
 	return 0
 }
-
-// Excuse counts as a sign of life: it is not the peer's silence when we do not read.
-func (s *Socket) Excuse() { s.alive() }
 
 // appendHeader appends the header of an unfragmented frame (RFC 6455, section 5.2).
 func appendHeader(b []byte, opcode byte, length int, masked bool, key [4]byte) []byte {

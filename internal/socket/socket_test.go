@@ -1167,3 +1167,94 @@ func BenchmarkWriteBatch(b *testing.B) {
 		}
 	}
 }
+
+// A peer that takes something all the time is not stalled, however short the write timeout is.
+func TestProgressIsSeenWithinAShortWriteTimeout(t *testing.T) {
+	certificate := selfSigned(t)
+	for _, timeout := range []time.Duration{time.Second, 1500 * time.Millisecond, 2 * time.Second, 30 * time.Second} {
+		for _, name := range []string{"client", "server", "tls"} {
+			t.Run(name+" "+timeout.String(), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					var f *fixture
+					if name == "tls" {
+						f = newTLSFixture(t, certificate)
+					} else {
+						f = newFixture(t, name == "client", unlimited, 1<<20)
+					}
+					f.conn.out.capacity = 16 << 10
+					f.writeTimeout = timeout
+					done := make(chan error)
+					go func() { done <- f.write(payload(1, 256<<10)) }()
+					for { // 10 KiB a second
+						time.Sleep(400 * time.Millisecond)
+						select {
+						case err := <-done:
+							require.NoError(t, err)
+							return
+						default:
+							f.peerConn.take(t, min(f.conn.unread(), 4<<10))
+						}
+					}
+				})
+			})
+		}
+	}
+}
+
+// One that takes nothing is noticed soon, however short it is.
+func TestAShortWriteTimeoutEnds(t *testing.T) {
+	asEither(t, func(t either) {
+		f := newFixture(t, t.client, unlimited, 10_000)
+		f.writeTimeout = time.Second
+		start := time.Now()
+		time.AfterFunc(100*time.Millisecond, func() { f.peerConn.take(t, 1000) })
+		require.ErrorIs(t, f.write(payload(1, 1<<20)), ErrStalled)
+		assert.LessOrEqual(t, time.Since(start), 2*time.Second)
+	})
+}
+
+// Below a proxy with TLS a write that timed out cannot be taken up again: it is made of small pieces.
+func TestProgressIsSeenBelowTLS(t *testing.T) {
+	certificate := selfSigned(t)
+	synctest.Test(t, func(t *testing.T) {
+		near, far := memPipe(1 << 20)
+		peer := tls.Server(far, &tls.Config{Certificates: []tls.Certificate{certificate}})
+		proxied := tls.Client(near, &tls.Config{InsecureSkipVerify: true})
+		go func() { _ = peer.Handshake() }()
+		require.NoError(t, proxied.Handshake())
+		s := New(Wrap(proxied), nil, true, unlimited, time.Second, &counted{}, nil)
+		near.out.capacity = 16 << 10
+		done := make(chan error)
+		go func() {
+			_, err := WriteBatch(s, []entry{{Kind: outbox.Message, Frame: make([]byte, 256<<10)}})
+			done <- err
+		}()
+		for { // 40 KiB a second
+			time.Sleep(100 * time.Millisecond)
+			select {
+			case err := <-done:
+				require.NoError(t, err)
+				near.Close()
+				far.Close()
+				return
+			default:
+				far.take(t, min(near.unread(), 4<<10))
+			}
+		}
+	})
+}
+
+// What is being written is known to stall, by a clock that nobody sets.
+func TestStalledTellsForHowLong(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture(t, false, unlimited, 10_000)
+		assert.Zero(t, f.Stalled())
+		go func() { _ = f.write(payload(1, 20_000)) }()
+		time.Sleep(3 * time.Second)
+		assert.InDelta(t, 3*time.Second, f.Stalled(), 10)
+		f.peerConn.take(t, 20_000)
+		synctest.Wait()
+		assert.Zero(t, f.Stalled())
+		assert.WithinDuration(t, time.Now().Add(time.Minute), deadline(clock()+int64(time.Minute)), 10)
+	})
+}

@@ -40,6 +40,7 @@ var scans = map[string]direction{
 //   - What the decoder accepts, the scan accepts; only a frame of no bytes at all is not a
 //     message to us.
 //   - The instance UID is the same.
+//   - So is the sequence number.
 //   - A message field occurs for the one if it does for the other; so does a field of bytes or
 //     text that is not empty.
 //   - The custom message decodes to the same.
@@ -61,6 +62,9 @@ func assertAgrees(t *testing.T, frame []byte, d direction) {
 	}
 	require.NoError(t, scanErr, "the decoder accepts it")
 	require.True(t, bytes.Equal(message.GetInstanceUid(), f.UID), "instance_uid: %x, and not %x", f.UID, message.GetInstanceUid())
+	if up, ok := message.(*protobufs.AgentToServer); ok {
+		require.Equal(t, up.GetSequenceNum(), f.Sequence, "sequence_num")
+	}
 	if f.Empty() {
 		require.Zero(t, proto.Size(message), "fields of a message said to be empty")
 	}
@@ -135,9 +139,32 @@ func fuzz(f *testing.F, d direction) {
 	}
 	f.Add(join(header, bytesField(1, alice), group(30, bytesField(1, bob)), varintField(1, 1), bytesField(1, bob)))
 	f.Add(join(bytesField(d.customMessage, []byte("\x0a\x01x")), bytesField(d.customMessage, nil), bytesField(d.customMessage, []byte("\x0a\x01y"))))
+	f.Add(join(header, varintField(2, 1), varintField(2, 1<<63), bytesField(2, alice), varintField(3, 7), []byte{0x10, 0x80, 0}))
 	f.Fuzz(func(t *testing.T, frame []byte) { assertAgrees(t, frame, d) })
 }
 
 func FuzzScanAgentToServer(f *testing.F) { fuzz(f, scans["up"]) }
 
 func FuzzScanServerToAgent(f *testing.F) { fuzz(f, scans["down"]) }
+
+// FuzzHeadUID cuts messages: whatever is found at their start is what the scan finds first.
+func FuzzHeadUID(f *testing.F) {
+	for _, c := range captures(f) {
+		f.Add(c.frame, uint(18))
+	}
+	f.Add(join(header, varintField(2, 7), group(5, bytesField(1, bob)), bytesField(1, alice)), uint(100))
+	f.Fuzz(func(t *testing.T, frame []byte, cut uint) {
+		prefix := frame[:min(cut, uint(len(frame)))]
+		uid := wire.HeadUID(prefix)
+		if uid == nil {
+			return
+		}
+		end := bytes.Index(prefix, uid) + len(uid)
+		for ; end <= len(prefix); end++ { // the message as it is up to there
+			if fields, err := wire.ScanServerToAgent(prefix[:end]); err == nil && bytes.Equal(fields.UID, uid) {
+				return
+			}
+		}
+		require.Fail(t, "found what the scan does not")
+	})
+}

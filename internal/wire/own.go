@@ -1,10 +1,13 @@
 package wire
 
 import (
-	"google.golang.org/protobuf/proto"
+	"errors"
+	"slices"
+	"strings"
 
 	"github.com/open-telemetry/opamp-go/protobufs"
 	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 )
 
 // Format is how an agent's frames look, and so how the gateway's own frames for it have to.
@@ -29,14 +32,19 @@ func (m Format) Departs(f *Fields) bool {
 }
 
 // Goodbye returns what the agent would have said before it left: an AgentToServer with
-// agent_disconnect.
-func (m Format) Goodbye(uid UID) []byte {
-	if m.Legacy {
-		frame := m.begin(uid)
-		frame = protowire.AppendTag(frame, FieldLegacyAgentDisconnect, protowire.BytesType)
-		return protowire.AppendBytes(frame, nil)
+// agent_disconnect, under this sequence_num, 0 for none.
+func (m Format) Goodbye(uid UID, sequence uint64) []byte {
+	frame := m.begin(uid)
+	if sequence != 0 {
+		frame = protowire.AppendTag(frame, fieldSequenceNum, protowire.VarintType)
+		frame = protowire.AppendVarint(frame, sequence)
 	}
-	return m.marshal(&protobufs.AgentToServer{InstanceUid: uid.Bytes(), AgentDisconnect: &protobufs.AgentDisconnect{}})
+	disconnect := protowire.Number(FieldAgentDisconnect)
+	if m.Legacy {
+		disconnect = FieldLegacyAgentDisconnect
+	}
+	frame = protowire.AppendTag(frame, disconnect, protowire.BytesType)
+	return protowire.AppendBytes(frame, nil)
 }
 
 // ReportFullState returns a ServerToAgent that asks the agent for its full state.
@@ -47,31 +55,55 @@ func (m Format) ReportFullState(uid UID) []byte {
 	})
 }
 
-// BadRequest returns a ServerToAgent that tells the agent what is wrong with its message.
-func (m Format) BadRequest(uid UID, text string) []byte {
+// maxForeignUID is how much of an instance UID that is none goes back to who sent it, in bytes.
+const maxForeignUID = 128
+
+// BadRequest returns a ServerToAgent that tells the agent what is wrong with its message, under the
+// instance_uid that it came with, whatever that is.
+func (m Format) BadRequest(uid []byte, text string) []byte {
 	return m.marshal(&protobufs.ServerToAgent{
-		InstanceUid: uid.Bytes(),
+		InstanceUid: uid[:min(len(uid), maxForeignUID)],
 		ErrorResponse: &protobufs.ServerErrorResponse{
 			Type:         protobufs.ServerErrorResponseType_ServerErrorResponseType_BadRequest,
-			ErrorMessage: text,
+			ErrorMessage: strings.ToValidUTF8(text, "\ufffd"),
 		},
 	})
 }
 
-// CustomCapabilities returns a ServerToAgent that states the server's custom capabilities, to
-// the agent or, without a uid, to the gateway at the other end.
-func (m Format) CustomCapabilities(uid UID, capabilities []string) []byte {
-	return m.marshal(&protobufs.ServerToAgent{
-		InstanceUid:        uid.Bytes(),
-		CustomCapabilities: &protobufs.CustomCapabilities{Capabilities: capabilities},
-	})
+// maxCapabilities is what the custom capabilities of a server may take, in bytes.
+const maxCapabilities = 64 << 10
+
+// ErrCapabilities means that the server's custom capabilities are more than an agent is told.
+var ErrCapabilities = errors.New("custom capabilities are above 64 KiB")
+
+// CustomCapabilities returns a ServerToAgent that states the server's custom capabilities, to the
+// agent or, without a uid, to the gateway at the other end. It is in two parts, of which the second
+// comes from CapabilitiesTail: the same for all.
+func (m Format) CustomCapabilities(uid UID) (head []byte) { return m.begin(uid) }
+
+// CapabilitiesTail returns what follows what CustomCapabilities returns.
+func CapabilitiesTail(capabilities []string) ([]byte, error) {
+	size := 0
+	for _, capability := range capabilities {
+		if size += len(capability); size > maxCapabilities {
+			return nil, ErrCapabilities
+		}
+	}
+	tail := Format{}.marshal(&protobufs.ServerToAgent{CustomCapabilities: &protobufs.CustomCapabilities{Capabilities: capabilities}})
+	if len(tail) > maxCapabilities {
+		return nil, ErrCapabilities
+	}
+	return slices.Clip(tail), nil
 }
 
-// begin returns the start of a frame, up to and including the UID.
+// begin returns the start of a frame, up to and including the UID, with room for a little more.
 func (m Format) begin(uid UID) []byte {
-	var frame []byte
+	frame := make([]byte, 0, 48)
 	if m.Header {
 		frame = append(frame, 0)
+	}
+	if uid == (UID{}) {
+		return frame
 	}
 	frame = protowire.AppendTag(frame, fieldInstanceUID, protowire.BytesType)
 	return protowire.AppendBytes(frame, uid.Bytes())

@@ -1,6 +1,8 @@
 package wire_test
 
 import (
+	"bytes"
+	"strings"
 	"testing"
 
 	"github.com/open-telemetry/opamp-go/protobufs"
@@ -39,10 +41,13 @@ func TestOwnFramesDecodeToWhatTheySay(t *testing.T) {
 	for name, format := range formats {
 		for _, uid := range [][]byte{alice, cathy} {
 			t.Run(name, func(t *testing.T) {
-				wantFrame(t, &protobufs.AgentToServer{
-					InstanceUid:     uid,
-					AgentDisconnect: &protobufs.AgentDisconnect{},
-				}, format.Goodbye(parse(t, uid)), format)
+				for _, sequence := range []uint64{0, 1, 127, 128, 1<<64 - 1} {
+					wantFrame(t, &protobufs.AgentToServer{
+						InstanceUid:     uid,
+						SequenceNum:     sequence,
+						AgentDisconnect: &protobufs.AgentDisconnect{},
+					}, format.Goodbye(parse(t, uid), sequence), format)
+				}
 
 				wantFrame(t, &protobufs.ServerToAgent{
 					InstanceUid: uid,
@@ -55,21 +60,59 @@ func TestOwnFramesDecodeToWhatTheySay(t *testing.T) {
 						Type:         protobufs.ServerErrorResponseType_ServerErrorResponseType_BadRequest,
 						ErrorMessage: "malformed frame",
 					},
-				}, format.BadRequest(parse(t, uid), "malformed frame"), format)
+				}, format.BadRequest(uid, "malformed frame"), format)
 
 				wantFrame(t, &protobufs.ServerToAgent{
 					InstanceUid:        uid,
 					CustomCapabilities: &protobufs.CustomCapabilities{Capabilities: []string{"weather", "tides"}},
-				}, format.CustomCapabilities(parse(t, uid), []string{"weather", "tides"}), format)
+				}, join(format.CustomCapabilities(parse(t, uid)), tail(t, "weather", "tides")), format)
 			})
 		}
 	}
 }
 
+func tail(t *testing.T, capabilities ...string) []byte {
+	t.Helper()
+	tail, err := wire.CapabilitiesTail(capabilities)
+	require.NoError(t, err)
+	return tail
+}
+
+// Whoever sends something that is no UID is told so under what it sent, and not more than it takes to
+// recognize that.
+func TestBadRequestGoesBackUnderWhateverCame(t *testing.T) {
+	format := wire.Format{Header: true}
+	long := bytes.Repeat([]byte("x"), 1000)
+	for _, uid := range [][]byte{nil, []byte("bob"), []byte("\xff\x00\xfe"), long[:128], long[:129], long} {
+		wantFrame(t, &protobufs.ServerToAgent{
+			InstanceUid: uid[:min(len(uid), 128)],
+			ErrorResponse: &protobufs.ServerErrorResponse{
+				Type:         protobufs.ServerErrorResponseType_ServerErrorResponseType_BadRequest,
+				ErrorMessage: "what is not \ufffd text",
+			},
+		}, format.BadRequest(uid, "what is not \xff text"), format)
+	}
+}
+
+// However much a server says of itself, each agent behind the gateway costs no more than its head.
+func TestOwnCustomCapabilitiesAreBounded(t *testing.T) {
+	const most = 64 << 10
+	fits := strings.Repeat("x", most-8) // beside two tags and lengths
+	assert.Len(t, tail(t, fits), most)
+	assert.Equal(t, most, cap(tail(t, fits)))
+	wantFrame(t, &protobufs.ServerToAgent{CustomCapabilities: &protobufs.CustomCapabilities{Capabilities: []string{fits}}},
+		tail(t, fits), wire.Format{})
+	for _, capabilities := range [][]string{{fits + "x"}, make([]string, most), {strings.Repeat("x", 1<<20), "\xff"}} {
+		_, err := wire.CapabilitiesTail(capabilities)
+		require.ErrorIs(t, err, wire.ErrCapabilities)
+	}
+	assert.LessOrEqual(t, cap(wire.Format{Header: true}.CustomCapabilities(parse(t, cathy))), 64)
+}
+
 // A gateway at the other end is told without a UID.
 func TestOwnCustomCapabilitiesCanBeForAGateway(t *testing.T) {
 	format := wire.Format{Header: true}
-	frame := format.CustomCapabilities(wire.UID{}, []string{"weather"})
+	frame := join(format.CustomCapabilities(wire.UID{}), tail(t, "weather"))
 	wantFrame(t, &protobufs.ServerToAgent{
 		CustomCapabilities: &protobufs.CustomCapabilities{Capabilities: []string{"weather"}},
 	}, frame, format)
@@ -83,8 +126,10 @@ func TestOwnCustomCapabilitiesCanBeForAGateway(t *testing.T) {
 // format any more, so the bytes are compared.
 func TestOwnGoodbyeForALegacyAgent(t *testing.T) {
 	legacy := wire.Format{Legacy: true}
-	goodbye := legacy.Goodbye(parse(t, cathy))
-	assert.Equal(t, join([]byte{0x0a, 26}, cathy, []byte{8<<3 | byte(protowire.BytesType), 0}), goodbye)
+	last := []byte{8<<3 | byte(protowire.BytesType), 0}
+	assert.Equal(t, join([]byte{0x0a, 26}, cathy, last), legacy.Goodbye(parse(t, cathy), 0))
+	goodbye := legacy.Goodbye(parse(t, cathy), 300)
+	assert.Equal(t, join([]byte{0x0a, 26}, cathy, varintField(2, 300), last), goodbye)
 
 	f, err := wire.ScanAgentToServer(goodbye)
 	require.NoError(t, err)

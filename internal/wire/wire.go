@@ -29,6 +29,7 @@ const (
 	fieldCustomMessageDown   = 11
 
 	// AgentToServer. The 2022 format, which has no header, has agent_disconnect one lower.
+	fieldSequenceNum           = 2
 	FieldAgentDisconnect       = 9
 	FieldLegacyAgentDisconnect = 8
 	fieldCustomMessageUp       = 13
@@ -48,6 +49,8 @@ type Fields struct {
 	UID []byte
 	// CustomMessage is the encoded custom_message; nil when there is none.
 	CustomMessage []byte
+	// Sequence is the sequence_num of an AgentToServer, in both formats; 0 when there is none.
+	Sequence uint64
 	// Header tells whether the frame began with the header byte.
 	Header bool
 	// present has bit n set when field n < 32 occurs as an embedded message or bytes.
@@ -90,7 +93,11 @@ func scan(frame []byte, customMessage protowire.Number) (Fields, error) {
 		rest = rest[n:]
 		f.fields++
 		if kind != protowire.BytesType {
-			n = protowire.ConsumeFieldValue(number, kind, rest)
+			if number == fieldSequenceNum && kind == protowire.VarintType {
+				f.Sequence, n = protowire.ConsumeVarint(rest)
+			} else {
+				n = protowire.ConsumeFieldValue(number, kind, rest)
+			}
 			if n < 0 {
 				return f, ErrMalformed
 			}
@@ -121,6 +128,31 @@ func scan(frame []byte, customMessage protowire.Number) (Fields, error) {
 		}
 	}
 	return f, nil
+}
+
+// HeadUID returns the instance_uid of a message of which prefix is the start, whoever sent it; nil
+// unless all of it is there. It points into prefix.
+func HeadUID(prefix []byte) []byte {
+	rest := bytes.TrimPrefix(prefix, []byte{0})
+	for len(rest) > 0 {
+		number, kind, n := protowire.ConsumeTag(rest)
+		if n < 0 {
+			return nil
+		}
+		rest = rest[n:]
+		if number == fieldInstanceUID && kind == protowire.BytesType {
+			uid, n := protowire.ConsumeBytes(rest)
+			if n < 0 {
+				return nil
+			}
+			return uid
+		}
+		if n = protowire.ConsumeFieldValue(number, kind, rest); n < 0 {
+			return nil
+		}
+		rest = rest[n:]
+	}
+	return nil
 }
 
 // UID is an instance UID in a form that can be compared and used as a map key:

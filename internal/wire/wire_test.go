@@ -93,6 +93,58 @@ func TestScanFindsWhoseFrameItIs(t *testing.T) {
 	}
 }
 
+func TestScanFindsTheSequenceNumber(t *testing.T) {
+	for name, test := range map[string]struct {
+		frame []byte
+		want  uint64
+	}{
+		"of today":                  {join(header, bytesField(1, alice), varintField(2, 300)), 300},
+		"of 2022":                   {join(bytesField(1, cathy), varintField(2, 300)), 300},
+		"largest":                   {join(header, varintField(2, 1<<64-1)), 1<<64 - 1},
+		"none":                      {join(header, bytesField(1, alice), varintField(3, 7)), 0},
+		"twice: the last one":       {join(header, varintField(2, 7), bytesField(1, alice), varintField(2, 8)), 8},
+		"as bytes it is unknown":    {join(header, varintField(2, 7), bytesField(2, []byte{9})), 7},
+		"as fixed64 it is unknown":  {join(header, varintField(2, 7), fixed64Field(2)), 7},
+		"that of a group is not it": {join(header, varintField(2, 7), group(30, varintField(2, 9))), 7},
+	} {
+		f, err := wire.ScanAgentToServer(test.frame)
+		require.NoError(t, err, name)
+		assert.Equal(t, test.want, f.Sequence, name)
+		assertAgrees(t, test.frame, scans["up"])
+	}
+}
+
+// Of a message that is too large only the start is looked at: enough to say whose it was.
+func TestTheStartOfAMessageTellsWhoseItIs(t *testing.T) {
+	for _, c := range captures(t) {
+		f, err := scans[c.direction].scan(c.frame)
+		require.NoError(t, err)
+		if f.UID == nil {
+			assert.Nil(t, wire.HeadUID(c.frame), c.name)
+			continue
+		}
+		end := bytes.Index(c.frame, f.UID) + len(f.UID)
+		assert.Equal(t, f.UID, wire.HeadUID(c.frame), c.name)
+		assert.Equal(t, f.UID, wire.HeadUID(c.frame[:end]), c.name)
+		assert.Nil(t, wire.HeadUID(c.frame[:end-1]), c.name)
+	}
+	assert.Equal(t, alice, wire.HeadUID(join(header, varintField(2, 7), bytesField(3, bob), group(4, bytesField(1, bob)), bytesField(1, alice))))
+	assert.Equal(t, []byte("bob"), wire.HeadUID(bytesField(1, []byte("bob"))))
+	for _, prefix := range [][]byte{
+		nil, header,
+		{0x0a},
+		{0x0a, 0x80},
+		{0xff},
+		{0x0a, 16},
+		join(header, []byte{0x1a, 0xff, 0x7f}, bytesField(1, alice)),
+		varintField(1, 7), group(1, bytesField(1, alice)),
+		{0x0e},
+		{0},
+	} {
+		assert.Nil(t, wire.HeadUID(prefix), "%x", prefix)
+	}
+}
+
 func TestScanTellsAnEmptyMessageFromOneWithFields(t *testing.T) {
 	keepAlive, err := wire.ScanServerToAgent(header)
 	require.NoError(t, err)
