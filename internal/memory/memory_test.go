@@ -23,7 +23,7 @@ func newBudget() *Budget { return New(256*mib, largest) }
 
 func TestMinSize(t *testing.T) {
 	require.EqualValues(t, 256*mib, MinSize(largest, 3), "the default")
-	require.EqualValues(t, 4<<30, MinSize(1<<30, 64), "also where an int has 32 bits")
+	require.Equal(t, int64(4<<30), MinSize(1<<30, 64), "also where an int has 32 bits")
 	for _, largest := range []int{1, kib, mib - 1, mib, mib + 1, 33 * mib, largest, 1 << 30} {
 		for links := 1; links <= 128; links *= 2 {
 			for _, size := range []int64{MinSize(largest, links), 2 * MinSize(largest, links), 1 << 40} {
