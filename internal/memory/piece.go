@@ -2,37 +2,41 @@ package memory
 
 import (
 	"math/bits"
-	"runtime"
 	"sync"
 )
 
 const (
-	// MinPiece is the smallest piece of memory that is used again, in bytes.
-	MinPiece = 8 << 10
+	// UncountedMessage is up to what length a message is not counted while it is read, in bytes:
+	// heartbeats, and the replies to them. It is part of what a connection costs.
+	UncountedMessage = 512
+	// TinyMessage is up to what length, in bytes, a message has memory of just its size, which is not
+	// used again.
+	TinyMessage = 4 << 10
+	// minPiece is the smallest piece of memory that is used again, in bytes.
+	minPiece = 8 << 10
 	// steps is into how many sizes each doubling is divided, so that little is wasted.
 	steps = 4
 	// sizes is how many there are.
 	sizes = steps * bits.UintSize
 )
 
-// smallSize is what most messages fit in, in bytes: heartbeats, and the replies to them.
-const smallSize = 512
+// uncounted is memory for messages that are not counted.
+var uncounted = sync.Pool{New: func() any { return new([UncountedMessage]byte) }}
 
-// small messages are not counted, but used again.
-var small = sync.Pool{New: func() any { return new([smallSize]byte) }}
+// Uncounted returns memory of UncountedMessage bytes. What is in it is left from others.
+func Uncounted() []byte { return uncounted.Get().(*[UncountedMessage]byte)[:] }
 
-// Small returns memory of n bytes that need not be counted. What is in it is left from others.
-func Small(n int) []byte {
-	if n > smallSize {
-		return make([]byte, n)
-	}
-	return small.Get().(*[smallSize]byte)[:n]
-}
+// GiveUncounted takes back what Uncounted returned.
+func GiveUncounted(b []byte) { uncounted.Put((*[UncountedMessage]byte)(b[:UncountedMessage])) }
 
-// PieceSize is the size of the piece that holds n bytes: at most a quarter more.
+// PieceSize is the size of the memory for n bytes, which are more than UncountedMessage. From
+// minPiece on, it is at most a quarter more.
 func PieceSize(n int) int {
-	if n <= MinPiece {
-		return MinPiece
+	switch {
+	case n <= TinyMessage:
+		return n
+	case n <= minPiece:
+		return minPiece
 	}
 	step := 1 << (bits.Len(uint(n-1)) - 1) / steps
 	return (n + step - 1) / step * step
@@ -42,6 +46,22 @@ func PieceSize(n int) int {
 func sizeIndex(size int) int {
 	exponent := bits.Len(uint(size)) - 1
 	return steps*exponent + (size-1<<exponent)*steps>>exponent
+}
+
+// fetch returns memory of just this size, which is counted.
+func (b *Budget) fetch(size int) []byte {
+	var piece []byte
+	if size >= minPiece {
+		b.mu.Lock()
+		piece = b.pieceLocked(size)
+		b.mu.Unlock()
+	}
+	// Only now: what waits to be used again is used, not let go to make room for new memory.
+	b.makeRoom()
+	if piece == nil {
+		piece = make([]byte, size)
+	}
+	return piece
 }
 
 // pieceLocked returns a piece of just this size that waits to be used again, nil if there is none.
@@ -62,15 +82,11 @@ func (b *Budget) pieceLocked(size int) []byte {
 // short. It may be given anything: what is no piece is left to the garbage collector.
 func (b *Budget) Recycle(piece []byte) {
 	size := cap(piece)
-	if size == smallSize {
-		small.Put((*[smallSize]byte)(piece[:smallSize]))
+	if size == UncountedMessage {
+		GiveUncounted(piece)
 		return
 	}
-	if size < MinPiece || PieceSize(size) != size {
-		return
-	}
-	if b.taken()+int64(size) > b.limit {
-		b.garbage.Add(int64(size))
+	if size < minPiece || PieceSize(size) != size || b.inUse()+b.free.Load()+int64(size) > b.limit {
 		return
 	}
 	b.mu.Lock()
@@ -78,17 +94,6 @@ func (b *Budget) Recycle(piece []byte) {
 	b.pieces[sizeIndex(size)] = append(b.pieces[sizeIndex(size)], piece[:size])
 	b.free.Add(int64(size))
 }
-
-// Collect collects garbage if there is much of what was counted here. Left alone, Go would let it
-// grow to as much as is in use.
-func (b *Budget) Collect() {
-	if b.muchGarbage() {
-		b.garbage.Store(0)
-		runtime.GC()
-	}
-}
-
-func (b *Budget) muchGarbage() bool { return b.garbage.Load() > b.limit/8 }
 
 // Trim lets half of the pieces go that wait to be used again. To be called now and then, it leaves
 // those that are.
@@ -105,7 +110,6 @@ func (b *Budget) dropLocked(keep int64) {
 		for pieces := b.pieces[i]; len(pieces) > 0 && b.free.Load() > keep; pieces = b.pieces[i] {
 			last := len(pieces) - 1
 			b.free.Add(-int64(len(pieces[last])))
-			b.garbage.Add(int64(len(pieces[last])))
 			pieces[last] = nil
 			b.pieces[i] = pieces[:last]
 		}

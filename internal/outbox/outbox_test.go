@@ -80,7 +80,7 @@ func ending(t *testing.T, o *Outbox[string], account *memory.Account) *Outbox[st
 
 func newAccount() *memory.Account {
 	const largest = 1 << 20
-	return &memory.New(memory.MinSize(largest), largest).Up
+	return &memory.New(memory.MinSize(largest, 1), largest).Up
 }
 
 func (s *fakeSocket) WriteBatch(batch []Entry[string]) (int, error) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"unicode/utf8"
 
 	"github.com/gorilla/websocket"
 
@@ -13,14 +14,12 @@ import (
 )
 
 const (
-	// smallMessage is what a message may have, in bytes, without being counted.
-	smallMessage = 4 << 10
 	// firstPiece is how much memory a large message gets before any of it has come: who only
-	// announces something takes little.
-	firstPiece = 128 << 10
+	// announces something takes little. It is what a message of unknown length begins with, too.
+	firstPiece = memory.SmallMessage
 
-	// trimFrom is the size from which memory is worth a copy, in bytes.
-	trimFrom = 1 << 20
+	// headSize is how much of a message that is too large is told, in bytes.
+	headSize = 64
 
 	// The opcodes of RFC 6455, section 5.2.
 	continuation, text, binaryMessage = 0x0, 0x1, 0x2
@@ -34,11 +33,24 @@ type frame struct {
 	opcode byte
 	fin    bool
 	key    [4]byte // zero for none
-	read   int     // bytes of the payload
-	left   int
+	read   int     // bytes of the payload, modulo those of the key
+	left   int64   // may be more than an int holds, where that has 32 bits
 }
 
-// Read returns the next message, in memory of its own, which stays reserved until the next call,
+// TooLargeError tells of a message above the limit, as far as it was read. It is an ErrTooLarge.
+type TooLargeError struct {
+	Size int64  // in bytes; at least, since more fragments may follow
+	Head []byte // its first bytes, as many as came, up to 64
+}
+
+func (e *TooLargeError) Error() string {
+	return fmt.Sprintf("%v: at least %d bytes", ErrTooLarge, e.Size)
+}
+
+// Unwrap makes a TooLargeError an ErrTooLarge.
+func (e *TooLargeError) Unwrap() error { return ErrTooLarge }
+
+// Read returns the next message, in memory of its own, which stays counted until the next call,
 // or Release. After a Skippable error reading can go on; any other error is the end of the
 // connection: ErrProtocol, or a *websocket.CloseError with what the peer said, or of the network.
 func (s *Socket) Read() ([]byte, error) {
@@ -57,27 +69,47 @@ func (s *Socket) Read() ([]byte, error) {
 		s.skipping = true
 		return nil, ErrText
 	}
-	message := []byte{}
-	for n := 0; ; {
-		if s.frame.left > s.limit-n {
+	message, n, err := s.message()
+	if err != nil {
+		s.giveBack(message)
+		return nil, err
+	}
+	if s.held > 0 && memory.PieceSize(n) <= s.held/2 { // it came in fragments, so it got too much
+		message = s.memory.Shrink(message, n)
+		s.held = len(message)
+	}
+	return message[:n], nil
+}
+
+// message reads a message, of which the header of the first frame was read. It returns n bytes, and
+// the memory that they are in.
+func (s *Socket) message() (message []byte, n int, err error) {
+	for message = []byte{}; ; {
+		if s.frame.left > int64(s.limit-n) {
 			s.skipping = true
-			s.Drop(message)
-			return nil, ErrTooLarge
+			return message, n, s.tooLarge(message[:n])
 		}
-		var err error
-		if message, n, err = s.fill(message, n); err == nil && s.frame.fin {
-			if message, err = s.trim(message[:n]); err == nil {
-				return message, nil
-			}
+		if message, n, err = s.fill(message, n); err != nil || s.frame.fin {
+			return message, n, err
 		}
-		if err == nil {
-			err = s.next()
-		}
-		if err != nil {
-			s.Drop(message)
-			return nil, err
+		if err = s.next(); err != nil {
+			return message, n, err
 		}
 	}
+}
+
+// tooLarge returns the error for a message of which the frame does not fit behind what was read.
+func (s *Socket) tooLarge(message []byte) error {
+	e := &TooLargeError{Size: int64(len(message)) + s.frame.left}
+	e.Head = append(make([]byte, 0, headSize), message[:min(len(message), headSize)]...)
+	for len(e.Head) < headSize && s.frame.left > 0 {
+		m, err := s.readPayload(e.Head[len(e.Head):headSize])
+		if err != nil {
+			return err
+		}
+		e.Head = e.Head[:len(e.Head)+m]
+	}
+	return e
 }
 
 // fill reads the rest of a frame behind the first n bytes of message, for which memory is taken
@@ -86,12 +118,13 @@ func (s *Socket) fill(message []byte, n int) ([]byte, int, error) {
 	for s.frame.left > 0 {
 		if n == len(message) {
 			var err error
-			if message, err = s.grow(message, n+s.frame.left); err != nil {
+			if message, err = s.grow(message, n+int(s.frame.left)); err != nil {
 				return message, n, err
 			}
 		}
 		m, err := s.readPayload(message[n:])
 		n += m
+		s.received.Add(uint64(m))
 		if err != nil {
 			return message, n, err
 		}
@@ -99,38 +132,43 @@ func (s *Socket) fill(message []byte, n int) ([]byte, int, error) {
 	return message, n, nil
 }
 
-// grow returns larger memory with what is in message, which will have at least want bytes.
+// grow returns larger memory with what is in message, which will have at least want bytes, and no
+// more if the frame is the last.
+//
+// A large message gets as much as was announced of it, or may come, halved until it is at most
+// four times what came. So the memory from which it grows is never more than half of the largest.
 func (s *Socket) grow(message []byte, want int) ([]byte, error) {
-	if want <= smallMessage {
-		return append(memory.Small(want)[:0], message...)[:want], nil
+	if want <= memory.UncountedMessage {
+		return memory.Uncounted(), nil // never for more than was there: that has all of it
 	}
 	size := want
-	if !s.frame.fin { // more is to come
-		size = min(s.limit, max(want, 2*len(message)))
+	switch {
+	case s.frame.fin:
+	case want <= firstPiece:
+		size = min(firstPiece, s.limit)
+	default:
+		size = s.limit
 	}
-	return s.move(message, memory.PieceSize(min(size, max(firstPiece, 4*len(message)))), want)
-}
-
-// move returns a piece of another size with what is in message.
-func (s *Socket) move(message []byte, size, want int) ([]byte, error) {
+	for memory.PieceSize(size) > firstPiece && memory.PieceSize(size)/4 > len(message) {
+		size = (size + 1) / 2
+	}
+	size = memory.PieceSize(size)
 	piece, err := s.memory.Piece(size, want)
 	if err != nil {
 		return message, err
 	}
 	copy(piece, message)
-	s.Drop(message)
+	s.giveBack(message)
 	s.held = size
 	return piece, nil
 }
 
-// trim returns a large message that came in fragments in memory of its size: it may have got twice that.
-func (s *Socket) trim(message []byte) ([]byte, error) {
-	size := memory.PieceSize(len(message))
-	if s.held < trimFrom || size > s.held/4*3 {
-		return message, nil
+// giveBack gives up memory that a message was read into.
+func (s *Socket) giveBack(message []byte) {
+	if s.held == 0 && len(message) > 0 {
+		memory.GiveUncounted(message)
 	}
-	piece, err := s.move(message, size, len(message))
-	return piece[:len(message)], err
+	s.Drop(message)
 }
 
 // Drop gives up the message that was read last, which nobody needs any more.
@@ -141,7 +179,7 @@ func (s *Socket) Drop(message []byte) {
 	}
 }
 
-// Release gives back what the message that was read last has reserved.
+// Release counts the message that was read last no longer.
 func (s *Socket) Release() {
 	if s.held > 0 {
 		s.memory.Release(s.held)
@@ -163,7 +201,7 @@ func (s *Socket) skip() error {
 				return err
 			}
 			s.alive()
-			s.frame.left -= n
+			s.frame.left -= int64(n)
 		}
 		if s.frame.fin {
 			s.skipping = false
@@ -241,7 +279,7 @@ func (s *Socket) header() error {
 	if length > 1<<62 {
 		return s.violation("length is out of range")
 	}
-	if f.left = int(length); masked {
+	if f.left = int64(length); masked {
 		copy(f.key[:], start[size-4:])
 	}
 	s.frame = f
@@ -261,15 +299,14 @@ func (s *Socket) peek(n int) ([]byte, error) {
 // readPayload reads some of what is left of the frame.
 func (s *Socket) readPayload(b []byte) (int, error) {
 	f := &s.frame
-	n, err := s.in.Read(b[:min(len(b), f.left)])
+	n, err := s.in.Read(b[:min(int64(len(b)), f.left)])
 	if n > 0 {
 		s.alive()
-		s.received.Add(uint64(n))
 		if !s.client {
 			mask(b[:n], f.key, f.read)
 		}
-		f.read += n
-		f.left -= n
+		f.read = (f.read + n) % len(f.key) // only its place in the key matters
+		f.left -= int64(n)
 	}
 	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
@@ -300,6 +337,9 @@ func (s *Socket) control() error {
 			if !validCode(closed.Code) {
 				return s.violation("close frame with a code that is not to be sent")
 			}
+			if !utf8.ValidString(closed.Text) {
+				return s.violation("close frame with a reason that is not UTF-8")
+			}
 		}
 		return closed
 	}
@@ -320,5 +360,5 @@ func (s *Socket) violation(how string) error {
 	return fmt.Errorf("%w: %s", ErrProtocol, how)
 }
 
-// Received returns how many bytes of messages were read.
+// Received returns how many bytes of messages were read so far, but for what was skipped.
 func (s *Socket) Received() uint64 { return s.received.Load() }

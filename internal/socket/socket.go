@@ -57,12 +57,14 @@ const (
 var batchPool = sync.Pool{New: func() any { b := make([]byte, 0, batchSize); return &b }}
 
 // Memory counts what a socket's reader holds: the message that it is reading, or has read last.
-// Small messages are not counted.
+// Messages up to memory.UncountedMessage are not counted.
 type Memory interface {
 	// Piece returns, and counts, memory of a size that memory.PieceSize returns, on the way to a
 	// message of at least as many bytes as the second says. It may wait until there is some; an
 	// error ends the reading.
 	Piece(size, message int) ([]byte, error)
+	// Shrink returns the first n bytes of a piece in a smaller one. It never waits.
+	Shrink(piece []byte, n int) []byte
 	// Return takes a piece back.
 	Return(piece []byte)
 	// Release counts n bytes of a piece no longer, which is somebody else's now.
@@ -94,7 +96,7 @@ type Socket struct {
 
 	// Shared.
 	life
-	received atomic.Uint64 // bytes of messages that memory was reserved for
+	received atomic.Uint64 // bytes of messages that were read, but for what was skipped
 	written  atomic.Uint64 // calls to write that have made progress
 	writing  atomic.Int64  // when the call to write began that has not returned, by clock; 0 for none
 	hurry    atomic.Int64  // when all writing has to be over, by clock; 0 for not yet

@@ -47,6 +47,13 @@ func (c *counted) Piece(size, _ int) ([]byte, error) {
 	return make([]byte, size), nil
 }
 
+func (c *counted) Shrink(piece []byte, n int) []byte {
+	c.Return(piece)
+	smaller, _ := c.Piece(memory.PieceSize(n), n)
+	copy(smaller, piece[:n])
+	return smaller
+}
+
 func (c *counted) Return(piece []byte) { c.held -= len(piece) }
 func (c *counted) Release(n int)       { c.held -= n }
 
@@ -306,7 +313,7 @@ func (l link) TryBatch(batch []entry) (int, error)   { return TryBatch(l.Socket,
 func TestStaleEntriesGiveTheirRoomBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture(t, true, unlimited, 1<<20)
-		o := outbox.New[string](link{f}, 10_000, &memory.New(memory.MinSize(1<<20), 1<<20).Up)
+		o := outbox.New[string](link{f}, 10_000, &memory.New(memory.MinSize(1<<20, 1), 1<<20).Up)
 		defer o.Abort()
 		for range 100 {
 			require.NoError(t, o.Try(entry{Kind: outbox.Message, Frame: make([]byte, 1000), Stale: func() bool { return true }}))
