@@ -46,12 +46,12 @@ type house struct {
 	dial    func() (net.Conn, error)
 	settle  func() // waits for the goroutines of connections, for which the HTTP server does not wait
 	logs    *observer.ObservedLogs
-	letIn   chan net.Conn            // all of them
-	failed  chan error               // of Upgrade
-	begun   atomic.Int64             // requests that Check has found good
-	mayGoOn chan struct{}            // if not nil, they wait until it is closed
-	waiting atomic.Pointer[stranger] // the last of those
-	hungUp  atomic.Int64             // who did not wait for that
+	letIn   chan net.Conn                 // all of them
+	failed  chan error                    // of Upgrade
+	begun   atomic.Int64                  // requests that Check has found good
+	mayGoOn atomic.Pointer[chan struct{}] // if not nil, they wait until it is closed
+	waiting atomic.Pointer[stranger]      // the last of those
+	hungUp  atomic.Int64                  // who did not wait for that
 	tls     atomic.Pointer[tls.ConnectionState]
 
 	mu     sync.Mutex
@@ -60,8 +60,8 @@ type house struct {
 
 var usual = Limits{Headers: 100, HeaderSize: 16 << 10, Connections: 10_000, Strangers: 10_000, Timeout: 30 * time.Second}
 
-// build has a house on l. The handler may be changed before anybody knocks.
-func build(t *testing.T, l net.Listener, secure *tls.Config, limits Limits) *house {
+// build has a house on l.
+func build(t *testing.T, l net.Listener, secure *tls.Config, limits Limits, change ...func(*http.Server)) *house {
 	t.Helper()
 	core, logs := observer.New(zap.DebugLevel)
 	var h *house
@@ -81,6 +81,9 @@ func build(t *testing.T, l net.Listener, secure *tls.Config, limits Limits) *hou
 		h.turned[o]++
 	})
 	h.server = &http.Server{Handler: http.HandlerFunc(h.answer), ReadHeaderTimeout: time.Hour, WriteTimeout: time.Minute}
+	for _, f := range change {
+		f(h.server)
+	}
 	h.door.Prepare(h.server)
 	served := make(chan struct{})
 	go func() {
@@ -98,26 +101,33 @@ func build(t *testing.T, l net.Listener, secure *tls.Config, limits Limits) *hou
 	return h
 }
 
-func buildOnLoopback(t *testing.T, secure *tls.Config, limits Limits) *house {
+func buildOnLoopback(t *testing.T, secure *tls.Config, limits Limits, change ...func(*http.Server)) *house {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
-	return build(t, l, secure, limits)
+	return build(t, l, secure, limits, change...)
 }
 
 // buildInMemory is for the inside of a bubble.
-func buildInMemory(t *testing.T, secure *tls.Config, limits Limits) *house {
+func buildInMemory(t *testing.T, secure *tls.Config, limits Limits, change ...func(*http.Server)) *house {
 	t.Helper()
 	network := gatewaytest.NewNetwork()
 	l, err := network.Listen("gateway")
 	require.NoError(t, err)
-	h := build(t, l, secure, limits)
+	h := build(t, l, secure, limits, change...)
 	h.dial = func() (net.Conn, error) { return network.Dial(context.Background(), "tcp", "gateway") }
 	h.settle = func() {
 		synctest.Wait()
 		h.goodbye()
 	}
 	return h
+}
+
+// hold has requests wait until the function that it returns is called.
+func (h *house) hold() (goOn func()) {
+	c := make(chan struct{})
+	h.mayGoOn.Store(&c)
+	return func() { close(c) }
 }
 
 // goodbye ends the connections of those that nobody has taken from letIn.
@@ -133,13 +143,14 @@ func (h *house) answer(w http.ResponseWriter, r *http.Request) {
 		refusal.Answer(w, r)
 		return
 	}
-	if h.mayGoOn != nil {
+	mayGoOn := h.mayGoOn.Load()
+	if mayGoOn != nil {
 		h.waiting.Store(strangerOf(r))
 	}
 	h.begun.Add(1)
-	if h.mayGoOn != nil {
+	if mayGoOn != nil {
 		select {
-		case <-h.mayGoOn:
+		case <-*mayGoOn:
 		case <-r.Context().Done():
 			h.hungUp.Add(1)
 			return
@@ -456,12 +467,12 @@ func TestEarlyData(t *testing.T) {
 		})
 		t.Run(name+", while the server is asked", func(t *testing.T) {
 			h := buildOnLoopback(t, config, usual)
-			h.mayGoOn = make(chan struct{})
+			goOn := h.hold()
 			v := knock(h).say(upgrade())
 			require.Eventually(t, func() bool { return h.begun.Load() == 1 }, 10*time.Second, time.Millisecond)
 			v.say(strings.Repeat("\x82", 100_000))
 			require.Eventually(t, func() bool { return h.waiting.Load().early.Load() }, 10*time.Second, time.Millisecond)
-			close(h.mayGoOn)
+			goOn()
 			v.wantRefused(http.StatusBadRequest)
 			require.ErrorIs(t, <-h.failed, ErrEarlyData)
 		})
@@ -495,9 +506,9 @@ func TestCheck(t *testing.T) {
 		{"good", http.Request{Header: with()}, rules, 0, ""},
 		{"body", http.Request{Header: with(), ContentLength: 1}, rules, 400, "body"},
 		{"body of unknown length", http.Request{Header: with(), ContentLength: -1, TransferEncoding: []string{"chunked"}}, rules, 400, "body"},
-		{"body and everything else wrong", http.Request{Method: "POST", Header: http.Header{"Origin": {"x"}}, ContentLength: 1}, rules, 400, "body"},
-		{"POST", http.Request{Method: "POST", Header: with()}, rules, 426, "by WebSocket"},
-		{"HEAD", http.Request{Method: "HEAD", Header: with()}, rules, 426, "by WebSocket"},
+		{"body and everything else wrong", http.Request{Method: http.MethodPost, Header: http.Header{"Origin": {"x"}}, ContentLength: 1}, rules, 400, "body"},
+		{"POST", http.Request{Method: http.MethodPost, Header: with()}, rules, 426, "by WebSocket"},
+		{"HEAD", http.Request{Method: http.MethodHead, Header: with()}, rules, 426, "by WebSocket"},
 		{"no upgrade", http.Request{Header: with("Upgrade", "")}, rules, 426, "by WebSocket"},
 		{"another upgrade", http.Request{Header: with("Upgrade", "h2c")}, rules, 426, "by WebSocket"},
 		{"upgrade of nothing", http.Request{Header: with("Connection", "keep-alive")}, rules, 426, "by WebSocket"},
@@ -595,18 +606,16 @@ func TestOneRequest(t *testing.T) {
 		"text": func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no", http.StatusForbidden) },
 		"keep-alive": func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Connection", "keep-alive")
-			w.WriteHeader(403)
+			w.WriteHeader(http.StatusForbidden)
 		},
 		"upgrade": func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Connection", "Upgrade")
-			w.WriteHeader(403)
+			w.WriteHeader(http.StatusForbidden)
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := buildInMemory(t, nil, usual)
-				h.server.Handler = handler
-				h.door.Prepare(h.server)
+				h := buildInMemory(t, nil, usual, func(s *http.Server) { s.Handler = handler })
 				v := h.knock().say(upgrade())
 				v.wantAnswer(http.StatusForbidden)
 				begin := time.Now()
@@ -661,10 +670,10 @@ func TestTooManyStrangers(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	h := build(t, l, nil, limits)
-	h.mayGoOn = make(chan struct{})
-	mallory := make([]*visitor, 10)
-	for i := range mallory {
-		mallory[i] = h.knock().say(upgrade())
+	goOn := h.hold()
+	var waiting []*visitor
+	for range 10 { // mallory's
+		waiting = append(waiting, h.knock().say(upgrade()))
 	}
 	require.Eventually(t, func() bool { return h.begun.Load() == 10 }, 10*time.Second, time.Millisecond)
 	_, text := h.knock().say(upgrade()).wantRefused(http.StatusServiceUnavailable)
@@ -678,11 +687,11 @@ func TestTooManyStrangers(t *testing.T) {
 	if err == nil { // not everywhere
 		defer alice.Close()
 		v := &visitor{alice, t, bufio.NewReader(alice)}
-		mallory = append(mallory, v.say(upgrade()))
+		waiting = append(waiting, v.say(upgrade()))
 		require.Eventually(t, func() bool { return h.begun.Load() == 11 }, 10*time.Second, time.Millisecond)
 	}
-	close(h.mayGoOn)
-	for _, v := range mallory {
+	goOn()
+	for _, v := range waiting {
 		v.wantAnswer(http.StatusSwitchingProtocols)
 	}
 }
@@ -783,8 +792,7 @@ func TestDeadlines(t *testing.T) {
 	}
 	t.Run("a server with less time", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			h := buildInMemory(t, nil, usual)
-			h.server.ReadHeaderTimeout = 5 * time.Second
+			h := buildInMemory(t, nil, usual, func(s *http.Server) { s.ReadHeaderTimeout = 5 * time.Second })
 			begin := time.Now()
 			h.knock().say("GET /").wantAnswer(http.StatusRequestTimeout)
 			require.Equal(t, 5*time.Second, time.Since(begin))
@@ -794,7 +802,7 @@ func TestDeadlines(t *testing.T) {
 		t.Run("who was let in has all the time of the world, "+name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				h := buildInMemory(t, config, usual)
-				h.mayGoOn = make(chan struct{})
+				goOn := h.hold()
 				v := h.knock()
 				if config != nil {
 					v.Conn = tls.Client(v.Conn, trusting)
@@ -803,7 +811,7 @@ func TestDeadlines(t *testing.T) {
 				v.say(upgrade())
 				time.Sleep(5 * usual.Timeout) // it takes the server that long to say yes
 				require.Zero(t, h.hungUp.Load())
-				close(h.mayGoOn)
+				goOn()
 				v.wantAnswer(http.StatusSwitchingProtocols)
 				conn := <-h.letIn
 				time.Sleep(5 * usual.Timeout)
@@ -822,7 +830,7 @@ func TestDeadlines(t *testing.T) {
 		})
 		t.Run("who hangs up is not waited for, "+name, func(t *testing.T) {
 			h := buildOnLoopback(t, config, usual)
-			h.mayGoOn = make(chan struct{})
+			defer h.hold()()
 			v := h.knock()
 			if config != nil {
 				v.Conn = tls.Client(v.Conn, trusting)
@@ -919,9 +927,9 @@ func TestStrictFIPS(t *testing.T) {
 }
 
 func TestCannotUpgrade(t *testing.T) {
-	h := buildOnLoopback(t, nil, usual)
-	h.server.Handler = http.TimeoutHandler(http.HandlerFunc(h.answer), time.Minute, "") // hides the connection
-	h.door.Prepare(h.server)
+	h := buildOnLoopback(t, nil, usual, func(s *http.Server) {
+		s.Handler = http.TimeoutHandler(s.Handler, time.Minute, "") // hides the connection
+	})
 	_, text := h.knock().say(upgrade()).wantRefused(http.StatusInternalServerError)
 	require.Contains(t, text, "WebSocket impossible")
 	require.ErrorIs(t, <-h.failed, ErrCannotUpgrade)
@@ -934,12 +942,13 @@ func TestNothingIsKept(t *testing.T) {
 	secure, trusting := certificates(t)
 	for name, config := range map[string]*tls.Config{"plain": nil, "TLS": secure} {
 		t.Run(name, func(t *testing.T) {
-			h := buildOnLoopback(t, config, usual)
 			var kept atomic.Int64
-			h.server.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				h.answer(watched{w, strangerOf(r), &kept}, r)
+			h := buildOnLoopback(t, config, usual, func(s *http.Server) {
+				answer := s.Handler
+				s.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					answer.ServeHTTP(watched{w, strangerOf(r), &kept}, r)
+				})
 			})
-			h.door.Prepare(h.server)
 			v := h.knock()
 			if config != nil {
 				v.Conn = tls.Client(v.Conn, trusting)
@@ -1005,16 +1014,18 @@ func TestAtRest(t *testing.T) {
 			visitors := make([]*visitor, strangers)
 			for i := range visitors {
 				visitors[i] = h.knock()
-				visitors[i].Conn = counted{visitors[i].Conn, &said, new(atomic.Int64)}
+				conn := visitors[i].Conn
+				visitors[i].Conn = counted{conn, &said, new(atomic.Int64)}
 				if test.config != nil {
 					visitors[i].Conn = tls.Client(visitors[i].Conn, trusting)
 				}
 				visitors[i].say(test.says)
+				*visitors[i] = visitor{Conn: conn} // it is not to be measured
 			}
 			require.Eventually(t, func() bool { return heard.Load() == said.Load() }, 10*time.Second, time.Millisecond)
 			require.Equal(t, strangers, h.door.Open())
 			after := inUse()
-			t.Logf("%.1f KiB for each stranger, the test's own end included", float64(after-before)/strangers/1024)
+			t.Logf("%.1f KiB for each stranger", float64(after-before)/strangers/1024)
 			for _, v := range visitors {
 				v.Close()
 			}
