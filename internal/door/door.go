@@ -12,6 +12,7 @@
 package door
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"net"
@@ -50,6 +51,7 @@ type Door struct {
 	listener   net.Listener
 	secure     *tls.Config // nil where there is no TLS
 	limits     Limits
+	patience   time.Duration // with the head of a request, by limits and by the server
 	log        *zap.Logger
 	turnedAway func(telemetry.Outcome)
 
@@ -63,7 +65,7 @@ type Door struct {
 // turnedAway, from any goroutine.
 func New(l net.Listener, secure *tls.Config, limits Limits, log *zap.Logger, turnedAway func(telemetry.Outcome)) *Door {
 	return &Door{
-		listener: l, secure: withoutHTTP2(secure), limits: limits, log: log, turnedAway: turnedAway,
+		listener: l, secure: withoutHTTP2(secure), limits: limits, patience: limits.Timeout, log: log, turnedAway: turnedAway,
 		strangers: fair.NewByAddress(limits.Strangers), slack: fair.NewByAddress(limits.slack()),
 	}
 }
@@ -90,14 +92,17 @@ func withoutHTTP2(config *tls.Config) *tls.Config {
 	return config
 }
 
-// Prepare has server serve what comes through the door. The door's limits take the place of the
-// server's own for a request's head.
+// Prepare has server serve what comes through the door; it is called before either is served. The
+// door's limits take the place of the server's own for a request's head, but for its shorter timeout.
 func (d *Door) Prepare(server *http.Server) {
 	server.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
 		if s, ok := conn.(interface{ self() *stranger }); ok {
 			ctx = context.WithValue(ctx, contextKey{}, s.self())
 		}
 		return ctx
+	}
+	if timeout := cmp.Or(server.ReadHeaderTimeout, server.ReadTimeout); timeout > 0 {
+		d.patience = min(d.patience, timeout)
 	}
 	server.MaxHeaderBytes = maxRequestLine + d.limits.HeaderSize
 	// Otherwise the server takes "Upgrade" out of the Connection header of a 426.
@@ -150,7 +155,7 @@ func (d *Door) Open() int { return int(d.open.Load()) }
 // meet gives conn a place; nil if there is none.
 func (d *Door) meet(conn net.Conn) *stranger {
 	s := &stranger{
-		door: d, address: fair.Address(conn.RemoteAddr()), pool: d.strangers, due: time.Now().Add(d.limits.Timeout),
+		door: d, address: fair.Address(conn.RemoteAddr()), pool: d.strangers, due: time.Now().Add(d.patience),
 		head: head{maxLines: d.limits.Headers, maxSize: d.limits.HeaderSize},
 	}
 	if d.open.Add(1) > int64(d.limits.Connections) {

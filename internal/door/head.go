@@ -96,20 +96,29 @@ type pieces struct {
 	taken       int // bytes of the first one
 }
 
+// fill keeps what read reads.
+func (p *pieces) fill(read func([]byte) int) {
+	if p.last == nil || p.last.n == pieceSize {
+		next := &piece{}
+		if p.last == nil {
+			p.first = next
+		} else {
+			p.last.next = next
+		}
+		p.last = next
+	}
+	last := p.last
+	last.n += read(last.b[last.n:])
+}
+
+// keep keeps a copy of b.
 func (p *pieces) keep(b []byte) {
 	for len(b) > 0 {
-		if p.last == nil || p.last.n == pieceSize {
-			next := &piece{}
-			if p.last == nil {
-				p.first = next
-			} else {
-				p.last.next = next
-			}
-			p.last = next
-		}
-		n := copy(p.last.b[p.last.n:], b)
-		p.last.n += n
-		b = b[n:]
+		p.fill(func(room []byte) int {
+			n := copy(room, b)
+			b = b[n:]
+			return n
+		})
 	}
 }
 

@@ -64,10 +64,12 @@ type stranger struct {
 // secured is a stranger on TLS.
 type secured struct{ *stranger }
 
-// ConnectionState shakes hands first: the HTTP server asks for it, in the connection's own goroutine,
-// before it reads.
+// ConnectionState shakes hands first, and waits for the request's head: the HTTP server asks for it, in
+// the connection's own goroutine, before it makes its buffers. Who is slow costs no more than his own.
 func (s secured) ConnectionState() tls.ConnectionState {
-	s.shake()
+	if s.shake() {
+		s.readHead()
+	}
 	return s.secure.ConnectionState()
 }
 
@@ -84,10 +86,10 @@ func (s *stranger) Read(b []byte) (int, error) {
 		return 0, io.EOF
 	case !s.shake():
 		return 0, io.EOF
-	case !s.head.done:
-		return s.readHead(b)
-	case s.held.first != nil:
+	case s.held.first != nil && s.head.done:
 		return s.held.take(b), nil
+	case !s.head.done:
+		return s.readHeadInto(b)
 	}
 	n, err := s.conn.Read(b)
 	if n > 0 {
@@ -96,43 +98,54 @@ func (s *stranger) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// readHead mostly finds all of it in b, and keeps nothing.
-func (s *stranger) readHead(b []byte) (int, error) {
-	if !s.clocked { // by a server without a deadline of its own
-		if err := s.SetReadDeadline(s.due); err != nil {
-			return 0, io.EOF
-		}
+// readHead keeps all of the head, until it is there or refused.
+func (s *stranger) readHead() {
+	for !s.head.done && !s.ended {
+		s.held.fill(s.hear)
 	}
-	for len(b) > 0 {
-		n, err := s.conn.Read(b)
-		if n > 0 && s.look(b[:n]) {
-			if s.held.first == nil {
-				return n, nil
-			}
+}
+
+// readHeadInto mostly finds all of the head in b, and keeps nothing.
+func (s *stranger) readHeadInto(b []byte) (int, error) {
+	for {
+		n := s.hear(b)
+		switch {
+		case s.ended:
+			return 0, io.EOF
+		case s.head.done && s.held.first == nil:
+			return n, nil
+		case s.head.done:
 			s.held.keep(b[:n])
 			return s.held.take(b), nil
 		}
-		if s.ended {
-			return 0, io.EOF
-		}
 		s.held.keep(b[:n])
-		if err != nil {
-			s.leave(err)
-			return 0, io.EOF
-		}
 	}
-	return 0, nil
 }
 
-// look reports whether the head ends in b. What the HTTP server is not to see is answered.
-func (s *stranger) look(b []byte) bool {
+// hear reads some of the head.
+func (s *stranger) hear(b []byte) int {
+	if !s.clocked { // by a server without a deadline of its own
+		_ = s.SetReadDeadline(s.due) // an error comes again when it is read
+	}
+	n, err := s.conn.Read(b)
+	if n > 0 {
+		s.look(b[:n])
+	}
+	if err != nil && !s.head.done && !s.ended {
+		s.leave(err)
+	}
+	return n
+}
+
+// look watches the head go by. What the HTTP server is not to see is answered.
+func (s *stranger) look(b []byte) {
 	if !s.head.begun() && b[0] == recordTypeHandshake && s.secure == nil {
 		s.log(zap.WarnLevel, "a peer talks TLS to this listener, which has none: give the agent a ws:// endpoint, or the listener a certificate (listener::tls)")
 		s.refuse(s.conn, &Refusal{
 			Status: http.StatusBadRequest, Outcome: telemetry.OutcomeBadRequest,
 			Text: "this listener has no TLS",
 		})
-		return false
+		return
 	}
 	behind, v := s.head.look(b)
 	limits := s.door.limits
@@ -145,12 +158,11 @@ func (s *stranger) look(b []byte) bool {
 				Status: http.StatusHTTPVersionNotSupported, Outcome: telemetry.OutcomeBadRequest,
 				Text: "this is an OpAMP gateway: agents connect to it by WebSocket, on HTTP/1.1",
 			})
-			return false
+			return
 		}
 		if behind > 0 {
 			s.early.Store(true)
 		}
-		return true
 	case verdictLongRequestLine:
 		s.refuseHead(http.StatusRequestURITooLong, fmt.Sprintf("the request line is longer than %d bytes", maxRequestLine))
 	case verdictTooManyLines:
@@ -160,7 +172,6 @@ func (s *stranger) look(b []byte) bool {
 		s.refuseHead(http.StatusRequestHeaderFieldsTooLarge,
 			fmt.Sprintf("the request's headers are larger than %d bytes, see agents::max_request_header_size", limits.HeaderSize))
 	}
-	return false
 }
 
 // recordTypeHandshake is the first byte of TLS (RFC 8446, section 5.1).
