@@ -1,0 +1,241 @@
+// Package door is the listener at which strangers knock: whoever has connected, and was not let in
+// yet. It bounds what they can take, before any of it reaches the HTTP server behind it:
+//
+//   - so many connections in all, and so many of strangers, which their addresses share fairly;
+//   - so many header lines, of so many bytes, and so much time from connecting to the end of the
+//     request's head, TLS included. The head is kept in memory of its own size until it is complete,
+//     and only then given to the HTTP server, all of it;
+//   - one request, without a body. Whatever is no 101 is the last that is said on the connection.
+//
+// A connection that is upgraded is a stranger no more: Upgrade returns what is below, without any of
+// this. The package knows nothing of agents.
+package door
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"net"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/opampgateway/opampgateway/internal/fair"
+	"github.com/opampgateway/opampgateway/internal/socket"
+	"github.com/opampgateway/opampgateway/internal/telemetry"
+)
+
+// Limits are what strangers may take.
+type Limits struct {
+	// Headers is how many header lines a request may have.
+	Headers int
+	// HeaderSize is how many bytes these lines may have in all, their ends included.
+	HeaderSize int
+	// Connections is how many may be open at once, those that were let in included.
+	Connections int
+	// Strangers is how many of them may not be let in yet. Addresses share them fairly.
+	Strangers int
+	// Timeout is how long after it has connected a stranger's request has to be there.
+	Timeout time.Duration
+}
+
+// slack is how many connections above the limits are answered that there are too many. What comes
+// on top of that is closed without a word.
+func (l Limits) slack() int { return max(64, l.Connections/16) }
+
+// Door is a net.Listener for an http.Server that Prepare has prepared.
+type Door struct {
+	// Set once.
+	listener   net.Listener
+	secure     *tls.Config // nil where there is no TLS
+	limits     Limits
+	patience   time.Duration // with the head of a request, by limits and by the server
+	log        *zap.Logger
+	turnedAway func(telemetry.Outcome)
+
+	open      atomic.Int64    // connections
+	strangers *fair.ByAddress // their places
+	slack     *fair.ByAddress // the places of those that are too many
+}
+
+// New returns a door in front of l, with TLS if secure is not nil. What the door says of strangers
+// goes to log, which has to bear a flood of them. Those whom the HTTP server never sees are told to
+// turnedAway, from any goroutine.
+func New(l net.Listener, secure *tls.Config, limits Limits, log *zap.Logger, turnedAway func(telemetry.Outcome)) *Door {
+	return &Door{
+		listener: l, secure: withoutHTTP2(secure), limits: limits, patience: limits.Timeout, log: log, turnedAway: turnedAway,
+		strangers: fair.NewByAddress(limits.Strangers), slack: fair.NewByAddress(limits.slack()),
+	}
+}
+
+// withoutHTTP2 returns config as it is needed here: an upgrade fails on HTTP/2. A configuration
+// which is made for each client, as when the authorities for its certificate are read anew, is
+// none of ours yet.
+func withoutHTTP2(config *tls.Config) *tls.Config {
+	if config == nil {
+		return nil
+	}
+	config = config.Clone()
+	config.NextProtos = []string{"http/1.1"}
+	if each := config.GetConfigForClient; each != nil {
+		config.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+			c, err := each(hello)
+			if c != nil {
+				c = c.Clone()
+				c.NextProtos = config.NextProtos
+			}
+			return c, err
+		}
+	}
+	return config
+}
+
+// Prepare has server serve what comes through the door; it is called before either is served. The
+// door's limits take the place of the server's own for a request's head, but for its shorter timeout.
+func (d *Door) Prepare(server *http.Server) {
+	server.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
+		if s, ok := conn.(interface{ self() *stranger }); ok {
+			ctx = context.WithValue(ctx, contextKey{}, s.self())
+		}
+		return ctx
+	}
+	if timeout := cmp.Or(server.ReadHeaderTimeout, server.ReadTimeout); timeout > 0 {
+		d.patience = min(d.patience, timeout)
+	}
+	server.MaxHeaderBytes = maxRequestLine + d.limits.HeaderSize
+	// Otherwise the server takes "Upgrade" out of the Connection header of a 426.
+	server.SetKeepAlivesEnabled(true)
+	next := server.Handler
+	server.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// The door ends the connection anyway; this says so, and keeps the server from waiting for a body.
+		w.Header()["Connection"] = closeToken
+		next.ServeHTTP(w, r)
+	})
+}
+
+// closeToken is shared: to add to it makes a copy.
+var closeToken = []string{"close"}
+
+type contextKey struct{}
+
+// strangerOf returns who sent a request; nil if it did not come through a door.
+func strangerOf(r *http.Request) *stranger {
+	s, _ := r.Context().Value(contextKey{}).(*stranger)
+	return s
+}
+
+// Accept returns the next stranger.
+func (d *Door) Accept() (net.Conn, error) {
+	for {
+		conn, err := d.listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		switch s := d.meet(conn); {
+		case s == nil: // too many
+		case s.secure != nil:
+			return secured{s}, nil
+		default:
+			return s, nil
+		}
+	}
+}
+
+// Close interrupts Accept, and gives the address back. It leaves connections alone.
+func (d *Door) Close() error { return d.listener.Close() }
+
+// Addr returns the address listened at.
+func (d *Door) Addr() net.Addr { return d.listener.Addr() }
+
+// Open returns how many connections there are now, those that were let in included.
+func (d *Door) Open() int { return int(d.open.Load()) }
+
+// meet gives conn a place; nil if there is none.
+func (d *Door) meet(conn net.Conn) *stranger {
+	s := &stranger{
+		door: d, address: fair.Address(conn.RemoteAddr()), pool: d.strangers, due: time.Now().Add(d.patience),
+		head: head{maxLines: d.limits.Headers, maxSize: d.limits.HeaderSize},
+	}
+	if d.open.Add(1) > int64(d.limits.Connections) {
+		s.excess = tooManyConnections
+	} else if !d.strangers.Take(s.address, 1) {
+		s.excess = tooManyStrangers
+	}
+	if s.excess != "" {
+		d.log.Warn(s.excess+"; new ones are turned away", clientAddress(conn))
+		s.pool = d.slack
+		if !d.slack.Take(s.address, 1) {
+			conn.Close()
+			d.open.Add(-1)
+			d.turnedAway(telemetry.OutcomeTooMany)
+			return nil
+		}
+	}
+	s.place = &place{Conn: conn, door: d}
+	s.place.stranger.Store(s)
+	s.below = socket.Wrap(conn)
+	s.below.Conn = s.place
+	s.conn = s.below
+	if d.secure != nil {
+		s.secure = tls.Server(s.below, d.secure)
+		s.conn = s.secure
+	}
+	return s
+}
+
+const (
+	tooManyConnections = "as many connections are open as agents::max_connections allows"
+	tooManyStrangers   = "too many connections wait to be let in"
+)
+
+// place is what a connection takes of its door. It is below everything else, and all that is left of
+// the door when the connection has been let in.
+type place struct {
+	net.Conn
+	door     *Door
+	stranger atomic.Pointer[stranger] // nil when it is none any more
+	closed   atomic.Bool
+	heard    bool // something has come; owned by who reads
+}
+
+// Read notes that something has come.
+func (p *place) Read(b []byte) (int, error) {
+	n, err := p.Conn.Read(b)
+	if n > 0 && !p.heard {
+		p.heard = true
+	}
+	return n, err
+}
+
+// Close gives the place back.
+func (p *place) Close() error {
+	err := p.Conn.Close()
+	if !p.closed.Swap(true) {
+		p.door.open.Add(-1)
+	}
+	p.letIn()
+	return err
+}
+
+// letIn gives back what the connection took as a stranger.
+func (p *place) letIn() {
+	if s := p.stranger.Swap(nil); s != nil {
+		s.pool.Give(s.address, 1)
+	}
+}
+
+// closeWrite says that nothing more will be written, where that can be said.
+func (p *place) closeWrite() {
+	if c, ok := p.Conn.(interface{ CloseWrite() error }); ok {
+		_ = c.CloseWrite() // an error means that the connection has ended
+	}
+}
+
+func clientAddress(conn net.Conn) zap.Field {
+	if addr := conn.RemoteAddr(); addr != nil {
+		return zap.Stringer("client.address", addr)
+	}
+	return zap.Skip()
+}
