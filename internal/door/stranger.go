@@ -239,9 +239,6 @@ func (s *stranger) shake() bool {
 	if err == nil {
 		err = s.secure.HandshakeContext(context.Background()) // the deadline ends it
 	}
-	if err == nil {
-		err = s.below.SetWriteDeadline(time.Time{})
-	}
 	var plain tls.RecordHeaderError
 	var network *net.OpError
 	switch {
