@@ -80,7 +80,7 @@ func build(t *testing.T, l net.Listener, secure *tls.Config, limits Limits, chan
 		defer h.mu.Unlock()
 		h.turned[o]++
 	})
-	h.server = &http.Server{Handler: http.HandlerFunc(h.answer), ReadHeaderTimeout: time.Hour, WriteTimeout: time.Minute}
+	h.server = &http.Server{Handler: http.HandlerFunc(h.answer), ReadHeaderTimeout: time.Hour, WriteTimeout: time.Minute, MaxHeaderBytes: 1}
 	for _, f := range change {
 		f(h.server)
 	}
@@ -615,17 +615,36 @@ func TestOneRequest(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := buildInMemory(t, nil, usual, func(s *http.Server) { s.Handler = handler })
+				h := buildInMemory(t, nil, usual, func(s *http.Server) {
+					s.Handler = handler
+					s.SetKeepAlivesEnabled(false) // which would have it take out "Upgrade"
+				})
 				v := h.knock().say(upgrade())
-				v.wantAnswer(http.StatusForbidden)
-				begin := time.Now()
-				v.say(upgrade())
-				v.wantClosed()
-				require.LessOrEqual(t, time.Since(begin), lingerTimeout)
+				resp, _ := v.wantAnswer(http.StatusForbidden)
+				require.Equal(t, name == "upgrade", resp.Header.Get("Connection") == "Upgrade")
+				require.Equal(t, name == "text", resp.Close)
 				synctest.Wait()
-				require.Zero(t, h.door.Open())
+				require.Zero(t, h.door.Open(), "nobody waits for another request")
+				v.wantClosed()
 			})
 		})
+	}
+}
+
+// TestAnswerIsWhole has handlers answer before the server has begun to watch for a hang-up.
+func TestAnswerIsWhole(t *testing.T) {
+	text := strings.Repeat("no\n", 10_000)
+	h := buildOnLoopback(t, nil, usual, func(s *http.Server) {
+		s.Handler = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusForbidden)
+			for _, line := range strings.SplitAfter(text, "\n") {
+				_, _ = io.WriteString(w, line)
+			}
+		})
+	})
+	for range 200 {
+		_, got := h.knock().say(upgrade()).wantRefused(http.StatusForbidden)
+		require.Len(t, got, len(text))
 	}
 }
 
@@ -848,8 +867,10 @@ func TestWhatIsLogged(t *testing.T) {
 	t.Run("plain HTTP to TLS", func(t *testing.T) {
 		h := buildOnLoopback(t, secure, usual)
 		v := h.knock().say(upgrade())
+		begin := time.Now()
 		_, text := v.wantRefused(http.StatusBadRequest)
 		require.Contains(t, text, "wss://")
+		require.Less(t, time.Since(begin), lingerTimeout, "the end is told at once")
 		fields := h.wantLog(zap.WarnLevel, "a peer talks plain HTTP to this listener, which has TLS: give the agent a wss:// endpoint")
 		require.Equal(t, v.LocalAddr().String(), fields["client.address"])
 		h.wantTurned(telemetry.OutcomeBadRequest, 1)
@@ -997,11 +1018,12 @@ func TestAtRest(t *testing.T) {
 		name   string
 		says   string
 		config *tls.Config
+		limit  int // KiB for each
 	}{
-		{"100 headers", tiny, nil},
-		{"16 KiB in one header", large, nil},
-		{"100 headers on TLS", tiny, secure},
-		{"16 KiB in one header on TLS", large, secure},
+		{"100 headers", tiny, nil, 32},
+		{"16 KiB in one header", large, nil, 48},
+		{"100 headers on TLS", tiny, secure, 26},
+		{"16 KiB in one header on TLS", large, secure, 64},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -1030,7 +1052,7 @@ func TestAtRest(t *testing.T) {
 				v.Close()
 			}
 			require.Eventually(t, func() bool { return h.door.Open() == 0 }, 10*time.Second, time.Millisecond)
-			require.Less(t, after-before, 64<<20)
+			require.Less(t, after-before, strangers*test.limit<<10)
 		})
 	}
 }

@@ -54,7 +54,7 @@ func TestKilledProcess(t *testing.T) {
 
 	_, err = Listen(t.Context(), unixAt(path))
 	require.ErrorIs(t, err, syscall.EADDRINUSE)
-	require.ErrorContains(t, err, "another process answers there")
+	require.ErrorContains(t, err, ": another process answers there")
 
 	require.NoError(t, other.Process.Kill())
 	require.Error(t, other.Wait())

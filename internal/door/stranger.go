@@ -79,10 +79,7 @@ func (s *stranger) self() *stranger { return s }
 // answer there is nothing more to read: one request is all that a stranger has.
 func (s *stranger) Read(b []byte) (int, error) {
 	switch {
-	case s.ended:
-		return 0, io.EOF
-	case s.answered.Load():
-		s.end(true)
+	case s.ended, s.answered.Load(): // the server may still be writing: all that ends is the reading
 		return 0, io.EOF
 	case !s.shake():
 		return 0, io.EOF
@@ -238,9 +235,6 @@ func (s *stranger) shake() bool {
 	err := s.below.SetDeadline(s.due)
 	if err == nil {
 		err = s.secure.HandshakeContext(context.Background()) // the deadline ends it
-	}
-	if err == nil {
-		err = s.below.SetWriteDeadline(time.Time{})
 	}
 	var plain tls.RecordHeaderError
 	var network *net.OpError
