@@ -41,7 +41,7 @@ func newAgent(tb testing.TB, limit, capacity int) (*agent, *memory.Budget) {
 	b := memory.New(256<<20, unlimited)
 	a := &agent{fixture: newFixture(tb, false, limit, capacity)}
 	a.Reader = b.NewReader(a)
-	a.fixture.Socket.memory = a
+	a.Socket.memory = a
 	return a, b
 }
 
