@@ -193,6 +193,7 @@ func TestTheSmallWaitInOrder(t *testing.T) {
 		all := crowd(t, b, SmallMessage)
 		bob, cathy, dave := newActor(b).wait(SmallMessage, 0), newActor(b).wait(1000, 0), newActor(b).wait(SmallMessage, 0)
 		all[0].Release(SmallMessage - 1000)
+		require.False(t, newActor(b).take(600, 600), "there are others before it")
 		bob.wantWaiting(t)
 		cathy.wantWaiting(t)
 		all[0].Release(1000)
