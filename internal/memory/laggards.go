@@ -130,8 +130,10 @@ func (b *Budget) missing(kind int) (turn *Reader, n int64) {
 	if kind == small {
 		return nil, c.wanted + c.held.Load() - c.room
 	}
-	n = c.wanted + b.withoutTurn() - c.room
-	if b.turn == nil && c.waiting.Load() > 0 { // nobody can even have a turn
+	if c.wanted > 0 {
+		n = c.wanted + b.withoutTurn() - c.room
+	}
+	if b.turn == nil { // nobody can even have one
 		n = max(n, b.withoutTurn()-c.room-b.limit/8)
 	}
 	return b.turn, n

@@ -126,15 +126,37 @@ func TestTheLongestIdleGoFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBudget()
 		all := crowd(t, b, SmallMessage)
+		eve := all[100]
 		for _, a := range all {
-			a.trickle(t, 10*kib)
+			if a != eve {
+				a.received.Add(1)
+			}
 		}
-		eve := newActor(b)
-		all[7].Close()
-		eve.mustTake(t, SmallMessage, 0)
 		bob := newActor(b).wait(SmallMessage, 0)
+		require.Empty(t, named(b, 250*time.Millisecond))
+		for _, a := range all {
+			if a != eve {
+				a.received.Add(1)
+			}
+		}
 		require.Equal(t, []*actor{eve}, named(b, 10*time.Second))
 		bob.cancel()
+	})
+}
+
+// When readers and outboxes hold so much that nobody can have a turn, as many have to go as are in its way.
+func TestNobodyCanHaveATurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBudget()
+		all := crowd(t, b, mib)
+		turnOf(b).Close()
+		b.Up.Take(30 * mib)
+		bob := newActor(b).wait(SmallMessage, largest)
+		require.Nil(t, b.turn)
+		closed, took := closeLaggards(b, time.Minute)
+		bob.wantGranted(t)
+		require.Less(t, took, time.Second)
+		require.Equal(t, len(all)-1+30-24-24, closed)
 	})
 }
 

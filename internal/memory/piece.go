@@ -49,14 +49,21 @@ func sizeIndex(size int) int {
 }
 
 // fetch returns memory of just this size, which is counted.
-func (b *Budget) fetch(size int) []byte {
-	var piece []byte
-	if size >= minPiece {
-		b.mu.Lock()
-		piece = b.pieceLocked(size)
-		b.mu.Unlock()
+func (b *Budget) fetch(size int) []byte { return b.finish(b.reuse(size), size) }
+
+// reuse returns a piece of just this size that waits to be used again, nil if there is none.
+func (b *Budget) reuse(size int) []byte {
+	if size < minPiece {
+		return nil
 	}
-	// Only now: what waits to be used again is used, not let go to make room for new memory.
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.pieceLocked(size)
+}
+
+// finish returns the piece, or makes one, for which size was counted. Room is made only now: what waits
+// to be used again is used, not let go to make room for new memory.
+func (b *Budget) finish(piece []byte, size int) []byte {
 	b.makeRoom()
 	if piece == nil {
 		piece = make([]byte, size)
@@ -64,7 +71,7 @@ func (b *Budget) fetch(size int) []byte {
 	return piece
 }
 
-// pieceLocked returns a piece of just this size that waits to be used again, nil if there is none.
+// pieceLocked is reuse for a size from minPiece on.
 func (b *Budget) pieceLocked(size int) []byte {
 	pieces := b.pieces[sizeIndex(size)]
 	if len(pieces) == 0 {

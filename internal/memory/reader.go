@@ -89,14 +89,17 @@ func (r *Reader) Close() {
 
 // waiter is a reader that waits for memory.
 type waiter struct {
+	// Set once.
 	reader        *Reader
+	kind          int // class of the memory
 	size, message int64
-	class         *class
-	queue         *queue
-	begun         uint64        // its place among all who wait
 	granted       chan struct{} // closed when it is
-	piece         []byte        // what was granted; nil for one that is to be made
-	prev, next    *waiter       // in its queue; guarded by the budget's mu
+
+	// The budget's mu guards what follows.
+	begun      uint64 // its place among all who wait
+	queue      *queue // nil when it waits no more
+	prev, next *waiter
+	piece      []byte // what was granted; nil for one that is to be made
 }
 
 // Piece counts, and returns, memory of a size that PieceSize returns for the reader, on the way to
@@ -106,23 +109,39 @@ type waiter struct {
 //
 // A message whose length is not known gets SmallMessage at once, until that is not enough.
 func (r *Reader) Piece(size, message int, wait func() (context.Context, func())) ([]byte, error) {
-	b := r.budget
-	message = max(size, message)
-	if message <= SmallMessage {
-		if c := &b.classes[small]; c.waiting.Load() == 0 && c.take(int64(size)) {
-			r.held[small].Add(int64(size))
-			return b.fetch(size), nil
+	b, kind := r.budget, small
+	if message = max(size, message); message > SmallMessage {
+		kind = large
+	}
+	piece, ok := r.takeNow(kind, size, int64(message))
+	if !ok {
+		w := &waiter{reader: r, kind: kind, size: int64(size), message: int64(message), granted: make(chan struct{})}
+		if err := b.await(w, wait); err != nil {
+			return nil, err
 		}
+		piece = w.piece
 	}
-	w := &waiter{reader: r, size: int64(size), message: int64(message), granted: make(chan struct{})}
-	if err := b.await(w, wait); err != nil {
-		return nil, err
+	return b.finish(piece, size), nil
+}
+
+// takeNow counts memory if there is room and nobody waits, or if it is the reader's turn. It returns a
+// piece if there is one.
+func (r *Reader) takeNow(kind, size int, message int64) (piece []byte, ok bool) {
+	b, c := r.budget, &r.budget.classes[kind]
+	if kind == small {
+		if c.waiting.Load() > 0 || !c.take(int64(size)) {
+			return nil, false
+		}
+		r.held[small].Add(int64(size))
+		return b.reuse(size), true
 	}
-	b.makeRoom()
-	if w.piece == nil {
-		w.piece = make([]byte, size)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.turn != r && (c.waiting.Load() > 0 || !b.fits(message)) {
+		return nil, false
 	}
-	return w.piece, nil
+	c.held.Add(int64(size))
+	return b.handOverLocked(r, large, size), true
 }
 
 // take counts n bytes if there is room for them.
@@ -137,10 +156,6 @@ func (c *class) take(n int64) bool {
 func (b *Budget) await(w *waiter, wait func() (context.Context, func())) error {
 	b.mu.Lock()
 	b.queueLocked(w)
-	if b.turn == w.reader && w.class == &b.classes[large] { // whoever may be before it
-		w.class.held.Add(w.size)
-		b.goOnLocked(w)
-	}
 	b.grantLocked()
 	waits := w.queue != nil
 	b.mu.Unlock()
@@ -230,7 +245,7 @@ func (b *Budget) grantLocked() {
 		var longest *waiter
 		for j := range c.queues {
 			q := &c.queues[j]
-			for q.first != nil && b.takeLocked(q.first) {
+			for q.first != nil && b.takeLocked(c, q.first) {
 				b.goOnLocked(q.first)
 			}
 			if w := q.first; w != nil && (longest == nil || w.begun < longest.begun) {
@@ -246,14 +261,14 @@ func (b *Budget) grantLocked() {
 }
 
 // takeLocked counts what w wants if there is room.
-func (b *Budget) takeLocked(w *waiter) bool {
-	if w.class == &b.classes[small] {
-		return w.class.take(w.size)
+func (b *Budget) takeLocked(c *class, w *waiter) bool {
+	if w.kind == small {
+		return c.take(w.size)
 	}
 	if !b.fits(w.message) {
 		return false
 	}
-	w.class.held.Add(w.size)
+	c.held.Add(w.size)
 	return true
 }
 
@@ -275,27 +290,25 @@ func (b *Budget) withoutTurn() int64 {
 
 // queueLocked has w wait.
 func (b *Budget) queueLocked(w *waiter) {
-	i := 0
-	w.class = &b.classes[small]
-	if w.message > SmallMessage {
+	c, i := &b.classes[w.kind], 0
+	if w.kind == large {
 		i = min(bits.Len64(uint64(w.message-1)/SmallMessage)-1, doublings-1)
-		w.class = &b.classes[large]
 	}
-	w.queue = &w.class.queues[i]
+	w.queue = &c.queues[i]
 	b.begun++
 	w.begun = b.begun
 	w.queue.add(w)
-	w.class.waiting.Add(1)
-	w.class.wanted += b.wants(w)
-	w.reader.waits.Store(w.class)
+	c.waiting.Add(1)
+	c.wanted += b.wants(w)
+	w.reader.waits.Store(c)
 }
 
 // wants is what w adds to what its class wants; see there.
 func (b *Budget) wants(w *waiter) int64 {
 	switch {
-	case w.class == &b.classes[small]:
+	case w.kind == small:
 		return w.size
-	case 2*w.message > w.class.room: // only its turn helps it
+	case 2*w.message > b.classes[large].room: // only its turn helps it
 		return 0
 	}
 	return 2 * w.message
@@ -304,23 +317,26 @@ func (b *Budget) wants(w *waiter) int64 {
 // goOnLocked lets w go on, for which size was counted.
 func (b *Budget) goOnLocked(w *waiter) {
 	b.leaveLocked(w)
-	kind := small
-	if w.class == &b.classes[large] {
-		kind = large
-	}
-	w.reader.held[kind].Add(w.size)
-	if w.size >= minPiece {
-		w.piece = b.pieceLocked(int(w.size))
-	}
+	w.piece = b.handOverLocked(w.reader, w.kind, int(w.size))
 	close(w.granted)
+}
+
+// handOverLocked notes that a reader holds what was counted for it, and returns a piece if there is one.
+func (b *Budget) handOverLocked(r *Reader, kind, size int) []byte {
+	r.held[kind].Add(int64(size))
+	if size < minPiece {
+		return nil
+	}
+	return b.pieceLocked(size)
 }
 
 // leaveLocked has w wait no more.
 func (b *Budget) leaveLocked(w *waiter) {
+	c := &b.classes[w.kind]
 	w.queue.remove(w)
 	w.queue = nil
-	w.class.waiting.Add(-1)
-	w.class.wanted -= b.wants(w)
+	c.waiting.Add(-1)
+	c.wanted -= b.wants(w)
 	w.reader.waits.Store(nil)
 }
 

@@ -193,6 +193,7 @@ func TestTheSmallWaitInOrder(t *testing.T) {
 		all := crowd(t, b, SmallMessage)
 		bob, cathy, dave := newActor(b).wait(SmallMessage, 0), newActor(b).wait(1000, 0), newActor(b).wait(SmallMessage, 0)
 		all[0].Release(SmallMessage - 1000)
+		require.False(t, newActor(b).take(600, 600), "there are others before it")
 		bob.wantWaiting(t)
 		cathy.wantWaiting(t)
 		all[0].Release(1000)
@@ -404,7 +405,8 @@ func TestAnything(t *testing.T) {
 				if !ok {
 					givenUp.Add(1)
 				}
-				for seen := most.Load(); seen < b.inUse() && !most.CompareAndSwap(seen, b.inUse()); seen = most.Load() {
+				if used := b.inUse(); used > most.Load() {
+					most.Store(used) // or somebody else's, which is about as much
 				}
 				if ok && random.IntN(4) == 0 {
 					held = a.Shrink(held, max(513, n/3))
@@ -482,7 +484,7 @@ func checkSums(t *testing.T, b *Budget, size int64) {
 		assert.Equal(t, wanted, c.wanted)
 	}
 	pieces := 0
-	for _, p := range b.pieces {
+	for _, p := range &b.pieces {
 		for _, piece := range p {
 			pieces += len(piece)
 		}
@@ -505,7 +507,7 @@ func TestTinyMessagesTakeNoLock(t *testing.T) {
 		alice.Release(TinyMessage)
 		b.Up.Give(TinyMessage)
 	})
-	require.EqualValues(t, 1, allocations, "its memory")
+	require.InDelta(t, 1, allocations, 0, "its memory")
 }
 
 // BenchmarkWaiters is what one message costs while so many readers wait for memory for theirs.
@@ -514,32 +516,38 @@ func BenchmarkWaiters(b *testing.B) {
 		for _, n := range []int{500, 5_000, 40_000} {
 			b.Run(fmt.Sprintf("message=%dKiB/readers=%d", message/kib, n), func(b *testing.B) {
 				budget := newBudget()
-				ready := make(chan *actor, n)
+				type holding struct {
+					*actor
+					piece []byte
+				}
+				ready := make(chan holding, n)
+				wait := func() (context.Context, func()) { return context.Background(), func() {} }
 				take := func(a *actor) {
-					_, err := a.Piece(64*kib, message, func() (context.Context, func()) { return context.Background(), func() {} })
+					piece, err := a.Piece(64*kib, message, wait)
 					if err != nil {
 						panic(err)
 					}
-					ready <- a
-				}
-				waiting := func() int {
-					return int(budget.classes[small].waiting.Load() + budget.classes[large].waiting.Load())
+					ready <- holding{a, piece}
 				}
 				for range n {
 					go take(newActor(budget))
+				}
+				waiting := func() int {
+					return int(budget.classes[small].waiting.Load() + budget.classes[large].waiting.Load())
 				}
 				for waiting()+len(ready) < n {
 					time.Sleep(time.Millisecond)
 				}
 				b.ResetTimer()
-				for range b.N { // one that is read goes to wait again
-					a := <-ready
-					a.Release(64 * kib)
-					go take(a)
+				for range b.N { // whose message is read goes to wait again
+					h := <-ready
+					h.Return(h.piece)
+					go take(h.actor)
 				}
 				b.StopTimer()
 				for range n {
-					(<-ready).Release(64 * kib)
+					h := <-ready
+					h.Return(h.piece)
 				}
 			})
 		}

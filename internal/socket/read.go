@@ -92,7 +92,7 @@ func (s *Socket) message() (message []byte, n int, err error) {
 		if message, n, err = s.fill(message, n); err != nil || s.frame.fin {
 			return message, n, err
 		}
-		if err = s.next(); err != nil {
+		if err := s.next(); err != nil {
 			return message, n, err
 		}
 	}
