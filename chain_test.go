@@ -335,5 +335,16 @@ func TestChainGoodbye(t *testing.T) {
 		time.Sleep(5 * time.Minute)
 		s.server.WantNothing(bob)
 		s.server.WantNothing(cathy)
+	}, func(cfg *Config) { cfg.Agents.SendDisconnectForGateways = true })
+
+	t.Run("but not unless configured: they may be at another gateway", func(t *testing.T) {
+		play(t, func(t *testing.T, s *stage) {
+			gateway, alice := s.connect("gateway", gatewaytest.ConnectionIDHeader, "upstream-0"), gatewaytest.UID("alice")
+			gateway.Send(gatewaytest.Status(alice, 1))
+			s.server.Next(alice)
+			gateway.Vanish()
+			time.Sleep(5 * time.Minute)
+			s.server.WantNothing(alice)
+		})
 	})
 }

@@ -16,7 +16,9 @@ import (
 	"go.opentelemetry.io/collector/config/configtls"
 	"golang.org/x/net/http/httpguts"
 
+	"github.com/opampgateway/opampgateway/internal/connect"
 	"github.com/opampgateway/opampgateway/internal/memory"
+	"github.com/opampgateway/opampgateway/internal/socket"
 )
 
 // Config is what a user writes below extensions::opampgateway.
@@ -84,7 +86,24 @@ type AgentsConfig struct {
 	// SendDisconnect has the gateway say agent_disconnect for an agent whose connection ended without it.
 	SendDisconnect bool `mapstructure:"send_disconnect"`
 
-	// MaxRequestHeaderSize is the largest header of an upgrade request, in bytes; larger ones are answered 431.
+	// SendDisconnectForGateways has it do so for the agents behind a gateway whose connection ended, too.
+	// They may be connected elsewhere by then.
+	SendDisconnectForGateways bool `mapstructure:"send_disconnect_for_gateways"`
+
+	// AllowGateways lets other gateways connect, which may ask the server about agents of theirs.
+	AllowGateways bool `mapstructure:"allow_gateways"`
+
+	// MaxConnections is how many connections may be open at once, those not let in yet included; more are
+	// answered 503. 0 stands for what the limit of open files allows.
+	MaxConnections int `mapstructure:"max_connections"`
+
+	// MaxInstanceUIDs is how many agents may speak on one connection that is no gateway's.
+	MaxInstanceUIDs int `mapstructure:"max_instance_uids"`
+
+	// MaxRequestHeaders is how many headers an upgrade request may have; more are answered 431.
+	MaxRequestHeaders int `mapstructure:"max_request_headers"`
+
+	// MaxRequestHeaderSize is how long these may be in all, in bytes; longer ones are answered 431.
 	MaxRequestHeaderSize int `mapstructure:"max_request_header_size"`
 
 	// MaxQueueSize bounds what waits for one agent, in bytes; one larger message fits, too.
@@ -131,9 +150,6 @@ const (
 	// from both.
 	minMessageSize, maxMessageSize = 1 << 10, 1 << 30
 
-	// minBufferedSize has room for what waits for the default number of links.
-	minBufferedSize = 32 << 20
-
 	// minKeepAlive is the finest a keep-alive can be: all connections are looked at as often.
 	minKeepAlive = time.Second
 
@@ -147,6 +163,7 @@ func createDefaultConfig() component.Config {
 	listener.NetAddr = confignet.NewDefaultAddrConfig()
 	listener.NetAddr.Transport = confignet.TransportTypeTCP
 	listener.NetAddr.Endpoint = "localhost:4320"
+	listener.ReadHeaderTimeout = 30 * time.Second
 
 	retry := configretry.NewDefaultBackOffConfig()
 	retry.InitialInterval = 500 * time.Millisecond
@@ -167,7 +184,9 @@ func createDefaultConfig() component.Config {
 		Agents: AgentsConfig{
 			KeepAlive:            KeepAliveConfig{Interval: 30 * time.Second, Timeout: time.Minute},
 			SendDisconnect:       true,
-			MaxRequestHeaderSize: 32 << 10,
+			MaxInstanceUIDs:      64,
+			MaxRequestHeaders:    100,
+			MaxRequestHeaderSize: 16 << 10,
 			MaxQueueSize:         4 << 20,
 			WriteTimeout:         30 * time.Second,
 		},
@@ -181,8 +200,8 @@ func (c *Config) Validate() error {
 	var errs []error
 	if c.MaxMessageSize < minMessageSize || c.MaxMessageSize > maxMessageSize {
 		errs = append(errs, fmt.Errorf("max_message_size: must be from %d to %d bytes, is %d", minMessageSize, maxMessageSize, c.MaxMessageSize))
-	} else if least := max(minBufferedSize, memory.MinSize(c.MaxMessageSize)); c.MaxBufferedSize < least {
-		errs = append(errs, fmt.Errorf("max_buffered_size: must be at least %d bytes with max_message_size %d, is %d", least, c.MaxMessageSize, c.MaxBufferedSize))
+	} else if least := memory.MinSize(c.MaxMessageSize, max(1, c.Server.Connections)); int64(c.MaxBufferedSize) < least {
+		errs = append(errs, fmt.Errorf("max_buffered_size: must be at least %d bytes with max_message_size %d and server::connections %d, is %d", least, c.MaxMessageSize, c.Server.Connections, c.MaxBufferedSize))
 	}
 	if c.Listener.NetAddr.Endpoint == "" {
 		errs = append(errs, errors.New("listener::endpoint: must not be empty"))
@@ -239,9 +258,9 @@ func (c *ServerConfig) validateEndpoint() error {
 	}
 	switch {
 	case u.Scheme != "ws" && u.Scheme != "wss":
-		return fmt.Errorf("endpoint: must start with ws:// or wss://, is %q", u.Redacted())
+		return fmt.Errorf("endpoint: must start with ws:// or wss://, is %q", socket.Place(u))
 	case u.Hostname() == "":
-		return fmt.Errorf("endpoint: has no host: %q", u.Redacted())
+		return fmt.Errorf("endpoint: has no host: %q", socket.Place(u))
 	case u.User != nil:
 		return errors.New("endpoint: must not hold a user or password; use headers instead")
 	}
@@ -269,8 +288,17 @@ func (c *ServerConfig) validateHeaders() error {
 // Validate reports every mistake below agents.
 func (c *AgentsConfig) Validate() error {
 	var errs []error
-	if c.MaxRequestHeaderSize < 1<<10 {
-		errs = append(errs, fmt.Errorf("max_request_header_size: must be at least 1024 bytes, is %d", c.MaxRequestHeaderSize))
+	if c.MaxConnections < 0 {
+		errs = append(errs, fmt.Errorf("max_connections: must be above 0, or 0 for what the limit of open files allows; is %d", c.MaxConnections))
+	}
+	if c.MaxInstanceUIDs < 1 || c.MaxInstanceUIDs > maxGatewayUIDs {
+		errs = append(errs, fmt.Errorf("max_instance_uids: must be from 1 to %d, is %d", maxGatewayUIDs, c.MaxInstanceUIDs))
+	}
+	if c.MaxRequestHeaders < 10 || c.MaxRequestHeaders > 1000 {
+		errs = append(errs, fmt.Errorf("max_request_headers: must be from 10 to 1000, is %d", c.MaxRequestHeaders))
+	}
+	if c.MaxRequestHeaderSize < 1<<10 || c.MaxRequestHeaderSize > connect.MaxQuestion {
+		errs = append(errs, fmt.Errorf("max_request_header_size: must be from 1024 to %d bytes, is %d", connect.MaxQuestion, c.MaxRequestHeaderSize))
 	}
 	if c.MaxQueueSize < 64<<10 {
 		errs = append(errs, fmt.Errorf("max_queue_size: must be at least 65536 bytes, is %d", c.MaxQueueSize))

@@ -55,11 +55,15 @@ func TestConfigDefaults(t *testing.T) {
 	require.Zero(t, cfg.Server.Retry.MaxElapsedTime)
 	require.Equal(t, time.Minute, cfg.Server.GracePeriod)
 	require.Equal(t, 64<<20, cfg.MaxMessageSize)
-	require.Equal(t, 32<<10, cfg.Agents.MaxRequestHeaderSize)
+	require.Equal(t, 16<<10, cfg.Agents.MaxRequestHeaderSize)
 	require.Equal(t, 4<<20, cfg.Agents.MaxQueueSize)
 	require.Equal(t, 30*time.Second, cfg.Agents.WriteTimeout)
 	require.Equal(t, 256<<20, cfg.MaxBufferedSize)
 	require.True(t, cfg.Agents.SendDisconnect)
+	require.False(t, cfg.Agents.SendDisconnectForGateways)
+	require.False(t, cfg.Agents.AllowGateways)
+	require.Equal(t, 64, cfg.Agents.MaxInstanceUIDs)
+	require.Equal(t, 100, cfg.Agents.MaxRequestHeaders)
 }
 
 // TestConfigEveryKey loads an example that has every key of ours with another value than its default.

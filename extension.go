@@ -31,9 +31,8 @@ import (
 	"go.opentelemetry.io/collector/component/componentstatus"
 	"go.opentelemetry.io/collector/extension"
 	"go.opentelemetry.io/collector/extension/extensioncapabilities"
-	"go.uber.org/zap"
-	"go.uber.org/zap/zapcore"
 
+	"github.com/opampgateway/opampgateway/internal/door"
 	"github.com/opampgateway/opampgateway/internal/memory"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
 )
@@ -85,7 +84,7 @@ func (e *gatewayExtension) Dependencies() []component.ID {
 
 // Start takes the listener and returns; it does not wait for the server.
 func (e *gatewayExtension) Start(ctx context.Context, host component.Host) error {
-	listener, err := e.cfg.Listener.NetAddr.Listen(ctx)
+	listener, err := door.Listen(ctx, e.cfg.Listener.NetAddr)
 	if err != nil {
 		return fmt.Errorf("listener::endpoint: %w", err)
 	}
@@ -137,7 +136,8 @@ type dialFunc func(ctx context.Context, network, address string) (net.Conn, erro
 
 // startGateway starts a gateway that takes agents from listener:
 //
-//  1. What can fail is done first: certificates, the listener's middleware, metrics.
+//  1. What can fail is done first: certificates, the listener's middleware, metrics. What is
+//     legal but dangerous is said.
 //  2. The slots of the pool start to dial.
 //  3. Agents are served; those that come before the first link is up wait for it.
 //  4. The sweeps start.
@@ -145,7 +145,8 @@ type dialFunc func(ctx context.Context, network, address string) (net.Conn, erro
 // ctx is for starting only. dial is nil but in tests.
 func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel *telemetry.Telemetry, host component.Host, listener net.Listener, dial dialFunc) (*gateway, error) {
 	background, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	g := &gateway{cfg: cfg, router: newRouter(), memory: memory.New(cfg.MaxBufferedSize, cfg.MaxMessageSize), cancel: cancel}
+	g := &gateway{cfg: cfg, memory: memory.New(int64(cfg.MaxBufferedSize), cfg.MaxMessageSize), cancel: cancel}
+	g.router = newRouter(g.memory)
 	var err error
 	g.pool, err = newUpstreamPool(ctx, cfg, set.BuildInfo, set.Logger, tel, g.router, g.memory, func(err error) { reportLink(host, err) })
 	if err != nil {
@@ -156,7 +157,7 @@ func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel 
 		g.pool.netDial = dial
 	}
 	g.server = newDownstreamServer(background, cfg, set.Logger, tel, g.router, g.pool, g.memory)
-	if err := g.server.prepare(ctx, host, set.TelemetrySettings); err != nil {
+	if err := g.server.prepare(ctx, host, set.TelemetrySettings, listener); err != nil {
 		cancel()
 		return nil, err
 	}
@@ -164,38 +165,14 @@ func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel 
 		cancel()
 		return nil, err
 	}
+	warnOfDangers(cfg, set.Logger)
 	g.pool.start(background)
-	g.server.serve(listener, func(err error) {
+	g.server.serve(func(err error) {
 		componentstatus.ReportStatus(host, componentstatus.NewFatalErrorEvent(err))
 	})
 	g.sweeps.Go(func() { sweep(background, cfg.Server.KeepAlive, linkSweepInterval, g.pool.sweep) })
 	g.sweeps.Go(func() { sweep(background, cfg.Agents.KeepAlive, agentSweepInterval, g.server.sweep) })
 	return g, nil
-}
-
-// reportLink tells the collector whether there is a link to the server.
-func reportLink(host component.Host, err error) {
-	event := componentstatus.NewEvent(componentstatus.StatusOK)
-	if err != nil {
-		event = componentstatus.NewRecoverableErrorEvent(err)
-	}
-	componentstatus.ReportStatus(host, event)
-}
-
-// sweepLimits say after how many sweeps without a sign of life a connection is pinged, and
-// after how many it is closed.
-type sweepLimits struct{ ping, close int }
-
-// sweep looks after all connections of one side until ctx ends, with look. No connection has a
-// timer of its own.
-func sweep(ctx context.Context, k KeepAliveConfig, interval time.Duration, look func(now time.Time, limits sweepLimits)) {
-	// A ping needs time to be answered between two sweeps.
-	interval = min(interval, k.Interval, k.Timeout-k.Interval)
-	sweeps := func(d time.Duration) int { return int((d + interval - 1) / interval) }
-	limits := sweepLimits{ping: sweeps(k.Interval), close: sweeps(k.Timeout)}
-	for sleep(ctx, interval) == nil {
-		look(time.Now(), limits)
-	}
 }
 
 // shutdown ends the gateway within the time of ctx, and of its own:
@@ -223,53 +200,4 @@ func (g *gateway) shutdown(ctx context.Context) {
 	g.server.wait()
 	g.pool.homing.Wait()
 	g.sweeps.Wait()
-}
-
-// sampled returns a logger that writes only the first few of each message in a while: for
-// what may happen to thousands of agents at once. The metrics have the numbers.
-func sampled(log *zap.Logger) *zap.Logger {
-	const while, first = 10 * time.Second, 5
-	return log.WithOptions(zap.WrapCore(func(core zapcore.Core) zapcore.Core {
-		return zapcore.NewSamplerWithOptions(core, while, first, 0)
-	}))
-}
-
-// started is when this process's clock began.
-var started = time.Now()
-
-// clock returns the time in nanoseconds, for measuring; it never goes back.
-func clock() int64 { return int64(time.Since(started)) }
-
-// sleep waits for d; it returns the error of ctx if that ends first.
-func sleep(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// countRelayed counts messages that were handed to their socket. Of a batch, the first has waited
-// the longest.
-func countRelayed(direction *telemetry.Direction, batch []entry) {
-	messages, bytes, first := 0, 0, int64(0)
-	for i := range batch {
-		if e := &batch[i]; e.Taken != 0 {
-			if messages == 0 {
-				first = e.Taken
-			}
-			messages++
-			bytes += len(e.Frame)
-		}
-	}
-	if messages == 0 {
-		return
-	}
-	direction.Relayed(messages, bytes)
-	if direction.LatencyDue(first) {
-		direction.Latency(time.Duration(clock() - first))
-	}
 }

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/gorilla/websocket"
+	"github.com/open-telemetry/opamp-go/protobufs"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/protobuf/encoding/protowire"
 
@@ -38,7 +39,12 @@ func TestGoodbye(t *testing.T) {
 				goodbye := s.server.WantGoodbye(alice.UID)
 				require.Zero(t, time.Since(begin), "at once")
 				require.Same(t, link, goodbye.Link)
-				require.Equal(t, gatewaytest.Goodbye(alice.UID), goodbye.Frame)
+				last := 1000 // of linkOf
+				if name == "after a goodbye it took back" {
+					last = 7
+				}
+				require.Equal(t, gatewaytest.GoodbyeAfter(alice.UID, last), goodbye.Frame)
+				goodbye.Link.Push(gatewaytest.Frame(&protobufs.ServerToAgent{InstanceUid: alice.UID})) // no fault
 				time.Sleep(5 * time.Minute)
 				s.server.WantNothing(alice.UID)
 				s.wantFaults(nil)
@@ -52,13 +58,14 @@ func TestGoodbye(t *testing.T) {
 			old.Send(gatewaytest.Status(old.UID, 1)[1:])
 			s.server.Next(old.UID)
 			old.Vanish()
-			s.server.WantFrame(old.UID, gatewaytest.Goodbye(old.UID)[1:])
+			s.server.WantFrame(old.UID, gatewaytest.GoodbyeAfter(old.UID, 1)[1:])
 
 			uid := gatewaytest.TextUID("older")
 			older.Send(gatewaytest.Status(uid, 1)[1:])
 			s.server.Next(uid)
 			older.Vanish()
 			frame := protowire.AppendBytes(protowire.AppendTag(nil, 1, protowire.BytesType), uid)
+			frame = protowire.AppendVarint(protowire.AppendTag(frame, 2, protowire.VarintType), 2)
 			s.server.WantFrame(uid, protowire.AppendBytes(protowire.AppendTag(frame, 8, protowire.BytesType), nil))
 		})
 	})

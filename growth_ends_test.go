@@ -402,7 +402,7 @@ func (s *serverEnd) takeLocked(opcode byte, payload []byte) {
 		_, requestUID, _ := bytes.Cut(payload, []byte(`"request_uid":"`))
 		s.in = append(s.in, letIn...)
 		copy(s.in[len(s.in)-len(letIn)+letInRequestUID:], requestUID[:requestUIDSize])
-	case payload[uidAt+16] == tagAgentDisconnect, s.fleet.silent.Load():
+	case payload[uidAt+16] == tagSequenceNum && payload[uidAt+18] == tagAgentDisconnect, s.fleet.silent.Load():
 		s.fleet.done <- struct{}{}
 	default:
 		s.answerLocked(payload[uidAt:][:16])
@@ -448,8 +448,8 @@ const (
 	uidAt          = 3  // in the payload: after the header byte, tag and length
 	requestUIDSize = 36 // a UUID as text
 
-	// The tags of custom_message and agent_disconnect in an AgentToServer.
-	tagCustomMessage, tagAgentDisconnect = 13<<3 | 2, 9<<3 | 2
+	// The tags of custom_message, sequence_num and agent_disconnect in an AgentToServer.
+	tagCustomMessage, tagSequenceNum, tagAgentDisconnect = 13<<3 | 2, 2 << 3, 9<<3 | 2
 
 	opcodeMessage, opcodeClose = 0x2, 0x8
 )

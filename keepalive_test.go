@@ -5,6 +5,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/gorilla/websocket"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
 
@@ -110,17 +111,22 @@ func TestSilentAgent(t *testing.T) {
 	}
 }
 
-// TestQuietAgent keeps an agent that says nothing, but is there.
+// TestQuietAgent keeps an agent that says nothing, but is there; not one that has never said anything.
 func TestQuietAgent(t *testing.T) {
 	play(t, func(t *testing.T, s *stage) {
 		alice := s.introduce("alice")
-		silent := s.connect("silent")
-		time.Sleep(time.Hour)
+		mute, gateway := s.connect("mute"), s.connect("gateway", gatewaytest.ConnectionIDHeader, "upstream-0")
+		begin := time.Now()
+		time.Sleep(time.Minute - time.Second)
+		mute.WantConnected()
+		_, err := mute.WantEnd(agentSweepInterval + time.Second)
+		require.True(t, websocket.IsCloseError(err, websocket.ClosePolicyViolation), err)
+		time.Sleep(time.Hour - time.Since(begin))
 		alice.WantConnected()
-		silent.WantConnected()
+		gateway.WantConnected() // which may have no agents
 		alice.WantNothing()
 		s.wantReachable(alice)
-		s.wantFaults(nil)
+		s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonAgentMute: 1})
 		require.Empty(t, s.logged(zap.WarnLevel, ""))
 	})
 }

@@ -146,7 +146,7 @@ func TestShutdownInEveryState(t *testing.T) {
 			dial(s, "")
 			dial(s, "GET / HTTP/1.1\r\nHost:")
 			dial(s, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n")
-		}, 0},
+		}, 500 * time.Millisecond}, // in which the last one hears its answer
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			play(t, func(_ *testing.T, s *stage) {
@@ -332,7 +332,7 @@ func TestNothingSecretIsLogged(t *testing.T) {
 		s.server.OnConnect((*gatewaytest.Question).Accept)
 
 		alice, clone := s.introduce("alice", "Authorization", secret), s.introduce("alice", "Authorization", secret)
-		bob, cathy := s.introduce("bob", "Cookie", secret), s.introduce("cathy", "Cookie", secret)
+		bob, cathy, dave := s.introduce("bob", "Cookie", secret), s.introduce("cathy", "Cookie", secret), s.introduce("dave")
 		link := s.linkOf(bob)
 		link.Push(gatewaytest.Offer(nil, secret, 10))
 		link.Push(gatewaytest.Offer(gatewaytest.UID("nobody"), secret, 10))
@@ -345,9 +345,9 @@ func TestNothingSecretIsLogged(t *testing.T) {
 			bob.SendText(secret)
 		}
 		cathy.Send(gatewaytest.Connect(secret, secret, http.Header{"Authorization": {secret}}))
-		cathy.StopReading()
+		dave.StopReading()
 		for range 80 {
-			link.Push(gatewaytest.Offer(cathy.UID, secret, 100_000))
+			link.Push(gatewaytest.Offer(dave.UID, secret, 100_000))
 		}
 		alice.BlackHole()
 		s.server.OnConnect(func(q *gatewaytest.Question) {

@@ -471,7 +471,7 @@ func TestIntroductionsAreBounded(t *testing.T) {
 		for answered := 0; answered < n; {
 			synctest.Wait()
 			questions := s.server.Questions()[n:]
-			require.Len(t, questions, min(n, answered+introduceWindow))
+			require.Len(t, questions, min(n, answered+64))
 			for _, q := range questions[answered:] {
 				q.Accept()
 				answered++

@@ -302,7 +302,7 @@ func TestRelayLarge(t *testing.T) {
 			require.LessOrEqual(t, time.Since(start), 15*time.Second)
 			s.server.WantGoodbye(alice.UID)
 			s.server.WantNothing(alice.UID)
-			s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonTooLarge: 1})
+			s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonTooLarge: 1, telemetry.ReasonFrameLost: 1})
 		}, lower)
 	})
 
@@ -354,6 +354,7 @@ func TestRelayNobody(t *testing.T) {
 
 // TestManyUIDs has one connection speak for several agents, as a terminating proxy does.
 func TestManyUIDs(t *testing.T) {
+	const maxUIDs = 64
 	uid := func(i int) []byte { return gatewaytest.UID(fmt.Sprintf("agent %d", i)) }
 
 	t.Run("each is found", func(t *testing.T) {
@@ -385,8 +386,11 @@ func TestManyUIDs(t *testing.T) {
 			}
 			s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonTooManyUIDs: 1})
 			require.Empty(t, s.server.Received(uid(maxUIDs)))
-			_, err := proxy.WantEnd(16 * time.Second)
-			require.True(t, websocket.IsCloseError(err, websocket.ClosePolicyViolation), err)
+			wantBadRequest(t, proxy, uid(maxUIDs))
+			time.Sleep(time.Minute)
+			s.server.Next(uid(7))
+			proxy.Send(gatewaytest.Status(uid(7), 1))
+			s.server.WantFrame(uid(7), gatewaytest.Status(uid(7), 1))
 		})
 	})
 
@@ -496,7 +500,8 @@ func TestNewUID(t *testing.T) {
 			links[2].Push(gatewaytest.Offer(wanda, "after", 10))
 			alice.WantFrame(gatewaytest.Offer(wanda, "after", 10))
 			links[2].Push(gatewaytest.Offer(alice.UID, "to the old one", 10))
-			s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonServerUnknownUID: 1})
+			alice.WantFrame(gatewaytest.Offer(alice.UID, "to the old one", 10))
+			s.wantFaults(nil)
 
 			alice.Vanish()
 			s.server.WantGoodbye(wanda)

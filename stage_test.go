@@ -8,8 +8,6 @@ import (
 	"net"
 	"net/http"
 	"reflect"
-	"runtime"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -65,22 +63,11 @@ func play(t *testing.T, test func(t *testing.T, s *stage), change ...func(*Confi
 // playWithout is play before the server and the gateway are started.
 func playWithout(t *testing.T, test func(t *testing.T, s *stage)) {
 	t.Helper()
-	if raceDetector() {
-		// Go 1.26 runs a bubble's timers with one race context, even on two processors at the
-		// same time, and that crashes the race detector now and then.
-		defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
-	}
 	synctest.Test(t, func(t *testing.T) {
 		s := &stage{t: t, net: gatewaytest.NewNetwork()}
 		s.server = gatewaytest.NewServer(t, func() (net.Listener, error) { return s.net.Listen(serverAddress) })
 		test(t, s)
 	})
-}
-
-// raceDetector reports whether this test was built with the race detector.
-func raceDetector() bool {
-	info, ok := debug.ReadBuildInfo()
-	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 }
 
 // start starts the gateway of the stage.
@@ -129,6 +116,7 @@ func startRunning(t *testing.T, network *gatewaytest.Network, server, listen str
 	t.Helper()
 	cfg := createDefaultConfig().(*Config)
 	cfg.Server.Endpoint = "ws://" + server + "/v1/opamp"
+	cfg.Agents.AllowGateways = true // many tests are about those
 	for _, f := range change {
 		f(cfg)
 	}
@@ -178,6 +166,7 @@ func (r *running) wantNothingHeld() {
 	r.t.Helper()
 	require.Zero(r.t, r.server.memory.Up.Held(), "bytes of agents' messages")
 	require.Zero(r.t, r.server.memory.Down.Held(), "bytes of the server's messages")
+	require.Zero(r.t, r.server.memory.Kept.Held(), "bytes kept of agents")
 }
 
 // wantConsistent checks that the structures of the gateway agree with each other, once it is quiet.
@@ -203,23 +192,27 @@ func (r *running) wantConsistent() {
 	}
 	require.Equal(r.t, count, r.pool.count, "number of live links")
 	for a := range r.server.agents {
-		require.False(r.t, a.ended, "an agent that has ended is still among the connected")
+		require.False(r.t, a.ending.Ended(), "an agent that has ended is still among the connected")
 		if l := a.link.Load(); l != nil && l == a.attached {
 			require.Contains(r.t, l.agents, a)
 		}
-		for _, h := range a.held {
-			require.Same(r.t, a, h.agent)
-			require.Same(r.t, h.route, r.router.routes[h.route.uid], "a route is held that is not in the table")
-			require.Contains(r.t, h.route.holds, h)
+		for i, c := range a.claims.all {
+			require.Same(r.t, a, c.agent)
+			require.Equal(r.t, i, c.index)
+			require.Same(r.t, c.route, r.router.routes[c.route.uid], "a claim to a route that is not in the table")
 		}
 	}
 	for uid, way := range r.router.routes {
 		require.Equal(r.t, uid, way.uid)
-		require.NotEmpty(r.t, way.holds, "a route nobody holds")
-		require.Same(r.t, way.holds[len(way.holds)-1], way.current.Load())
-		for _, h := range way.holds {
-			require.Contains(r.t, h.agent.held, h)
-			require.Contains(r.t, r.server.agents, h.agent, "a route to an agent that is not connected")
+		require.NotNil(r.t, way.current.Load(), "a route that nobody claims")
+		for c := way.current.Load(); c != nil; c = c.older {
+			require.Same(r.t, way, c.route)
+			require.Contains(r.t, c.agent.claims.all, c)
+			require.Contains(r.t, r.server.agents, c.agent, "a route to an agent that is not connected")
+			require.Equal(r.t, way.current.Load().agent.credentials, c.agent.credentials, "a route of two owners")
+			if c.older != nil {
+				require.Same(r.t, c, c.older.newer)
+			}
 		}
 	}
 }
@@ -230,14 +223,14 @@ func (r *running) wantNobody() {
 	r.t.Helper()
 	synctest.Wait()
 	for range 10 {
-		if r.server.count() == 0 && r.server.waiting.Load() == 0 {
+		if r.server.count() == 0 && r.memory.Requests.Held() == 0 {
 			break
 		}
 		time.Sleep(20 * time.Second)
 		synctest.Wait()
 	}
 	require.Zero(r.t, r.server.count(), "agents connected")
-	require.Zero(r.t, r.server.waiting.Load(), "agents waiting to be let in")
+	require.Zero(r.t, r.memory.Requests.Held(), "bytes of agents waiting to be let in")
 	r.router.mu.RLock()
 	require.Empty(r.t, r.router.routes, "routes")
 	r.router.mu.RUnlock()
@@ -252,11 +245,8 @@ func (r *running) wantIdle(l *link) {
 	r.pool.mu.Lock()
 	require.Empty(r.t, l.agents, "agents attached to a link")
 	r.pool.mu.Unlock()
-	l.mu.Lock()
-	require.Empty(r.t, l.asked, "questions asked on a link")
-	l.mu.Unlock()
-	require.Empty(r.t, l.asking, "questions in flight on a link")
-	require.Empty(r.t, l.introducing, "introductions in flight on a link")
+	waiting, _ := l.book.Len() // those sent keep their places until they are answered, or expire
+	require.Zero(r.t, waiting, "questions that wait on a link")
 	outbox := reflect.ValueOf(l.outbox).Elem()
 	mu := (*sync.Mutex)(unsafe.Pointer(outbox.FieldByName("mu").UnsafeAddr()))
 	mu.Lock()
@@ -323,7 +313,9 @@ func (r *running) wantFaults(want map[telemetry.Reason]int) {
 	if metric, err := r.metrics.GetMetric("otelcol_opampgateway.faults"); err == nil {
 		for _, point := range metric.Data.(metricdata.Sum[int64]).DataPoints {
 			reason, _ := point.Attributes.Value("reason")
-			got[telemetry.Reason(reason.AsString())] = int(point.Value)
+			if point.Value > 0 {
+				got[telemetry.Reason(reason.AsString())] = int(point.Value)
+			}
 		}
 	}
 	if want == nil {

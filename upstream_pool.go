@@ -3,22 +3,20 @@ package opampgateway
 import (
 	"bufio"
 	"context"
+	"crypto/rand"
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
 	"runtime"
-	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/cenkalti/backoff/v7"
-	"github.com/google/uuid"
 	"github.com/gorilla/websocket"
 	"github.com/open-telemetry/opamp-go/protobufs"
 	"go.opentelemetry.io/collector/component"
@@ -26,17 +24,17 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/opampgateway/opampgateway/internal/connect"
+	"github.com/opampgateway/opampgateway/internal/ending"
 	"github.com/opampgateway/opampgateway/internal/memory"
+	"github.com/opampgateway/opampgateway/internal/monotonic"
 	"github.com/opampgateway/opampgateway/internal/outbox"
+	"github.com/opampgateway/opampgateway/internal/questions"
 	"github.com/opampgateway/opampgateway/internal/socket"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
 	"github.com/opampgateway/opampgateway/internal/wire"
 )
 
 const (
-	// linkOutboxSize bounds what waits for one link, in bytes; one larger message fits too.
-	linkOutboxSize = 8 << 20
-
 	// linkWriteTimeout is how long a write to the server may go without progress. Keep-alive is
 	// mostly sooner.
 	linkWriteTimeout = 30 * time.Second
@@ -51,8 +49,9 @@ const (
 	maxRetryAfter = 10 * time.Minute
 
 	// linkWait is how long a new agent waits for a link while there is none: a quick restart
-	// of the server costs nobody the half minute of a 503.
-	linkWait = 10 * time.Second
+	// of the server costs nobody the half minute of a 503. Some clients give a connection no
+	// more than 10 s, and would never see it.
+	linkWait = 8 * time.Second
 
 	// patience is how long agents that lost their link wait for its slot to dial again, and
 	// for further links after the first is back, before they settle elsewhere.
@@ -61,34 +60,14 @@ const (
 	// steadyAfter is the life after which a link has proved that dialing is worth it.
 	steadyAfter = time.Minute
 
-	// askWindow and introduceWindow bound the questions in flight on one link: about new
-	// agents, and about agents that came from a lost link. Two windows, so that those who
-	// were in already never wait behind those who are not.
-	askWindow       = 128
-	introduceWindow = 64
-
-	// answerTimeout is how long an introduction waits for its answer before it is tried again.
-	answerTimeout = 20 * time.Second
-
-	// introduceAgain is how long an agent that the server would not take just now waits, if
-	// the server does not say.
-	introduceAgain = 5 * time.Second
-
 	// maxStated is how many lists of capabilities are remembered; more than one is rare.
 	maxStated = 16
-
-	// maxRelayedQuestions bounds the questions of other gateways in flight on one link.
-	maxRelayedQuestions = 20_000
 )
 
 var (
-	errNoLink    = errors.New("no link to the server")
-	errCannotAsk = errors.New("server does not know the gateway capability")
-	errLinkLost  = errors.New("link ended")
-	errUntold    = errors.New("nothing told yet")
-	errLetGo     = errors.New("agent is let go")
-	errNotNow    = errors.New("server cannot take the agent just now")
-	errRefused   = errors.New("server refused the agent")
+	errNoLink = errors.New("no link to the server")
+	errUntold = errors.New("nothing told yet")
+	errLetGo  = errors.New("agent is let go")
 	// errAgentEnded means that the agent's connection has ended by itself.
 	errAgentEnded = errors.New("agent's connection has ended")
 )
@@ -96,21 +75,25 @@ var (
 // upstreamPool keeps a fixed number of links to the server, and the agents attached to them.
 type upstreamPool struct {
 	// Set once.
-	cfg      *Config
-	log      *zap.Logger
-	tel      *telemetry.Telemetry
-	router   *router
-	memory   *memory.Budget
-	endpoint *url.URL
-	headers  http.Header
-	tls      *tls.Config
-	netDial  func(ctx context.Context, network, address string) (net.Conn, error)
-	status   func(err error)    // told why there is no link, and with nil that there is one
-	ctx      context.Context    // ends when the gateway has nothing more to do
-	stop     context.CancelFunc // ends dialing; what lives goes on
-	dialing  context.Context    // until stop
-	slots    sync.WaitGroup
-	homing   sync.WaitGroup // agents on their way to a new link
+	cfg           *Config
+	log           *zap.Logger
+	events        *zap.Logger // log for what may happen again and again: only the first of each kind
+	tel           *telemetry.Telemetry
+	router        *router
+	memory        *memory.Budget
+	endpoint      *url.URL
+	headers       http.Header
+	tls           *tls.Config
+	requestPrefix [16]byte // of the request_uid of our questions
+	netDial       func(ctx context.Context, network, address string) (net.Conn, error)
+	status        func(err error)    // told why there is no link, and with nil that there is one
+	ctx           context.Context    // ends when the gateway has nothing more to do
+	stop          context.CancelFunc // ends dialing; what lives goes on
+	dialing       context.Context    // until stop
+	slots         sync.WaitGroup
+	homing        sync.WaitGroup    // agents on their way to a new link, and goodbyes that wait to be said
+	server        *questions.Server // whether it can be asked
+	asked         atomic.Uint64     // questions of ours
 
 	// mu guards which links are live and who is attached to them. It is taken when
 	// connections come and go, never for a frame.
@@ -124,10 +107,6 @@ type upstreamPool struct {
 	report  chan struct{} // holds a token when there is something to tell
 	stated  []*capabilities
 }
-
-// capabilities are a server's custom capabilities. Equal ones are the same object, so that
-// agents that come to another link are told again only of other ones.
-type capabilities struct{ names []string }
 
 func newUpstreamPool(ctx context.Context, cfg *Config, build component.BuildInfo, log *zap.Logger, tel *telemetry.Telemetry, r *router, budget *memory.Budget, status func(error)) (*upstreamPool, error) {
 	tlsConfig, err := cfg.Server.TLS.LoadTLSConfig(ctx)
@@ -144,11 +123,15 @@ func newUpstreamPool(ctx context.Context, cfg *Config, build component.BuildInfo
 		headers.Set(name, string(value))
 	}
 	p := &upstreamPool{
-		cfg: cfg, log: log.With(zap.String("server", serverName(endpoint))), tel: tel, router: r, memory: budget,
+		cfg: cfg, tel: tel, router: r, memory: budget, server: questions.NewServer(),
 		endpoint: endpoint, headers: headers, tls: tlsConfig, netDial: (&net.Dialer{}).DialContext, status: status,
 		live: make([]*link, cfg.Server.Connections), changed: make(chan struct{}), back: make(chan struct{}),
 		report: make(chan struct{}, 1), failure: errNoLink,
 	}
+	_, _ = rand.Read(p.requestPrefix[:])                // it never fails
+	p.requestPrefix[6] = 0x80 | p.requestPrefix[6]&0x0f // version 8
+	p.log = log.With(telemetry.Peer("server", socket.HostPort(endpoint)), zap.String("url.scheme", endpoint.Scheme))
+	p.events = sampled(p.log)
 	return p, nil
 }
 
@@ -265,16 +248,16 @@ func (p *upstreamPool) dial(slot int) (l *link, retryAfter time.Duration, err er
 	headers := p.headers.Clone()
 	headers.Set(connectionIDHeader, p.linkName(slot))
 	dialer := socket.Dialer{NetDial: p.netDial, TLS: p.tls, ReadBufferSize: linkReadBuffer}
-	conn, in, answer, err := dialer.Dial(ctx, p.endpoint, headers) //nolint:bodyclose // it is in memory
-	switch {
-	case err != nil && answer != nil:
-		err = fmt.Errorf("server answered %s", answer.Status)
-		if answer.StatusCode == http.StatusUnauthorized || answer.StatusCode == http.StatusForbidden {
+	conn, in, err := dialer.Dial(ctx, p.endpoint, headers)
+	if err != nil {
+		answer, answered := errors.AsType[*socket.HandshakeError](err)
+		if !answered {
+			return nil, 0, err
+		}
+		if answer.Proxy == "" && (answer.StatusCode == http.StatusUnauthorized || answer.StatusCode == http.StatusForbidden) {
 			err = fmt.Errorf("%w: it does not take the gateway's own credentials, see server::headers", err)
 		}
-		return nil, parseRetryAfter(answer.Header.Get("Retry-After")), err
-	case err != nil:
-		return nil, 0, err
+		return nil, parseRetryAfter(answer.RetryAfter), err
 	}
 	return newLink(p, slot, conn, in), 0, nil
 }
@@ -310,7 +293,8 @@ func (p *upstreamPool) linkUp(l *link) bool {
 //
 //  1. The socket is closed and its writer waited for, so that the server sees the end before
 //     it sees the agents again.
-//  2. What was not written is sorted by agent, for rehome to fetch.
+//  2. What was not written is sorted by agent, for rehome to fetch. Of an agent that will not
+//     have another link, it is lost.
 //  3. Agents waiting to be let in are woken; they ask again elsewhere.
 //  4. Each agent that was at home here gets a goroutine that finds it a new one. Gateways
 //     are closed instead: they introduce their own agents again.
@@ -321,25 +305,43 @@ func (p *upstreamPool) linkDown(l *link) {
 		}
 	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
+	stopping := p.dialing.Err() != nil
+	for a, entries := range l.unwritten {
+		if _, here := l.agents[a]; !here || a.gateway || stopping {
+			p.lose(entries)
+			delete(l.unwritten, a)
+		}
+	}
 	close(l.ended)
 	p.live[l.slot] = nil
 	if p.count--; p.count == 0 {
 		p.reportLocked(errNoLink)
 	}
 	p.signalLocked()
-	if p.dialing.Err() != nil {
-		return // the agents are being let go
-	}
 	for a := range l.agents {
 		switch {
+		case stopping: // they are being let go
 		case a.link.Load() != l: // on its way in; it notices by itself
 		case a.gateway:
+			a.dismiss(ending.LinkLost)
 			p.exileLocked(a)
-			a.close(websocket.CloseServiceRestart, "connection to the server was lost")
 		default:
 			p.homing.Go(func() { p.rehome(a, l) })
 		}
+	}
+	p.mu.Unlock()
+	open, cannotBeAsked := l.book.End(!stopping && !l.givenUp.Load(), time.Now())
+	l.conclude(open, questions.ErrEnded)
+	if cannotBeAsked {
+		p.giveUpAsking()
+	}
+}
+
+// lose counts agents' messages that will not be delivered.
+func (p *upstreamPool) lose(entries []entry) {
+	p.tel.Faults(telemetry.ReasonFrameLost, len(entries))
+	for i := range entries {
+		p.memory.Recycle(entries[i].Frame)
 	}
 }
 
@@ -355,23 +357,6 @@ func (p *upstreamPool) signalLocked() {
 	p.changed = make(chan struct{})
 }
 
-// admit attaches a new agent to a link and asks the server about it.
-func (p *upstreamPool) admit(ctx context.Context, a *agentConn) (connect.Result, error) {
-	for {
-		l, err := p.attach(ctx, a, nil, time.Time{})
-		if err != nil {
-			return connect.Result{}, err
-		}
-		if a.question == nil {
-			return connect.Result{Accept: true}, nil
-		}
-		result, err := l.ask(ctx, a.question, l.asking, 0)
-		if !errors.Is(err, errLinkLost) {
-			return result, err
-		}
-	}
-}
-
 // attach counts a among the agents of the live link that has the fewest, waiting for one
 // while there is none: not for long, if the agent is new. An agent that lost a link is patient:
 // for a moment it waits for the same slot, and when all were lost, until more than the first
@@ -380,7 +365,7 @@ func (p *upstreamPool) attach(ctx context.Context, a *agentConn, from *link, los
 	var tooLong <-chan time.Time
 	for {
 		p.mu.Lock()
-		if a.ended {
+		if a.ending.Ended() {
 			p.mu.Unlock()
 			return nil, errAgentEnded
 		}
@@ -440,7 +425,7 @@ func (p *upstreamPool) leastLoadedLocked() *link {
 func (p *upstreamPool) settle(a *agentConn, l *link) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.live[l.slot] != l || a.ended {
+	if p.live[l.slot] != l || a.ending.Ended() {
 		return false
 	}
 	a.link.Store(l)
@@ -458,17 +443,20 @@ func (p *upstreamPool) settleNew(a *agentConn) {
 	}
 }
 
-// detach forgets a, whose connection has ended, and returns the link it was at home on. An
-// agent without one leaves whom to say goodbye for to whoever is finding it a new one.
-func (p *upstreamPool) detach(a *agentConn, gone []*hold) (home *link) {
+// detach forgets a, whose connection has ended. It returns the link it was at home on, and for whom
+// to say goodbye there. An agent without a home leaves that to whoever is finding it a new one.
+func (p *upstreamPool) detach(a *agentConn, gone []*claim) (home *link, farewell []*claim) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if l := a.attached; l != nil && a.link.Load() == l && p.live[l.slot] == l {
 		home = l
 	}
 	p.detachLocked(a)
-	a.ended, a.gone = true, gone
-	return home
+	if cause := a.ending.End(); cause != nil && !cause.Told || cause == nil && a.sock != nil && a.sock.Unanswered() {
+		gone = nil
+	}
+	a.gone = gone
+	return home, gone
 }
 
 func (p *upstreamPool) detachLocked(a *agentConn) {
@@ -481,7 +469,7 @@ func (p *upstreamPool) detachLocked(a *agentConn) {
 // awaitHome has a's reader wait until a has another home than ended.
 func (p *upstreamPool) awaitHome(ctx context.Context, a *agentConn, ended *link) error {
 	p.mu.Lock()
-	if a.homeless == nil && a.link.Load() == ended && !a.exiled {
+	if a.homeless == nil && a.link.Load() == ended && !a.ending.Discards() {
 		a.homeless = make(chan struct{})
 	}
 	homeless := a.homeless
@@ -495,7 +483,7 @@ func (p *upstreamPool) awaitHome(ctx context.Context, a *agentConn, ended *link)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if a.exiled {
+	if a.ending.Discards() {
 		return errLetGo
 	}
 	return nil
@@ -510,7 +498,7 @@ func (p *upstreamPool) wakeLocked(a *agentConn) {
 
 // exileLocked tells a's reader that there will be no home again.
 func (p *upstreamPool) exileLocked(a *agentConn) {
-	a.exiled = true
+	a.ending.Discard()
 	p.wakeLocked(a)
 }
 
@@ -521,141 +509,6 @@ func (p *upstreamPool) dismissHomeless(agents []*agentConn) {
 	for _, a := range agents {
 		if a.homeless != nil && p.count == 0 {
 			p.exileLocked(a)
-		}
-	}
-}
-
-// rehome brings a, which has lost the link from, to a new one, while a's reader waits:
-//
-//  1. It attaches a to a link, for which it waits as long as the grace period.
-//  2. It introduces a to the server, which may refuse it for good, or just now.
-//  3. It sends what a had said and was not written, in order.
-//  4. It lets a's reader go on, and asks the agent for its full state, for what the lost link
-//     may have taken with it.
-func (p *upstreamPool) rehome(a *agentConn, from *link) {
-	grace := p.cfg.Server.GracePeriod
-	// Those who wait in vain do not all leave at once.
-	ctx, cancel := context.WithTimeout(p.ctx, grace+rand.N(grace/2+1))
-	defer cancel()
-	pending, lost := from.unwritten[a], time.Now()
-	p.hold(pending)
-	defer func() { p.letLoose(pending) }()
-	for {
-		l, err := p.attach(ctx, a, from, lost)
-		if errors.Is(err, errAgentEnded) {
-			return
-		}
-		if err != nil {
-			p.letGo(a, telemetry.ReasonGraceOver, websocket.CloseTryAgainLater, "no connection to the server")
-			return
-		}
-		delay, err := p.introduce(ctx, a, l)
-		switch {
-		case errors.Is(err, errLinkLost):
-			from, lost = l, time.Now()
-			continue
-		case errors.Is(err, errRefused):
-			a.muted.Store(true) // it is not the server's any more
-			p.letGo(a, telemetry.ReasonAgentRefused, websocket.ClosePolicyViolation, "refused by the server")
-			return
-		case err != nil:
-			_ = sleep(ctx, delay)
-			continue
-		}
-		for len(pending) > 0 && l.outbox.Put(ctx, pending[0]) == nil {
-			p.letLoose(pending[:1])
-			pending = pending[1:]
-		}
-		if len(pending) == 0 && p.settle(a, l) {
-			a.askFullState()
-			a.fullState.Store(time.Now().Add(fullStateAgain + rand.N(fullStateAgain/2)).Unix())
-			return
-		}
-		if p.leftWhileHoming(a, l) {
-			return
-		}
-		select { // so l has ended, or a's time is over
-		case <-l.ended:
-			p.hold(l.unwritten[a])
-			pending = append(l.unwritten[a], pending...) // what l did not write comes first
-			from, lost = l, time.Now()
-		case <-ctx.Done():
-		}
-	}
-}
-
-// hold counts the memory of entries that are in no outbox, until letLoose.
-func (p *upstreamPool) hold(entries []entry) {
-	for i := range entries {
-		p.memory.Up.Take(entries[i].Memory())
-	}
-}
-
-func (p *upstreamPool) letLoose(entries []entry) {
-	for i := range entries {
-		p.memory.Up.Give(entries[i].Memory())
-	}
-}
-
-// leftWhileHoming reports whether a's connection has ended by itself. The server has been told
-// of the agent on l, and is now told of its end.
-func (p *upstreamPool) leftWhileHoming(a *agentConn, l *link) bool {
-	p.mu.Lock()
-	ended, gone := a.ended, a.gone
-	if ended {
-		p.detachLocked(a)
-	}
-	p.mu.Unlock()
-	if ended {
-		p.sayGoodbye(l, a, gone)
-	}
-	return ended
-}
-
-// introduce tells the server about an agent that came from a lost link. An error other than
-// errLinkLost and errRefused comes with how long to wait before the next try.
-func (p *upstreamPool) introduce(ctx context.Context, a *agentConn, l *link) (delay time.Duration, err error) {
-	if a.question == nil {
-		return 0, nil
-	}
-	result, err := l.ask(ctx, a.question, l.introducing, answerTimeout)
-	switch status := result.RefusalStatus(); {
-	case errors.Is(err, errCannotAsk):
-		return introduceAgain, err
-	case err != nil:
-		return 0, err
-	case result.Accept:
-		return 0, nil
-	case status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable:
-		return max(introduceAgain, parseRetryAfter(result.Headers["Retry-After"])), errNotNow
-	default:
-		return 0, errRefused
-	}
-}
-
-// letGo closes an agent that has no home, unless its connection has ended anyway.
-func (p *upstreamPool) letGo(a *agentConn, reason telemetry.Reason, code int, text string) {
-	if p.ctx.Err() != nil {
-		return
-	}
-	p.tel.Fault(reason)
-	p.log.Debug("letting agent go", zap.String("reason", text), zap.String("remote_address", a.remote))
-	p.mu.Lock()
-	p.exileLocked(a)
-	p.mu.Unlock()
-	a.close(code, text)
-}
-
-// sayGoodbye tells the server on l that agents of a have left, unless they turn up again first.
-func (p *upstreamPool) sayGoodbye(l *link, a *agentConn, gone []*hold) {
-	if l == nil || a.muted.Load() || !p.cfg.Agents.SendDisconnect {
-		return
-	}
-	for _, h := range gone {
-		uid := h.route.uid
-		back := func() bool { return p.router.has(uid) }
-		if l.outbox.Put(p.ctx, entry{Frame: h.format.Goodbye(uid), Kind: outbox.Message, Stale: back}) != nil {
-			return // the link's end says it
 		}
 	}
 }
@@ -679,19 +532,24 @@ func (p *upstreamPool) links() []*link {
 	return links
 }
 
-// sweep pings quiet links and ends silent ones; their slots dial again.
-func (p *upstreamPool) sweep(now time.Time, limits sweepLimits) {
+// sweep pings quiet links and ends silent ones; their slots dial again. Questions whose time is
+// over are forgotten.
+func (p *upstreamPool) sweep(limits sweepLimits) {
 	for _, l := range p.links() {
 		switch quiet := l.sock.Sweep(); {
 		case quiet >= limits.close:
 			p.tel.Fault(telemetry.ReasonLinkSilent)
 			p.log.Warn("no sign of life from the server; closing the connection", zap.String("link", p.linkName(l.slot)))
+			l.givenUp.Store(true)
 			l.sock.Close()
 		case quiet >= limits.ping:
 			_ = l.outbox.Try(entry{Kind: outbox.Ping})
 		}
-		l.forgetOldQuestions(now)
+		expired, send := l.book.Sweep(time.Now())
+		l.put(send)
+		l.conclude(expired, context.DeadlineExceeded)
 	}
+	p.router.forgetFarewells()
 }
 
 // finish ends dialing and closes the links. What waits is written, until drained is done; then
@@ -719,8 +577,7 @@ type link struct {
 	sock   *socket.Socket
 	outbox *outbox.Outbox[*agentConn]
 	ended  chan struct{} // closed when it is not live any more
-	// asking and introducing hold one token per question in flight.
-	asking, introducing chan struct{}
+	book   *questions.Book[*asker]
 	// unwritten is what of each agent was not written; to be read once ended is closed.
 	unwritten map[*agentConn][]entry
 
@@ -728,39 +585,20 @@ type link struct {
 	agents map[*agentConn]struct{}
 
 	// Shared.
-	caps        atomic.Pointer[capabilities] // as stated on this link; nil until then
-	pausedUntil atomic.Int64                 // no questions until then, Unix nanoseconds
-	deaf        chan struct{}                // closed when the server turns out not to understand questions
+	caps    atomic.Pointer[capabilities] // as stated on this link; nil until then
+	givenUp atomic.Bool                  // ended for its silence
 
 	// Owned by the reader.
 	complaints int  // errors that name nobody
 	toldNoUID  bool // that the server names nobody was logged
-
-	// mu guards the questions. Askers and relayed questions are forgotten with the link.
-	mu       sync.Mutex
-	asked    map[string]chan<- connect.Result // by request_uid; buffered, and sent to once
-	relayed  map[string]relayedQuestion       // by request_uid
-	hasAsked bool                             // we have asked a question
-	answered bool                             // the server has answered one, or never will
-}
-
-// relayedQuestion is a question asked by another gateway below.
-type relayedQuestion struct {
-	gateway *agentConn
-	expires time.Time
 }
 
 func newLink(p *upstreamPool, slot int, conn net.Conn, in *bufio.Reader) *link {
 	l := &link{
-		pool: p, slot: slot,
-		ended:     make(chan struct{}),
-		asking:    make(chan struct{}, askWindow),
+		pool: p, slot: slot, book: questions.NewBook[*asker](p.server), ended: make(chan struct{}),
 		unwritten: map[*agentConn][]entry{}, agents: map[*agentConn]struct{}{},
-		introducing: make(chan struct{}, introduceWindow),
-		asked:       map[string]chan<- connect.Result{}, relayed: map[string]relayedQuestion{},
-		deaf: make(chan struct{}),
 	}
-	l.outbox = outbox.NewForLink(l, linkOutboxSize, &p.memory.Up)
+	l.outbox = outbox.NewForLink(l, memory.LinkShare(int64(p.cfg.MaxBufferedSize), p.cfg.Server.Connections), &p.memory.Up)
 	l.sock = socket.New(conn, in, true, p.cfg.MaxMessageSize, linkWriteTimeout, l, func(payload []byte) {
 		_ = l.outbox.Try(entry{Frame: payload, Kind: outbox.Pong})
 	})
@@ -776,7 +614,9 @@ func (l *link) read() error {
 		case err == nil:
 			l.relay(frame)
 		case errors.Is(err, socket.ErrTooLarge):
-			l.pool.tel.Fault(telemetry.ReasonServerTooLarge)
+			if large, ok := errors.AsType[*socket.TooLargeError](err); ok {
+				l.noteTooLarge("message above max_message_size", wire.HeadUID(large.Head), large.Size)
+			}
 		case errors.Is(err, socket.ErrText):
 			l.pool.tel.Fault(telemetry.ReasonServerBadFrame)
 		default:
@@ -792,7 +632,7 @@ func (l *link) read() error {
 
 // relay takes one frame from the server to the agent it names.
 func (l *link) relay(frame []byte) {
-	taken := clock()
+	taken := monotonic.Now()
 	f, err := wire.ScanServerToAgent(frame)
 	if err != nil {
 		l.pool.tel.Fault(telemetry.ReasonServerBadFrame)
@@ -808,85 +648,49 @@ func (l *link) relay(frame []byte) {
 		l.takeUnaddressed(frame, &f)
 		return
 	}
-	h := l.pool.router.find(f.UID)
-	if h == nil {
-		l.pool.tel.Fault(telemetry.ReasonServerUnknownUID)
+	c := l.pool.router.find(f.UID)
+	if c == nil {
+		if !l.pool.router.takeFarewell(f.UID) { // otherwise it is the answer to a goodbye
+			l.pool.tel.Fault(telemetry.ReasonServerUnknownUID)
+		}
 		l.sock.Drop(frame)
 		return
 	}
 	l.noteCapabilities(frame, &f)
-	untold := l.untoldCapabilities(h, &f) // a new UID inherits what the agent has heard
+	untold := l.untoldCapabilities(c, &f) // a new UID inherits what the agent has heard
 	if f.Has(wire.FieldAgentIdentification) {
-		l.rename(frame, h)
+		l.rename(frame, c)
 	}
-	if !h.agent.deliver(frame, taken) {
+	if !c.agent.deliver(frame, taken) {
 		l.sock.Drop(frame)
 		return
 	}
 	if untold != nil {
-		h.agent.sendOwn(untold)
+		c.agent.sendOwn(untold)
 	}
+}
+
+// noteTooLarge counts and logs something of the server's that is not taken for its size.
+func (l *link) noteTooLarge(what string, uid []byte, size int64) {
+	l.pool.tel.Fault(telemetry.ReasonServerTooLarge)
+	agent, _ := wire.ParseUID(uid)
+	l.pool.events.Warn("server sent a "+what+", which is skipped", zap.String("link", l.pool.linkName(l.slot)),
+		zap.Stringer("agent", agent), zap.Int64("bytes", size))
 }
 
 // rename heeds an agent_identification: the agent is to be found under its new UID at once.
-func (l *link) rename(frame []byte, h *hold) {
-	message, err := decode(frame)
-	if err != nil {
+func (l *link) rename(frame []byte, c *claim) {
+	var identification protobufs.AgentIdentification
+	if proto.Unmarshal(wire.Embedded(frame, wire.FieldAgentIdentification), &identification) != nil {
 		return // the agent will say so
 	}
-	uid, err := wire.ParseUID(message.GetAgentIdentification().GetNewInstanceUid())
+	uid, err := wire.ParseUID(identification.GetNewInstanceUid())
 	if err != nil {
 		return
 	}
-	if err := l.pool.router.rename(h, uid); err != nil {
+	if err := l.pool.router.rename(c, uid); err != nil {
 		l.pool.tel.Fault(telemetry.ReasonTooManyUIDs)
 	}
-}
-
-// noteCapabilities remembers the server's custom capabilities, which it states once per
-// WebSocket, in whatever it says first. A server that was asked, says this, and neither
-// answers nor knows the capability will never answer.
-func (l *link) noteCapabilities(frame []byte, f *wire.Fields) {
-	if l.caps.Load() != nil || !f.Has(wire.FieldCustomCapabilities) {
-		return
-	}
-	message, err := decode(frame)
-	if err != nil {
-		return
-	}
-	names := message.GetCustomCapabilities().GetCapabilities()
-	l.caps.Store(l.pool.intern(names))
-	if !slices.Contains(names, connect.Capability) {
-		l.giveUpAsking()
-	}
-}
-
-// intern returns the one object for these capabilities.
-func (p *upstreamPool) intern(names []string) *capabilities {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, known := range p.stated {
-		if slices.Equal(known.names, names) {
-			return known
-		}
-	}
-	caps := &capabilities{names: names}
-	p.stated = append(p.stated[max(0, len(p.stated)+1-maxStated):], caps)
-	return caps
-}
-
-// untoldCapabilities returns a frame that tells the agent of h of the server's custom
-// capabilities, to follow f, the first frame that goes there; nil if the agent has heard them.
-func (l *link) untoldCapabilities(h *hold, f *wire.Fields) []byte {
-	caps := l.caps.Load()
-	if caps == nil || h.agent.gateway || h.told.Load() == caps {
-		return nil
-	}
-	told := h.told.Swap(caps)
-	if f.Has(wire.FieldCustomCapabilities) || (told == nil && len(caps.names) == 0) || h.format.Legacy {
-		return nil
-	}
-	return h.format.CustomCapabilities(h.route.uid, caps.names)
 }
 
 // takeUnaddressed takes a frame that says not whom it is for. On a link shared by many agents
@@ -895,21 +699,23 @@ func (l *link) takeUnaddressed(frame []byte, f *wire.Fields) {
 	if f.Empty() {
 		return // only keeps the connection alive
 	}
-	message, err := decode(frame)
-	if err != nil {
-		l.pool.tel.Fault(telemetry.ReasonServerBadFrame)
-		return
-	}
 	l.noteCapabilities(frame, f)
-	failure := message.GetErrorResponse()
+	var failure *protobufs.ServerErrorResponse
+	if f.Has(wire.FieldErrorResponse) {
+		failure = &protobufs.ServerErrorResponse{}
+		if proto.Unmarshal(wire.Embedded(frame, wire.FieldErrorResponse), failure) != nil {
+			l.pool.tel.Fault(telemetry.ReasonServerBadFrame)
+			return
+		}
+	}
 	switch {
-	case failure.GetType() == protobufs.ServerErrorResponseType_ServerErrorResponseType_Unavailable && failure != nil:
+	case failure != nil && failure.GetType() == protobufs.ServerErrorResponseType_ServerErrorResponseType_Unavailable:
 		delay := min(time.Duration(failure.GetRetryInfo().GetRetryAfterNanoseconds()), maxRetryAfter)
-		l.pausedUntil.Store(time.Now().Add(max(delay, time.Second)).UnixNano())
+		l.book.Pause(time.Now().Add(max(delay, time.Second)))
 	case failure != nil:
 		// Once may be an accident; twice, the server takes questions for bad requests.
 		if l.complaints++; l.complaints == 2 {
-			l.giveUpAsking()
+			l.misunderstood()
 		}
 	case f.Has(wire.FieldCustomCapabilities): // noted
 	default:
@@ -922,169 +728,11 @@ func (l *link) takeUnaddressed(frame []byte, f *wire.Fields) {
 	}
 }
 
-// giveUpAsking notes that the server does not understand questions, and wakes all who wait
-// for an answer. It does nothing if no question was asked, or one was answered.
-func (l *link) giveUpAsking() {
-	l.mu.Lock()
-	giveUp := l.hasAsked && !l.answered
-	l.answered = l.answered || giveUp // nothing else is to be expected
-	l.mu.Unlock()
-	if !giveUp {
-		return
-	}
-	close(l.deaf)
-	l.pool.log.Warn("server does not know the capability "+connect.Capability+", so it cannot be asked which agents may connect, and none is let in; "+
-		"use a server that knows it, or set server::agent_admission: accept and protect the listener with listener::auth or mutual TLS",
-		zap.String("link", l.pool.linkName(l.slot)))
-}
-
-// ask asks the server whether an agent may connect, within the given time, if there is one, once it
-// is its turn: window bounds the questions in flight. The error is errLinkLost, errCannotAsk, or that of
-// ctx, which is context.DeadlineExceeded when there was no answer in time.
-func (l *link) ask(ctx context.Context, question connect.Question, window chan struct{}, within time.Duration) (connect.Result, error) {
-	if err := l.awaitTurn(ctx, window); err != nil {
-		return connect.Result{}, err
-	}
-	defer func() { <-window }()
-	if within > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, within)
-		defer cancel()
-	}
-	requestUID := uuid.NewString()
-	frame, err := question.Frame(requestUID)
-	if err != nil {
-		return connect.Result{}, err
-	}
-	answer := make(chan connect.Result, 1)
-	l.mu.Lock()
-	l.asked[requestUID] = answer
-	l.hasAsked = true
-	l.mu.Unlock()
-	defer func() {
-		l.mu.Lock()
-		delete(l.asked, requestUID)
-		l.mu.Unlock()
-	}()
-	nobodyWaits := func() bool { return ctx.Err() != nil }
-	err = l.outbox.Put(ctx, entry{Frame: frame, Kind: outbox.Message, Stale: nobodyWaits})
-	if err != nil && !errors.Is(err, outbox.ErrClosed) { // closed: its reader is about to find out
-		return connect.Result{}, err
-	}
-	select {
-	case result := <-answer:
-		return result, nil
-	case <-l.ended:
-		return connect.Result{}, errLinkLost
-	case <-l.deaf:
-		return connect.Result{}, errCannotAsk
-	case <-ctx.Done():
-		return connect.Result{}, ctx.Err()
-	}
-}
-
-// awaitTurn waits for a token of window, and until the server takes questions. The caller
-// gives the token back, unless there is an error.
-func (l *link) awaitTurn(ctx context.Context, window chan struct{}) error {
-	select {
-	case window <- struct{}{}:
-	case <-l.ended:
-		return errLinkLost
-	case <-l.deaf:
-		return errCannotAsk
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	err := l.awaitPause(ctx)
-	if err != nil {
-		<-window
-	}
-	return err
-}
-
-// awaitPause waits as long as the server does not want to be asked.
-func (l *link) awaitPause(ctx context.Context) error {
-	for {
-		var over <-chan time.Time
-		if pause := time.Until(time.Unix(0, l.pausedUntil.Load())); pause > 0 {
-			over = time.After(pause)
-		}
-		select {
-		case <-l.ended:
-			return errLinkLost
-		case <-l.deaf:
-			return errCannotAsk
-		default:
-			if over == nil {
-				return nil
-			}
-		}
-		select {
-		case <-over: // it may have been prolonged
-		case <-l.ended:
-		case <-l.deaf:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-}
-
-// answer takes a connectResult to whoever asked: one of ours, or a gateway below.
-func (l *link) answer(frame []byte, f *wire.Fields, data []byte, taken int64) {
-	requestUID, result, err := connect.ParseResult(data)
-	if err != nil {
-		l.pool.tel.Fault(telemetry.ReasonServerBadFrame)
-		return
-	}
-	l.mu.Lock()
-	l.answered = true
-	asker := l.asked[requestUID]
-	delete(l.asked, requestUID)
-	below, relayed := l.relayed[requestUID]
-	delete(l.relayed, requestUID)
-	l.mu.Unlock()
-	l.noteCapabilities(frame, f)
-	switch {
-	case asker != nil:
-		asker <- result
-	case relayed:
-		a := below.gateway
-		a.deliver(frame, taken)
-		// After the answer, which shows that questions are answered even if the server does not
-		// list the capability, and before anything that the agent it lets in could be told.
-		if caps := l.caps.Load(); caps != nil && a.told.Swap(caps) != caps && !f.Has(wire.FieldCustomCapabilities) {
-			a.sendOwn(wire.Format{Header: true}.CustomCapabilities(wire.UID{}, caps.names))
-		}
-	default:
-		l.pool.tel.Fault(telemetry.ReasonServerStray)
-	}
-}
-
-// expectFor notes that the gateway below asked under requestUID, so that it gets the answer.
-// It reports false when too many such questions are open.
-func (l *link) expectFor(requestUID string, gateway *agentConn) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if len(l.relayed) >= maxRelayedQuestions {
-		return false
-	}
-	l.relayed[requestUID] = relayedQuestion{gateway, time.Now().Add(l.pool.cfg.Server.AdmissionTimeout)}
-	return true
-}
-
-// forgetOldQuestions forgets what gateways below have stopped waiting for.
-func (l *link) forgetOldQuestions(now time.Time) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for requestUID, question := range l.relayed {
-		if now.After(question.expires) {
-			delete(l.relayed, requestUID)
-		}
-	}
-}
-
 // Piece returns memory for a large message, and never waits; the socket calls it.
 func (l *link) Piece(size, _ int) ([]byte, error) { return l.pool.memory.Down.Piece(size), nil }
+
+// Shrink puts what is in a piece into a smaller one; the socket calls it.
+func (l *link) Shrink(piece []byte, n int) []byte { return l.pool.memory.Down.Shrink(piece, n) }
 
 // Return takes back what Piece gave; the socket calls it.
 func (l *link) Return(piece []byte) { l.pool.memory.Down.Return(piece) }
@@ -1104,18 +752,6 @@ func (l *link) Hurry() { l.sock.Hurry() }
 
 // Close ends the connection; the outbox calls it.
 func (l *link) Close() { l.sock.Close() }
-
-// decode reads a server's frame in full; only the few that concern the hop are.
-func decode(frame []byte) (*protobufs.ServerToAgent, error) {
-	if frame[0] == 0 {
-		frame = frame[1:]
-	}
-	var message protobufs.ServerToAgent
-	if err := proto.Unmarshal(frame, &message); err != nil {
-		return nil, err
-	}
-	return &message, nil
-}
 
 // failureReason is what stays the same when an attempt fails again in the same way: the text
 // of a network error holds a port that does not.
@@ -1141,9 +777,4 @@ func parseRetryAfter(value string) time.Duration {
 		return min(max(0, time.Until(at)), maxRetryAfter)
 	}
 	return 0
-}
-
-// serverName is the endpoint as it may be logged: a query may hold a token.
-func serverName(endpoint *url.URL) string {
-	return endpoint.Scheme + "://" + endpoint.Host + endpoint.Path
 }

@@ -23,6 +23,7 @@ func main() {
 	flag.IntVar(&b.repeat, "repeat", 5, "repetitions")
 	flag.DurationVar(&b.window, "window", 4*time.Second, "how long each load is measured")
 	flag.DurationVar(&b.settle, "settle", 15*time.Second, "how long agents are idle before memory is read")
+	earlier := flag.String("before", "", "another build of the collector, to compare with as the subject \"before\"")
 	target := flag.String("target", "", "size the gateway at this URL instead")
 	listen := flag.String("server-listen", "127.0.0.1:4321", "with -target: where the bench's server listens, which that gateway has to use")
 	agents := flag.Int("agents", 1000, "with -target: how many agents connect")
@@ -51,6 +52,13 @@ func main() {
 	b.results = &results{}
 	if *target != "" {
 		exit(b.size(*out, sizing{*target, *listen, *agents, *pid}))
+	}
+	if *earlier != "" {
+		program, err := filepath.Abs(*earlier)
+		if err != nil {
+			exit(err)
+		}
+		subjects = slices.Insert(subjects, 1, before(program))
 	}
 	if b.scenarios, err = choose(scenarios, *only, func(s *scenario) string { return s.name }); err != nil {
 		exit(err)

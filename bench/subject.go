@@ -26,13 +26,23 @@ const (
 	nameHAProxy = "haproxy"
 	nameNaive   = "naive"
 	nameDirect  = "direct"
+	nameBefore  = "before"
 )
 
 var subjects = []*subject{
-	{nameGateway, 3, 1, startGateway},
+	{nameGateway, 3, 1, func(b *bench, tls bool, server ServerAddress) (*running, error) {
+		return startGateway(b, nameGateway, b.gateway, tls, server)
+	}},
 	{nameHAProxy, 0, 2, startHAProxy},
 	{nameNaive, naiveLinks, 1, startNaive},
 	{nameDirect, 0, 1, startDirect},
+}
+
+// before is another build of the collector, to compare with in the same run.
+func before(program string) *subject {
+	return &subject{nameBefore, 3, 1, func(b *bench, tls bool, server ServerAddress) (*running, error) {
+		return startGateway(b, nameBefore, program, tls, server)
+	}}
 }
 
 // running is a subject that runs.
@@ -60,7 +70,7 @@ func startDirect(_ *bench, tls bool, server ServerAddress) (*running, error) {
 
 // startGateway runs the collector as a user would, its own metrics included. They are on a port
 // that is free instead of the usual one.
-func startGateway(b *bench, tls bool, server ServerAddress) (*running, error) {
+func startGateway(b *bench, name, program string, tls bool, server ServerAddress) (*running, error) {
 	address, metrics := freeAddress(), freeAddress()
 	_, port, _ := net.SplitHostPort(metrics)
 	metricsPort, _ := strconv.Atoi(port)
@@ -87,11 +97,11 @@ func startGateway(b *bench, tls bool, server ServerAddress) (*running, error) {
 	if err != nil {
 		return nil, err
 	}
-	file := filepath.Join(b.work, "gateway.yaml")
+	file := filepath.Join(b.work, name+".yaml")
 	if err := os.WriteFile(file, config, 0o600); err != nil {
 		return nil, err
 	}
-	p, err := startProcess(nameGateway, exec.Command(b.gateway, "--config", file), b.logFile(nameGateway))
+	p, err := startProcess(name, exec.Command(program, "--config", file), b.logFile(name))
 	if err != nil {
 		return nil, err
 	}

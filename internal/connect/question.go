@@ -12,8 +12,8 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// maxQuestion is what a question may have, in bytes: it is kept for as long as its agent is connected.
-const maxQuestion = 64 << 10
+// MaxQuestion is what a question may have, in bytes: it is kept for as long as its agent is connected.
+const MaxQuestion = 64 << 10
 
 // ErrQuestionTooLarge means that what there is to say about an agent is more than a server is asked.
 var ErrQuestionTooLarge = errors.New("question about the agent is above 64 KiB")
@@ -69,7 +69,7 @@ func appendQuestion(b []byte, remoteAddress string, headers http.Header, certifi
 			if i > 0 {
 				b = append(b, ',')
 			}
-			if b = appendString(b, value); len(b) > maxQuestion {
+			if b = appendString(b, value); len(b) > MaxQuestion {
 				return b, false
 			}
 		}
@@ -84,7 +84,7 @@ func appendQuestion(b []byte, remoteAddress string, headers http.Header, certifi
 		b = append(b, `:"]`...)
 	}
 	b = append(b, "}}"...)
-	return b, len(b) <= maxQuestion
+	return b, len(b) <= MaxQuestion
 }
 
 // appendString appends s as JSON. As in encoding/json, each byte that is not UTF-8 becomes U+FFFD.

@@ -12,7 +12,9 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/open-telemetry/opamp-go/protobufs"
 	"golang.org/x/net/http/httpguts"
+	"google.golang.org/protobuf/proto"
 )
 
 const (
@@ -131,6 +133,25 @@ func headerSize[B []byte | string](name, value B) int {
 func forAgents[B []byte | string](name B) bool {
 	return len(name) > 1 && (name[0] == 'X' || name[0] == 'x') && name[1] == '-' ||
 		is(name, "Retry-After") || is(name, "WWW-Authenticate") || is(name, "Upgrade") || is(name, "Location")
+}
+
+// TurnAway returns the ServerToAgent frame by which a gateway itself refuses the agent about which
+// the gateway below asked under requestUID: with 503, and when to come again, in seconds.
+func TurnAway(requestUID, retryAfter string) []byte {
+	data, err := json.Marshal(struct {
+		RequestUID string `json:"request_uid"`
+		Result
+	}{requestUID, Result{StatusCode: http.StatusServiceUnavailable, Headers: map[string]string{"Retry-After": retryAfter}}})
+	if err != nil {
+		panic("connect: a result does not marshal: " + err.Error()) // there is nothing in it that could not
+	}
+	frame, err := proto.MarshalOptions{}.MarshalAppend([]byte{0}, &protobufs.ServerToAgent{
+		CustomMessage: &protobufs.CustomMessage{Capability: Capability, Type: typeResult, Data: data},
+	})
+	if err != nil {
+		panic("connect: a result does not marshal: " + err.Error())
+	}
+	return frame
 }
 
 // RefusalStatus returns the HTTP status for a refused agent: the server's, if it is one that can

@@ -235,7 +235,7 @@ func (p *place) closeWrite() {
 
 func clientAddress(conn net.Conn) zap.Field {
 	if addr := conn.RemoteAddr(); addr != nil {
-		return zap.Stringer("client.address", addr)
+		return telemetry.Peer("client", addr.String())
 	}
 	return zap.Skip()
 }

@@ -872,7 +872,7 @@ func TestWhatIsLogged(t *testing.T) {
 		require.Contains(t, text, "wss://")
 		require.Less(t, time.Since(begin), lingerTimeout, "the end is told at once")
 		fields := h.wantLog(zap.WarnLevel, "a peer talks plain HTTP to this listener, which has TLS: give the agent a wss:// endpoint")
-		require.Equal(t, v.LocalAddr().String(), fields["client.address"])
+		require.Equal(t, v.LocalAddr().String(), fmt.Sprintf("%v:%v", fields["client.address"], fields["client.port"]))
 		h.wantTurned(telemetry.OutcomeBadRequest, 1)
 	})
 	t.Run("TLS to plain", func(t *testing.T) {
@@ -880,7 +880,7 @@ func TestWhatIsLogged(t *testing.T) {
 		v := h.knock().say("\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
 		v.wantRefused(http.StatusBadRequest)
 		fields := h.wantLog(zap.WarnLevel, "a peer talks TLS to this listener, which has none")
-		require.Equal(t, v.LocalAddr().String(), fields["client.address"])
+		require.Equal(t, v.LocalAddr().String(), fmt.Sprintf("%v:%v", fields["client.address"], fields["client.port"]))
 		h.wantTurned(telemetry.OutcomeBadRequest, 1)
 	})
 	t.Run("HTTP/2", func(t *testing.T) {

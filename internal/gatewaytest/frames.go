@@ -61,6 +61,12 @@ func Goodbye(uid []byte) []byte {
 	return Frame(&protobufs.AgentToServer{InstanceUid: uid, AgentDisconnect: &protobufs.AgentDisconnect{}})
 }
 
+// GoodbyeAfter returns the goodbye of an agent, or of a gateway in its place, whose last message had
+// this sequence number.
+func GoodbyeAfter(uid []byte, sequence int) []byte {
+	return Frame(&protobufs.AgentToServer{InstanceUid: uid, SequenceNum: uint64(sequence) + 1, AgentDisconnect: &protobufs.AgentDisconnect{}})
+}
+
 // Offer returns a frame for the agent with this uid that offers a configuration of about size
 // bytes, told from others by its hash.
 func Offer(uid []byte, hash string, size int) []byte {

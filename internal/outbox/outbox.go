@@ -151,6 +151,19 @@ func (o *Outbox[S]) Try(e Entry[S]) error {
 	return nil
 }
 
+// Push adds e even if the outbox is full: for frames of the gateway's own whose number something else
+// bounds. It never waits.
+func (o *Outbox[S]) Push(e Entry[S]) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.closed {
+		return ErrClosed
+	}
+	o.queueLocked(e)
+	o.startLocked()
+	return nil
+}
+
 // Put adds e, waiting its turn while the outbox is full. It returns ErrClosed, or the
 // error of ctx, if the entry was not taken.
 func (o *Outbox[S]) Put(ctx context.Context, e Entry[S]) error {

@@ -29,8 +29,8 @@
 //
 // Methods do no I/O, start no goroutine, and call nobody: they return which questions to send now,
 // and whose askers to tell. The caller does both after the call, without a lock. It does not matter
-// in which order what different calls return is sent, but each has to be, even when its asker has
-// left since, since it holds a place.
+// in which order what different calls return is sent, but each has to be, since it holds a place,
+// unless Withdraw says that it is not worth it any more.
 package questions
 
 import (
@@ -46,7 +46,7 @@ const (
 	// newcomerWindow and introductionWindow bound what is sent and unanswered on one link, by class.
 	// One address alone gets half.
 	newcomerWindow     = 256
-	introductionWindow = 64
+	introductionWindow = 128
 
 	// waitingLimit bounds what waits to be sent on one link, in each class. One address alone gets
 	// half.
@@ -206,6 +206,21 @@ func (b *Book[A]) Abandon(q *Question[A]) bool {
 	if q.state == stateSent {
 		q.state = stateAbandoned
 		return true
+	}
+	if q == b.trial {
+		b.server.tried(false, time.Time{})
+	}
+	b.removeLocked(q)
+	return true
+}
+
+// Withdraw is for the caller to ask right before it writes q to the link: it reports whether its asker
+// has left. Then q is not written, and has no place any more; the next call has another sent there.
+func (b *Book[A]) Withdraw(q *Question[A]) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if open, _ := b.open.get(q.UID); open != q || q.state != stateAbandoned {
+		return false
 	}
 	if q == b.trial {
 		b.server.tried(false, time.Time{})

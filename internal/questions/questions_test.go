@@ -138,20 +138,20 @@ func TestWindows(t *testing.T) {
 	l := newLink(t)
 	l.fill()
 	l.wantWait(l.about("alice", questions.ClassNewcomer))
-	for i := range 64 { // who were in already do not wait behind those who were not
+	for i := range 128 { // who were in already do not wait behind those who were not
 		name := fmt.Sprint("regular ", i)
 		require.Equal(t, []string{name}, l.ask(l.about(name, questions.ClassIntroduction)))
 	}
 	l.wantWait(l.about("bob", questions.ClassIntroduction))
-	l.wantLen(2, 256+64)
+	l.wantLen(2, 256+128)
 	require.Equal(t, []string{"alice"}, l.wantAnswer("early bird 7"))
 	require.Empty(t, l.wantAnswer("early bird 8"))
 	require.Equal(t, []string{"bob"}, l.wantAnswer("regular 7"))
-	l.wantLen(0, 255+64)
+	l.wantLen(0, 255+128)
 }
 
 func TestOneAddressGetsHalf(t *testing.T) {
-	for class, want := range map[questions.Class]int{questions.ClassNewcomer: 128, questions.ClassIntroduction: 32} {
+	for class, want := range map[questions.Class]int{questions.ClassNewcomer: 128, questions.ClassIntroduction: 64} {
 		l := newLink(t)
 		for i := range 2 * want {
 			l.ask(l.from("site", fmt.Sprint("agent ", i), class))
@@ -774,4 +774,21 @@ func TestMemory(t *testing.T) {
 	runtime.KeepAlive(from)
 	runtime.KeepAlive(uid)
 	l.wantLen(1, 0)
+}
+
+// A question that has not left yet when its asker does is not sent at all.
+func TestWithdraw(t *testing.T) {
+	book, now := questions.NewBook[string](questions.NewServer()), time.Now()
+	q := &questions.Question[string]{UID: "alice", Expires: now.Add(time.Minute)}
+	send, err := book.Ask(q, now)
+	require.NoError(t, err)
+	require.Equal(t, []*questions.Question[string]{q}, send)
+	require.False(t, book.Withdraw(q), "alice waits")
+	require.True(t, book.Abandon(q))
+	require.True(t, book.Withdraw(q))
+	require.False(t, book.Withdraw(q), "once")
+	waiting, sent := book.Len()
+	require.Zero(t, waiting+sent)
+	_, stray, _ := book.Answer("alice", now)
+	require.True(t, stray)
 }

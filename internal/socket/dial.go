@@ -211,7 +211,9 @@ func withScheme(u *url.URL, scheme string, secure bool) *url.URL {
 	return &other
 }
 
-// hostPort is where u is dialed.
+// HostPort returns where an endpoint is dialed.
+func HostPort(endpoint *url.URL) string { return hostPort(endpoint, endpoint.Scheme == "wss") }
+
 func hostPort(u *url.URL, secure bool) string {
 	port := u.Port()
 	switch {

@@ -18,6 +18,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/opampgateway/opampgateway/internal/monotonic"
 	"github.com/opampgateway/opampgateway/internal/outbox"
 )
 
@@ -321,7 +322,7 @@ func (s *Socket) await(b []byte) error {
 	}
 	for idle := time.Duration(0); len(b) > 0; {
 		if idle == 0 {
-			s.writing.Store(clock())
+			s.writing.Store(monotonic.Now())
 		}
 		if err := s.setWriteDeadline(time.Now().Add(s.writeTimeout / parts)); err != nil {
 			return err
@@ -334,7 +335,7 @@ func (s *Socket) await(b []byte) error {
 			idle = 0
 		}
 		hurry := s.hurry.Load()
-		late := hurry != 0 && clock() >= hurry
+		late := hurry != 0 && monotonic.Now() >= hurry
 		switch paused := errors.Is(err, os.ErrDeadlineExceeded) && !late; {
 		case paused && (idle == parts || parts == 1):
 			return ErrStalled
@@ -351,15 +352,15 @@ func (s *Socket) setWriteDeadline(t time.Time) error {
 		return err
 	}
 	if hurry := s.hurry.Load(); hurry != 0 {
-		return s.below.SetWriteDeadline(deadline(hurry))
+		return s.below.SetWriteDeadline(monotonic.Time(hurry))
 	}
 	return nil
 }
 
 // Hurry gives whatever is still being written a moment, and the reader twice that. It never waits.
 func (s *Socket) Hurry() {
-	s.hurry.CompareAndSwap(0, clock()+int64(moment))
-	end := deadline(s.hurry.Load())
+	s.hurry.CompareAndSwap(0, monotonic.Now()+int64(moment))
+	end := monotonic.Time(s.hurry.Load())
 	// An error here means that the connection has ended, which is what Hurry is about.
 	_ = s.conn.SetWriteDeadline(end)
 	_ = s.conn.SetReadDeadline(end.Add(moment))
@@ -388,7 +389,7 @@ func (s *Socket) Sweep() (quiet int) {
 // Stalled returns for how long what is being written has made no progress; 0 when nothing is.
 func (s *Socket) Stalled() time.Duration {
 	if since := s.writing.Load(); since != 0 {
-		return time.Duration(clock() - since)
+		return monotonic.Since(since)
 	}
 	return 0
 }

@@ -18,49 +18,6 @@ import (
 	"github.com/opampgateway/opampgateway/internal/metadata"
 )
 
-// Reason says what went wrong, in the reason attribute of opampgateway.faults. The README
-// lists them with what the gateway does about each.
-type Reason string
-
-// The reasons.
-const (
-	ReasonBadFrame         Reason = "bad_frame"          // an agent's message cannot be read
-	ReasonBadUID           Reason = "bad_uid"            // an agent's message has no instance UID, or none of 16 or 26 bytes
-	ReasonForeignConnect   Reason = "foreign_connect"    // a connect from what is no gateway, or with an instance UID
-	ReasonTooManyUIDs      Reason = "too_many_uids"      // one connection claims more instance UIDs than it may
-	ReasonTooLarge         Reason = "too_large"          // an agent's message is above max_message_size
-	ReasonUIDConflict      Reason = "uid_conflict"       // an instance UID is in use on two connections
-	ReasonAgentSlow        Reason = "agent_slow"         // an agent's outbox is full, or a write to it makes no progress
-	ReasonAgentSilent      Reason = "agent_silent"       // no sign of life from an agent
-	ReasonAgentRefused     Reason = "agent_refused"      // the server refused an agent that was introduced again
-	ReasonServerBadFrame   Reason = "server_bad_frame"   // a server's message cannot be read
-	ReasonServerTooLarge   Reason = "server_too_large"   // a server's message is above max_message_size
-	ReasonServerNoUID      Reason = "server_no_uid"      // a server's message says not whom it is for
-	ReasonServerUnknownUID Reason = "server_unknown_uid" // a server's message is for an agent that is not here
-	ReasonServerStray      Reason = "server_stray"       // a connectResult that nobody waits for
-	ReasonLinkSilent       Reason = "link_silent"        // no sign of life from the server
-	ReasonLinkLost         Reason = "link_lost"          // a link ended
-	ReasonGraceOver        Reason = "grace_over"         // an agent let go because no link came back in time
-	ReasonMemoryFull       Reason = "memory_full"        // an agent waits, or is closed, because messages take all the memory they may
-	ReasonFrameLost        Reason = "frame_lost"         // an agent's message that could no longer be delivered
-)
-
-// Outcome says how an agent's request to connect ended, in the outcome attribute of
-// opampgateway.admissions.
-type Outcome string
-
-// The outcomes.
-const (
-	OutcomeAccepted   Outcome = "accepted"    // let in
-	OutcomeRefused    Outcome = "refused"     // by the server
-	OutcomeNoLink     Outcome = "no_link"     // there was no link to ask the server on
-	OutcomeNoAnswer   Outcome = "no_answer"   // the server did not answer in time
-	OutcomeCannotAsk  Outcome = "cannot_ask"  // the server does not know the gateway capability
-	OutcomeTooMany    Outcome = "too_many"    // too many were waiting
-	OutcomeBadRequest Outcome = "bad_request" // not a WebSocket upgrade, or from a foreign origin
-	OutcomeAbandoned  Outcome = "abandoned"   // the agent hung up while it waited
-)
-
 // Direction is which way messages travel.
 type Direction struct {
 	messages, bytes atomic.Int64
@@ -128,6 +85,13 @@ func (t *Telemetry) Start(links, agents func() int) error {
 	if err != nil {
 		return fmt.Errorf("register metrics: %w", err)
 	}
+	// Whatever can happen is there as 0 from the start, so that a rate sees the first one.
+	for _, r := range Reasons {
+		t.Faults(r.Reason, 0)
+	}
+	for _, o := range Outcomes {
+		t.builder.OpampgatewayAdmissions.Add(context.Background(), 0, t.with("outcome", string(o.Outcome))...)
+	}
 	return nil
 }
 
@@ -143,8 +107,11 @@ func (t *Telemetry) observe(up, down func() int64) metric.Int64Callback {
 func (t *Telemetry) Shutdown() { t.builder.Shutdown() }
 
 // Fault counts one thing that went wrong.
-func (t *Telemetry) Fault(reason Reason) {
-	t.builder.OpampgatewayFaults.Add(context.Background(), 1, t.with("reason", string(reason))...)
+func (t *Telemetry) Fault(reason Reason) { t.Faults(reason, 1) }
+
+// Faults counts n things that went wrong.
+func (t *Telemetry) Faults(reason Reason, n int) {
+	t.builder.OpampgatewayFaults.Add(context.Background(), int64(n), t.with("reason", string(reason))...)
 }
 
 // Admission counts how one agent's request to connect ended.

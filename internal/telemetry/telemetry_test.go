@@ -99,9 +99,12 @@ func TestFaultsAreCountedByReason(t *testing.T) {
 	tel.Fault(telemetry.ReasonBadFrame)
 	tel.Fault(telemetry.ReasonLinkLost)
 	tel.Fault(telemetry.ReasonBadFrame)
-	metadatatest.AssertEqualOpampgatewayFaults(t, collected, []metricdata.DataPoint[int64]{
-		point("reason", "bad_frame", 2), point("reason", "link_lost", 1),
-	}, metricdatatest.IgnoreTimestamp())
+	counted := map[telemetry.Reason]int64{telemetry.ReasonBadFrame: 2, telemetry.ReasonLinkLost: 1}
+	var want []metricdata.DataPoint[int64] // every reason, also those for which nothing was counted
+	for _, r := range telemetry.Reasons {
+		want = append(want, point("reason", string(r.Reason), counted[r.Reason]))
+	}
+	metadatatest.AssertEqualOpampgatewayFaults(t, collected, want, metricdatatest.IgnoreTimestamp())
 }
 
 func TestAdmissionsAreCountedByOutcome(t *testing.T) {
@@ -109,9 +112,12 @@ func TestAdmissionsAreCountedByOutcome(t *testing.T) {
 	tel.Admission(telemetry.OutcomeAccepted)
 	tel.Admission(telemetry.OutcomeRefused)
 	tel.Admission(telemetry.OutcomeAccepted)
-	metadatatest.AssertEqualOpampgatewayAdmissions(t, collected, []metricdata.DataPoint[int64]{
-		point("outcome", "accepted", 2), point("outcome", "refused", 1),
-	}, metricdatatest.IgnoreTimestamp())
+	counted := map[telemetry.Outcome]int64{telemetry.OutcomeAccepted: 2, telemetry.OutcomeRefused: 1}
+	var want []metricdata.DataPoint[int64]
+	for _, o := range telemetry.Outcomes {
+		want = append(want, point("outcome", string(o.Outcome), counted[o.Outcome]))
+	}
+	metadatatest.AssertEqualOpampgatewayAdmissions(t, collected, want, metricdatatest.IgnoreTimestamp())
 }
 
 // A collector reload makes a new component while the old one's provider stays: what has ended

@@ -1,7 +1,6 @@
 package wire
 
 import (
-	"errors"
 	"slices"
 	"strings"
 
@@ -70,30 +69,13 @@ func (m Format) BadRequest(uid []byte, text string) []byte {
 	})
 }
 
-// maxCapabilities is what the custom capabilities of a server may take, in bytes.
-const maxCapabilities = 64 << 10
-
-// ErrCapabilities means that the server's custom capabilities are more than an agent is told.
-var ErrCapabilities = errors.New("custom capabilities are above 64 KiB")
-
-// CustomCapabilities returns a ServerToAgent that states the server's custom capabilities, to the
-// agent or, without a uid, to the gateway at the other end. It is in two parts, of which the second
-// comes from CapabilitiesTail: the same for all.
-func (m Format) CustomCapabilities(uid UID) (head []byte) { return m.begin(uid) }
-
-// CapabilitiesTail returns what follows what CustomCapabilities returns.
-func CapabilitiesTail(capabilities []string) ([]byte, error) {
-	size := 0
-	for _, capability := range capabilities {
-		if size += len(capability); size > maxCapabilities {
-			return nil, ErrCapabilities
-		}
-	}
-	tail := Format{}.marshal(&protobufs.ServerToAgent{CustomCapabilities: &protobufs.CustomCapabilities{Capabilities: capabilities}})
-	if len(tail) > maxCapabilities {
-		return nil, ErrCapabilities
-	}
-	return slices.Clip(tail), nil
+// CustomCapabilities returns a ServerToAgent that states the server's custom capabilities, as it
+// has encoded them, to the agent or, without a uid, to the gateway at the other end.
+func (m Format) CustomCapabilities(uid UID, stated string) []byte {
+	frame := m.begin(uid)
+	frame = slices.Grow(frame, len(stated)+protowire.SizeTag(FieldCustomCapabilities)+protowire.SizeVarint(uint64(len(stated))))
+	frame = protowire.AppendTag(frame, FieldCustomCapabilities, protowire.BytesType)
+	return protowire.AppendString(frame, stated)
 }
 
 // begin returns the start of a frame, up to and including the UID, with room for a little more.

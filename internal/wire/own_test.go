@@ -2,7 +2,6 @@ package wire_test
 
 import (
 	"bytes"
-	"strings"
 	"testing"
 
 	"github.com/open-telemetry/opamp-go/protobufs"
@@ -65,17 +64,16 @@ func TestOwnFramesDecodeToWhatTheySay(t *testing.T) {
 				wantFrame(t, &protobufs.ServerToAgent{
 					InstanceUid:        uid,
 					CustomCapabilities: &protobufs.CustomCapabilities{Capabilities: []string{"weather", "tides"}},
-				}, join(format.CustomCapabilities(parse(t, uid)), tail(t, "weather", "tides")), format)
+				}, format.CustomCapabilities(parse(t, uid), stated(t, "weather", "tides")), format)
 			})
 		}
 	}
 }
 
-func tail(t *testing.T, capabilities ...string) []byte {
+// stated returns custom capabilities as a server encodes them.
+func stated(t *testing.T, capabilities ...string) string {
 	t.Helper()
-	tail, err := wire.CapabilitiesTail(capabilities)
-	require.NoError(t, err)
-	return tail
+	return string(encode(t, &protobufs.CustomCapabilities{Capabilities: capabilities}))
 }
 
 // Whoever sends something that is no UID is told so under what it sent, and not more than it takes to
@@ -94,25 +92,10 @@ func TestBadRequestGoesBackUnderWhateverCame(t *testing.T) {
 	}
 }
 
-// However much a server says of itself, each agent behind the gateway costs no more than its head.
-func TestOwnCustomCapabilitiesAreBounded(t *testing.T) {
-	const most = 64 << 10
-	fits := strings.Repeat("x", most-8) // beside two tags and lengths
-	assert.Len(t, tail(t, fits), most)
-	assert.Equal(t, most, cap(tail(t, fits)))
-	wantFrame(t, &protobufs.ServerToAgent{CustomCapabilities: &protobufs.CustomCapabilities{Capabilities: []string{fits}}},
-		tail(t, fits), wire.Format{})
-	for _, capabilities := range [][]string{{fits + "x"}, make([]string, most), {strings.Repeat("x", 1<<20), "\xff"}} {
-		_, err := wire.CapabilitiesTail(capabilities)
-		require.ErrorIs(t, err, wire.ErrCapabilities)
-	}
-	assert.LessOrEqual(t, cap(wire.Format{Header: true}.CustomCapabilities(parse(t, cathy))), 64)
-}
-
 // A gateway at the other end is told without a UID.
 func TestOwnCustomCapabilitiesCanBeForAGateway(t *testing.T) {
 	format := wire.Format{Header: true}
-	frame := join(format.CustomCapabilities(wire.UID{}), tail(t, "weather"))
+	frame := format.CustomCapabilities(wire.UID{}, stated(t, "weather"))
 	wantFrame(t, &protobufs.ServerToAgent{
 		CustomCapabilities: &protobufs.CustomCapabilities{Capabilities: []string{"weather"}},
 	}, frame, format)

@@ -155,6 +155,34 @@ func HeadUID(prefix []byte) []byte {
 	return nil
 }
 
+// Embedded returns what a frame that was scanned without an error has of the embedded message of
+// this number, encoded; nil if there is none. Occurrences add up, as in the decoder.
+func Embedded(frame []byte, number protowire.Number) (value []byte) {
+	if len(frame) > 0 && frame[0] == 0 {
+		frame = frame[1:]
+	}
+	for len(frame) > 0 {
+		n, kind, size := protowire.ConsumeTag(frame)
+		if size < 0 {
+			return nil
+		}
+		frame = frame[size:]
+		if n == number && kind == protowire.BytesType {
+			part, _ := protowire.ConsumeBytes(frame)
+			if value == nil {
+				value = slices.Clip(part)
+			} else {
+				value = append(value, part...)
+			}
+		}
+		if size = protowire.ConsumeFieldValue(n, kind, frame); size < 0 {
+			return nil
+		}
+		frame = frame[size:]
+	}
+	return value
+}
+
 // UID is an instance UID in a form that can be compared and used as a map key:
 // 16 bytes (UUID) or 26 bytes of text (the ULID of older agents). The zero value
 // is no UID.

@@ -415,3 +415,22 @@ func TestUIDDoesNotAllocate(t *testing.T) {
 		}), "Is")
 	}
 }
+
+// A message within the message is found wherever it stands, and its parts are taken together.
+func TestEmbeddedMessages(t *testing.T) {
+	agent := encode(t, &protobufs.ServerToAgent{
+		InstanceUid:         cathy,
+		AgentIdentification: &protobufs.AgentIdentification{NewInstanceUid: []byte("new")},
+		CustomCapabilities:  &protobufs.CustomCapabilities{Capabilities: []string{"weather"}},
+	})
+	more := encode(t, &protobufs.ServerToAgent{CustomCapabilities: &protobufs.CustomCapabilities{Capabilities: []string{"tides"}}})
+	for _, frame := range [][]byte{join(agent, more), join([]byte{0}, agent, more)} {
+		before := bytes.Clone(frame)
+		assert.Equal(t, []byte(stated(t, "weather", "tides")), wire.Embedded(frame, wire.FieldCustomCapabilities))
+		assert.Equal(t, encode(t, &protobufs.AgentIdentification{NewInstanceUid: []byte("new")}), wire.Embedded(frame, wire.FieldAgentIdentification))
+		assert.Nil(t, wire.Embedded(frame, wire.FieldErrorResponse))
+		assert.Equal(t, before, frame, "the frame stays as it is")
+	}
+	assert.Nil(t, wire.Embedded(nil, wire.FieldErrorResponse))
+	assert.Nil(t, wire.Embedded([]byte{0, 0xff}, wire.FieldErrorResponse))
+}

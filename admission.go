@@ -1,0 +1,499 @@
+package opampgateway
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	stdlog "log"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.opentelemetry.io/collector/component"
+	"go.uber.org/zap"
+
+	"github.com/opampgateway/opampgateway/internal/connect"
+	"github.com/opampgateway/opampgateway/internal/door"
+	"github.com/opampgateway/opampgateway/internal/ending"
+	"github.com/opampgateway/opampgateway/internal/fair"
+	"github.com/opampgateway/opampgateway/internal/outbox"
+	"github.com/opampgateway/opampgateway/internal/questions"
+	"github.com/opampgateway/opampgateway/internal/telemetry"
+	"github.com/opampgateway/opampgateway/internal/wire"
+)
+
+const (
+	// maxStrangers bounds the connections that are not let in yet: twice a full gateway's worth, since
+	// all of its agents come at once after a reload, and one address gets half of the places.
+	maxStrangers = 40_000
+
+	// answerCeiling is when an upgrade request is answered at the latest: opamp-go agents
+	// give it 45 s. It leaves the write of the answer some time of its own.
+	answerCeiling = admissionCeiling + 5*time.Second
+
+	// requestMemory is what an agent takes while it waits to be let in, in bytes, beside what it sent, and
+	// agentMemory what it takes for as long as it is connected, beside its question.
+	requestMemory, agentMemory = 4 << 10, 1 << 10
+
+	// requestTimeout is how long a request may take to arrive where the listener sets no limit.
+	requestTimeout = 30 * time.Second
+)
+
+// prepare does what can fail before agents can be served: certificates, authentication,
+// middleware. The listener is the server's from here on, unless there is an error.
+func (s *downstreamServer) prepare(ctx context.Context, host component.Host, set component.TelemetrySettings, listener net.Listener) error {
+	cfg := s.cfg.Listener // ToServer changes its own
+	var secure *tls.Config
+	if cfg.TLS.HasValue() {
+		var err error
+		if secure, err = cfg.TLS.Get().LoadTLSConfig(ctx); err != nil {
+			return fmt.Errorf("listener::tls: %w", err)
+		}
+	}
+	server, err := cfg.ToServer(ctx, host.GetExtensions(), set, http.HandlerFunc(s.admit))
+	if err != nil {
+		return listenerError(err)
+	}
+	agents := &s.cfg.Agents
+	limits := door.Limits{
+		Headers: agents.MaxRequestHeaders, HeaderSize: agents.MaxRequestHeaderSize,
+		Connections: cmp.Or(agents.MaxConnections, door.DefaultConnections()), Strangers: maxStrangers,
+		Timeout: cmp.Or(cfg.ReadHeaderTimeout, requestTimeout),
+	}
+	var origins []string
+	if cfg.CORS.HasValue() {
+		origins = cfg.CORS.Get().AllowedOrigins
+	}
+	s.rules = door.NewRules(origins)
+	s.door = door.New(listener, secure, limits, s.events, s.tel.Admission)
+	s.inner, server.Handler = server.Handler, s
+	server.ErrorLog = stdlog.New(httpErrors{s.events}, "", 0)
+	server.BaseContext = func(net.Listener) context.Context { return s.ctx }
+	s.door.Prepare(server)
+	if cfg.Auth.HasValue() || len(cfg.Middlewares) > 0 {
+		known := server.ConnContext
+		server.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
+			return context.WithValue(known(ctx, conn), passedKey{}, new(bool))
+		}
+	}
+	s.http = server
+	s.log.Info("listening for agents", zap.Stringer("address", listener.Addr()), zap.Bool("tls", secure != nil),
+		zap.String("agent_admission", string(s.cfg.Server.AgentAdmission)))
+	return nil
+}
+
+// passedKey finds, in the context of a request, whether it has passed the listener's authentication and
+// middlewares; there is nothing to find where there are none.
+type passedKey struct{}
+
+func listenerError(err error) error { return fmt.Errorf("listener: %w", err) }
+
+// httpErrors logs what the HTTP server has to say.
+type httpErrors struct{ events *zap.Logger }
+
+func (e httpErrors) Write(line []byte) (int, error) {
+	e.events.Warn("connection failed before it was an agent's", zap.String("reason", strings.TrimSpace(string(line))))
+	return len(line), nil
+}
+
+// ServeHTTP answers one agent's upgrade request:
+//
+//  1. What can never become an agent's connection is refused, before anybody reads more of it.
+//  2. The listener's authentication and middlewares have their say.
+//  3. The agent is attached to a link, so that many at once are spread evenly.
+//  4. The server is asked; its refusal is passed on.
+//  5. The connection is upgraded, and its reader started. From here on the link's end is
+//     not the agent's.
+func (s *downstreamServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s.mu.Lock()
+	if s.closing {
+		s.mu.Unlock()
+		http.Error(w, "the gateway is shutting down", http.StatusServiceUnavailable)
+		return
+	}
+	s.requests.Add(1)
+	s.mu.Unlock()
+	defer s.requests.Done()
+	defer s.recoverPanic(r)
+
+	if refusal := s.rules.Check(r); refusal != nil {
+		s.tel.Admission(refusal.Outcome)
+		s.logRefusal("request refused: "+refusal.Text, r, refusal.Status)
+		refusal.Answer(w, r)
+		return
+	}
+	s.inner.ServeHTTP(w, r)
+	if passed, ok := r.Context().Value(passedKey{}).(*bool); ok && !*passed {
+		s.tel.Admission(telemetry.OutcomeUnauthorized)
+		s.logRefusal("request refused by listener::auth or a middleware", r, 0)
+	}
+}
+
+// recoverPanic keeps a fault of ours, or of an extension, to the request in which it shows.
+func (s *downstreamServer) recoverPanic(r *http.Request) {
+	fault := recover()
+	if fault == nil {
+		return
+	}
+	if fault != http.ErrAbortHandler { //nolint:errorlint // it is thrown as it is
+		s.tel.Fault(telemetry.ReasonPanic)
+		s.log.Error("answering a request failed by a fault of this program; please report it",
+			telemetry.Peer("client", r.RemoteAddr), zap.Any("panic", fault), zap.ByteString("stack", debug.Stack()))
+	}
+	panic(http.ErrAbortHandler) // ends the connection
+}
+
+// logRefusal logs that somebody was not let in: who, and why.
+func (s *downstreamServer) logRefusal(message string, r *http.Request, status int) {
+	fields := []zap.Field{
+		telemetry.Peer("client", r.RemoteAddr),
+		zap.String("user_agent.original", cut(r.UserAgent())), zap.String("agent_id", cut(r.Header.Get("Agent-ID"))),
+	}
+	if status != 0 {
+		fields = append(fields, zap.Int("http.response.status_code", status))
+	}
+	s.events.Info(message, fields...)
+}
+
+// cut bounds what a stranger can have logged.
+func cut(text string) string { return text[:min(len(text), 128)] }
+
+// admit is what is left to do of ServeHTTP behind the listener's authentication and middlewares.
+func (s *downstreamServer) admit(w http.ResponseWriter, r *http.Request) {
+	if passed, ok := r.Context().Value(passedKey{}).(*bool); ok {
+		*passed = true
+	}
+	s.tel.Admission(s.tryAdmit(w, r))
+}
+
+func (s *downstreamServer) tryAdmit(w http.ResponseWriter, r *http.Request) telemetry.Outcome {
+	a := &agentConn{server: s, remote: r.RemoteAddr, gateway: r.Header.Get(connectionIDHeader) != ""}
+	if a.gateway && !s.cfg.Agents.AllowGateways {
+		s.events.Warn("a gateway wants to connect, but gateways are not let in: set agents::allow_gateways to let it ask the server about its agents",
+			a.logged(zap.String("user_agent.original", cut(r.UserAgent())))...)
+		http.Error(w, "this gateway lets no other gateways in: see its setting agents::allow_gateways", http.StatusForbidden)
+		return telemetry.OutcomeNoGateways
+	}
+	address := fair.AddressOf(r.RemoteAddr)
+	certificate := verifiedCertificate(r)
+	a.credentials = credentialsOf(r.Header, certificate)
+	if s.cfg.Server.AgentAdmission == AdmissionAsk {
+		question, err := connect.NewQuestion(r.RemoteAddr, r.Header, certificate)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusRequestHeaderFieldsTooLarge)
+			return telemetry.OutcomeBadRequest
+		}
+		a.question = question
+	}
+	taken := requestMemory + 2*len(a.question) // the headers, and what is made of them
+	if !s.memory.Requests.Take(address, taken) {
+		s.events.Warn("memory for requests is used up, see max_buffered_size", a.logged()...)
+		refuseForNow(w, "too many agents are waiting to connect")
+		return telemetry.OutcomeTooMany
+	}
+	defer s.memory.Requests.Give(address, taken)
+	// The listener's write timeout counts from the request; the server may take longer.
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(answerCeiling))
+	ctx, cancel := context.WithTimeout(r.Context(), s.cfg.Server.AdmissionTimeout)
+	defer cancel()
+
+	started := false
+	defer func() {
+		if !started {
+			s.pool.detach(a, nil)
+		}
+	}()
+	verdict, err := s.pool.admit(ctx, a)
+	if err != nil {
+		return s.turnAway(w, r, err)
+	}
+	if !verdict.Accept {
+		verdict.CopyRefusalHeaders(w.Header())
+		status := verdict.RefusalStatus()
+		s.logRefusal("server refused agent", r, status)
+		http.Error(w, "refused by the OpAMP server: "+http.StatusText(status), status)
+		return telemetry.OutcomeRefused
+	}
+	a.kept = agentMemory + len(a.question)
+	if !s.memory.Kept.Take(0, a.kept) {
+		a.kept = 0
+		s.events.Warn("memory for what is kept of agents is used up, see max_buffered_size; no more are let in", a.logged()...)
+		refuseForNow(w, "too many agents are connected")
+		return telemetry.OutcomeTooMany
+	}
+	conn, err := door.Upgrade(w, r)
+	if err != nil {
+		s.memory.Kept.Give(a.kept)
+		return s.notUpgraded(r, err)
+	}
+	started = true
+	a.start(conn)
+	return telemetry.OutcomeAccepted
+}
+
+// notUpgraded says why an agent that was let in could not be.
+func (s *downstreamServer) notUpgraded(r *http.Request, err error) telemetry.Outcome {
+	if errors.Is(err, door.ErrCannotUpgrade) {
+		s.events.Error("no agent can connect: a middleware of listener::middlewares, or of the collector, keeps connections from being upgraded", zap.Error(err))
+		return telemetry.OutcomeCannotUpgrade
+	}
+	if errors.Is(err, door.ErrEarlyData) {
+		s.logRefusal("request refused: data sent before it was answered", r, http.StatusBadRequest)
+		return telemetry.OutcomeBadRequest
+	}
+	s.log.Debug("agent left before it was let in", telemetry.Peer("client", r.RemoteAddr), zap.Error(err))
+	return telemetry.OutcomeAbandoned
+}
+
+// turnAway answers an agent about whom the server could not be asked. Agents wait as long as
+// Retry-After says on 503 and 429 only.
+func (s *downstreamServer) turnAway(w http.ResponseWriter, r *http.Request, err error) telemetry.Outcome {
+	outcome, text := telemetry.OutcomeNoAnswer, "the OpAMP server did not answer in time"
+	switch {
+	case r.Context().Err() != nil:
+		return telemetry.OutcomeAbandoned
+	case errors.Is(err, questions.ErrCannotAsk):
+		outcome, text = telemetry.OutcomeCannotAsk, "the OpAMP server cannot be asked about agents"
+	case errors.Is(err, questions.ErrFull):
+		outcome, text = telemetry.OutcomeTooMany, "too many agents are waiting to connect"
+	case errors.Is(err, errNoLink):
+		outcome, text = telemetry.OutcomeNoLink, "there is no connection to the OpAMP server"
+	}
+	s.logRefusal("agent turned away: "+text, r, http.StatusServiceUnavailable)
+	refuseForNow(w, text)
+	return outcome
+}
+
+func refuseForNow(w http.ResponseWriter, reason string) {
+	w.Header().Set("Retry-After", retryAfter())
+	http.Error(w, reason, http.StatusServiceUnavailable)
+}
+
+// retryAfter is when an agent may come again, in seconds: 30 is the least that the specification
+// recommends; the jitter spreads a fleet.
+func retryAfter() string { return strconv.Itoa(30 + rand.IntN(31)) }
+
+// verifiedCertificate returns the client certificate that the TLS handshake has verified, nil if none was.
+func verifiedCertificate(r *http.Request) *x509.Certificate {
+	if r.TLS == nil || len(r.TLS.VerifiedChains) == 0 {
+		return nil
+	}
+	return r.TLS.VerifiedChains[0][0]
+}
+
+// credentials tell whether two connections came with the same ones.
+type credentials [16]byte
+
+// credentialsOf returns the credentials of a request: what agents show to a server about themselves.
+func credentialsOf(headers http.Header, certificate *x509.Certificate) credentials {
+	hash := sha256.New()
+	for _, name := range []string{"Authorization", "Agent-Id"} {
+		for _, value := range headers[name] {
+			fmt.Fprintf(hash, "%d %s", len(value), value)
+		}
+		hash.Write([]byte{0})
+	}
+	if certificate != nil {
+		hash.Write(certificate.Raw)
+	}
+	return credentials(hash.Sum(nil))
+}
+
+// question is one of ours, or of a gateway below, on its way to the server and back.
+type question = questions.Question[*asker]
+
+// asker is who waits for the server's word about an agent.
+type asker struct {
+	// Of ours.
+	about  connect.Question
+	answer chan verdict // buffered, and sent to once
+
+	// Of a relayed question.
+	gateway *agentConn // that asked
+	frame   []byte     // as it came, until it is sent
+	taken   int        // of the memory for requests
+}
+
+// verdict is the server's word, or why there is none.
+type verdict struct {
+	result connect.Result
+	err    error
+}
+
+// admit attaches a new agent to a link and asks the server about it.
+func (p *upstreamPool) admit(ctx context.Context, a *agentConn) (connect.Result, error) {
+	for {
+		l, err := p.attach(ctx, a, nil, time.Time{})
+		if err != nil {
+			return connect.Result{}, err
+		}
+		if a.question == nil {
+			return connect.Result{Accept: true}, nil
+		}
+		result, err := l.ask(ctx, a, questions.ClassNewcomer, p.cfg.Server.AdmissionTimeout)
+		if !errors.Is(err, questions.ErrEnded) {
+			return result, err
+		}
+	}
+}
+
+// ask asks the server about a, once it is its turn, and waits for the answer as long as ctx does;
+// the question is open for the time within. The error is one of package questions, or that of ctx, which is
+// context.DeadlineExceeded when there was no answer in time.
+func (l *link) ask(ctx context.Context, a *agentConn, class questions.Class, within time.Duration) (connect.Result, error) {
+	now := time.Now()
+	q := &question{
+		UID: l.pool.requestUID(), From: fair.AddressOf(a.remote), Class: class, Expires: now.Add(within),
+		Asker: &asker{about: a.question, answer: make(chan verdict, 1)},
+	}
+	send, err := l.book.Ask(q, now)
+	l.put(send)
+	if err != nil {
+		return connect.Result{}, err
+	}
+	select {
+	case v := <-q.Asker.answer:
+		return v.result, v.err
+	case <-ctx.Done():
+		l.book.Abandon(q)
+		return connect.Result{}, ctx.Err()
+	}
+}
+
+// requestUID returns a UUID of our own making (RFC 9562, section 5.8), which no other gateway's
+// question bears: those above know ours by it, too.
+func (p *upstreamPool) requestUID() string {
+	b := p.requestPrefix
+	binary.BigEndian.PutUint64(b[8:], 1<<63|p.asked.Add(1))
+	uid, _ := wire.ParseUID(b[:]) // it has 16 bytes
+	return uid.String()
+}
+
+// put sends questions whose turn it is. Their number is bounded by the book, so it never waits.
+func (l *link) put(send []*question) {
+	for _, q := range send {
+		frame := q.Asker.frame
+		if q.Asker.gateway == nil {
+			frame = q.Asker.about.Frame(q.UID)
+		}
+		q.Asker.frame = nil
+		hasLeft := func() bool { return l.book.Withdraw(q) }
+		_ = l.outbox.Push(entry{Frame: frame, Kind: outbox.Message, Stale: hasLeft}) // closed: its reader is about to find out
+	}
+}
+
+// conclude tells those who asked that there will be no answer, and why.
+func (l *link) conclude(open []*question, err error) {
+	for _, q := range open {
+		if q.Asker.gateway != nil {
+			l.pool.memory.Requests.Give(q.From, q.Asker.taken)
+			if errors.Is(err, questions.ErrCannotAsk) {
+				q.Asker.gateway.sendOwn(connect.TurnAway(q.UID, retryAfter()))
+			}
+			continue
+		}
+		q.Asker.answer <- verdict{err: err}
+	}
+}
+
+// answer takes a connectResult to whoever asked: one of ours, or a gateway below.
+func (l *link) answer(frame []byte, f *wire.Fields, data []byte, taken int64) {
+	requestUID, result, err := connect.ParseResult(data)
+	if err != nil {
+		l.pool.tel.Fault(telemetry.ReasonServerBadFrame)
+		return
+	}
+	q, stray, send := l.book.Answer(requestUID, time.Now())
+	l.put(send)
+	l.noteCapabilities(frame, f)
+	switch {
+	case stray:
+		l.pool.tel.Fault(telemetry.ReasonServerStray)
+	case q == nil: // its asker has left
+	case q.Asker.gateway == nil:
+		q.Asker.answer <- verdict{result: result}
+	default:
+		a := q.Asker.gateway
+		l.pool.memory.Requests.Give(q.From, q.Asker.taken)
+		a.deliver(frame, taken)
+		// After the answer, which shows that questions are answered even if the server does not
+		// list the capability, and before anything that the agent it lets in could be told.
+		if caps := l.caps.Load(); caps != nil && a.told.Swap(caps) != caps && !f.Has(wire.FieldCustomCapabilities) {
+			a.sendOwn(caps.frame(wire.Format{Header: true}, wire.UID{}))
+		}
+	}
+}
+
+// relayQuestion passes on another gateway's question about one of its own agents. From any
+// other connection it would let an agent that was let in try out credentials; and where nobody
+// is asked, nobody vouches for the gateway.
+func (a *agentConn) relayQuestion(frame []byte, f *wire.Fields, kind connect.Kind, data []byte) error {
+	s := a.server
+	if !a.gateway || a.question == nil || kind != connect.Connect || len(f.UID) > 0 {
+		a.offend(ending.ForeignConnect)
+		return errOffended
+	}
+	requestUID, err := connect.RequestUID(data)
+	if err != nil {
+		return a.reject(telemetry.ReasonBadConnect, f, err.Error())
+	}
+	q := &question{UID: requestUID, From: fair.AddressOf(a.remote), Asker: &asker{gateway: a, frame: frame, taken: requestMemory + len(frame)}}
+	if len(frame) > connect.MaxQuestion || !s.memory.Requests.Take(q.From, q.Asker.taken) {
+		s.tel.Fault(telemetry.ReasonBadConnect)
+		a.sendOwn(connect.TurnAway(requestUID, retryAfter()))
+		return nil
+	}
+	for {
+		l := a.link.Load()
+		err := questions.ErrEnded
+		if l != nil {
+			now := time.Now()
+			q.Expires = now.Add(s.cfg.Server.AdmissionTimeout)
+			var send []*question
+			send, err = l.book.Ask(q, now)
+			l.put(send)
+		}
+		switch {
+		case err == nil:
+			a.bad = 0
+			return nil
+		case errors.Is(err, questions.ErrEnded):
+			if err = a.awaitHome(l); err == nil {
+				continue
+			}
+		case errors.Is(err, questions.ErrTwice):
+			err = a.reject(telemetry.ReasonBadConnect, f, err.Error())
+		default:
+			a.sendOwn(connect.TurnAway(requestUID, retryAfter()))
+			err = nil
+		}
+		s.memory.Requests.Give(q.From, q.Asker.taken)
+		return err
+	}
+}
+
+// misunderstood notes that the server does not understand questions.
+func (l *link) misunderstood() {
+	if l.book.Misunderstood(time.Now()) {
+		l.pool.giveUpAsking()
+	}
+}
+
+// giveUpAsking tells all who wait that the server cannot be asked, and the operator what to do.
+func (p *upstreamPool) giveUpAsking() {
+	p.log.Warn("server cannot be asked which agents may connect, so none is let in: it does not know the capability " + connect.Capability +
+		", or ends the connection when it is asked; use a server that knows it, or set server::agent_admission: accept " +
+		"and protect the listener with listener::auth or mutual TLS; it is asked again every 10 minutes")
+	for _, l := range p.links() {
+		l.conclude(l.book.GiveUp(), questions.ErrCannotAsk)
+	}
+}

@@ -1,0 +1,190 @@
+package opampgateway
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"net/http"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/opampgateway/opampgateway/internal/ending"
+	"github.com/opampgateway/opampgateway/internal/monotonic"
+	"github.com/opampgateway/opampgateway/internal/outbox"
+	"github.com/opampgateway/opampgateway/internal/questions"
+)
+
+const (
+	// answerTimeout is how long an introduction waits for its answer before it is tried again.
+	answerTimeout = 20 * time.Second
+
+	// introduceAgain is how long an agent that the server would not take just now waits, if
+	// the server does not say.
+	introduceAgain = 5 * time.Second
+)
+
+var (
+	errNotNow  = errors.New("server cannot take the agent just now")
+	errRefused = errors.New("server refused the agent")
+)
+
+// rehome brings a, which has lost the link from, to a new one, while a's reader waits:
+//
+//  1. It attaches a to a link, for which it waits as long as the grace period.
+//  2. It introduces a to the server, which may refuse it for good, or just now.
+//  3. It sends what a had said and was not written, in order.
+//  4. It lets a's reader go on, and asks the agent for its full state, for what the lost link
+//     may have taken with it.
+func (p *upstreamPool) rehome(a *agentConn, from *link) {
+	grace := p.cfg.Server.GracePeriod
+	// Those who wait in vain do not all leave at once.
+	ctx, cancel := context.WithTimeout(p.ctx, grace+rand.N(grace/2+1))
+	defer cancel()
+	pending, lost := from.unwritten[a], time.Now()
+	p.countIn(pending)
+	defer func() {
+		p.countOut(pending)
+		p.lose(pending)
+	}()
+	for {
+		l, err := p.attach(ctx, a, from, lost)
+		if errors.Is(err, errAgentEnded) {
+			return
+		}
+		if err != nil {
+			p.giveUpOn(a, ending.GraceOver)
+			return
+		}
+		delay, err := p.introduce(ctx, a, l)
+		switch {
+		case errors.Is(err, questions.ErrEnded):
+			from, lost = l, time.Now()
+			continue
+		case errors.Is(err, errRefused):
+			p.giveUpOn(a, ending.Refused)
+			return
+		case err != nil:
+			_ = sleep(ctx, delay)
+			continue
+		}
+		for len(pending) > 0 && l.outbox.Put(ctx, pending[0]) == nil {
+			p.countOut(pending[:1])
+			pending = pending[1:]
+		}
+		if len(pending) == 0 && p.settle(a, l) {
+			a.askFullState()
+			a.fullState.Store(monotonic.Now() + int64(fullStateAgain+rand.N(fullStateAgain/2)))
+			return
+		}
+		if p.leftWhileHoming(a, l) {
+			return
+		}
+		select { // so l has ended, or a's time is over
+		case <-l.ended:
+			p.countIn(l.unwritten[a])
+			pending = append(l.unwritten[a], pending...) // what l did not write comes first
+			from, lost = l, time.Now()
+		case <-ctx.Done():
+		}
+	}
+}
+
+// countIn counts the memory of entries that are in no outbox, until countOut.
+func (p *upstreamPool) countIn(entries []entry) {
+	for i := range entries {
+		p.memory.Up.Take(entries[i].Memory())
+	}
+}
+
+func (p *upstreamPool) countOut(entries []entry) {
+	for i := range entries {
+		p.memory.Up.Give(entries[i].Memory())
+	}
+}
+
+// leftWhileHoming reports whether a's connection has ended by itself. The server has been told
+// of the agent on l, and is now told of its end.
+func (p *upstreamPool) leftWhileHoming(a *agentConn, l *link) bool {
+	p.mu.Lock()
+	hasLeft, gone := a.ending.Ended(), a.gone
+	if hasLeft {
+		p.detachLocked(a)
+	}
+	lost := l.unwritten[a]
+	if p.live[l.slot] == l {
+		lost = nil // what l still has will be written, or counted when it ends
+	}
+	p.mu.Unlock()
+	if hasLeft {
+		p.lose(lost)
+		p.sayGoodbye(l, gone)
+	}
+	return hasLeft
+}
+
+// introduce tells the server about an agent that came from a lost link. An error other than
+// questions.ErrEnded and errRefused comes with how long to wait before the next try.
+func (p *upstreamPool) introduce(ctx context.Context, a *agentConn, l *link) (delay time.Duration, err error) {
+	if a.question == nil {
+		return 0, nil
+	}
+	result, err := l.ask(ctx, a, questions.ClassIntroduction, answerTimeout)
+	switch status := result.RefusalStatus(); {
+	case errors.Is(err, questions.ErrCannotAsk), errors.Is(err, questions.ErrFull):
+		return introduceAgain, err
+	case err != nil:
+		return 0, err
+	case result.Accept:
+		return 0, nil
+	case status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable:
+		return max(introduceAgain, parseRetryAfter(result.Headers["Retry-After"])), errNotNow
+	default:
+		return 0, errRefused
+	}
+}
+
+// giveUpOn closes an agent that has no home, unless its connection has ended anyway.
+func (p *upstreamPool) giveUpOn(a *agentConn, cause *ending.Cause) {
+	if p.ctx.Err() != nil {
+		return
+	}
+	a.dismiss(cause)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.exileLocked(a)
+}
+
+// sayGoodbye tells the server on l that agents have left, unless they turn up again first. Those
+// behind a gateway most likely come back by another way, and are given time for that.
+func (p *upstreamPool) sayGoodbye(l *link, gone []*claim) {
+	if len(gone) == 0 || !p.cfg.Agents.SendDisconnect {
+		return
+	}
+	if !gone[0].agent.gateway {
+		p.sayGoodbyeNow(l, gone)
+		return
+	}
+	if p.cfg.Agents.SendDisconnectForGateways {
+		p.homing.Go(func() {
+			if sleep(p.ctx, p.cfg.Server.GracePeriod) == nil {
+				p.sayGoodbyeNow(p.anyLink(), gone)
+			}
+		})
+	}
+}
+
+func (p *upstreamPool) sayGoodbyeNow(l *link, gone []*claim) {
+	if l == nil {
+		return // the links' end has said it
+	}
+	for _, c := range gone {
+		uid := c.route.uid
+		back := func() bool { return p.router.has(uid) }
+		p.router.noteFarewell(uid)
+		if l.outbox.Put(p.ctx, entry{Frame: c.format.Goodbye(uid, c.sequence+1), Kind: outbox.Message, Stale: back}) != nil {
+			return // the link's end says it
+		}
+	}
+	p.log.Debug("said goodbye for agents that left", zap.Int("agents", len(gone)))
+}

@@ -1,0 +1,85 @@
+package opampgateway
+
+import (
+	"net/netip"
+	"net/url"
+	"time"
+
+	"go.opentelemetry.io/collector/component"
+	"go.opentelemetry.io/collector/component/componentstatus"
+	"go.opentelemetry.io/collector/config/confignet"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+
+	"github.com/opampgateway/opampgateway/internal/monotonic"
+	"github.com/opampgateway/opampgateway/internal/telemetry"
+)
+
+// sampled returns a logger that writes only the first few of each message in a while: for
+// what may happen to thousands of agents at once. The metrics have the numbers.
+func sampled(log *zap.Logger) *zap.Logger {
+	const while, first = 10 * time.Second, 5
+	return log.WithOptions(zap.WrapCore(func(core zapcore.Core) zapcore.Core {
+		return zapcore.NewSamplerWithOptions(core, while, first, 0)
+	}))
+}
+
+// warnOfDangers says at start what is legal in cfg, and yet may let somebody in, or a key out.
+func warnOfDangers(cfg *Config, log *zap.Logger) {
+	listener, server := &cfg.Listener, &cfg.Server
+	authenticated := listener.Auth.HasValue() || listener.TLS.HasValue() && listener.TLS.Get().ClientCAFile != ""
+	if server.AgentAdmission == AdmissionAccept && !authenticated && listener.NetAddr.Transport != confignet.TransportTypeUnix {
+		log.Warn("server::agent_admission is accept, and the listener does not authenticate: whoever reaches it is let in; see listener::auth and listener::tls::client_ca_file")
+	}
+	endpoint, err := url.Parse(server.Endpoint)
+	if err == nil && endpoint.Scheme == "ws" && len(server.Headers) > 0 && !isLoopback(endpoint.Hostname()) {
+		log.Warn("server::endpoint is ws://, so server::headers, and what agents send, travel to another host in clear; use wss://")
+	}
+	if server.TLS.InsecureSkipVerify {
+		log.Warn("server::tls::insecure_skip_verify is set: whoever answers at the server's address gets the keys of gateway and agents")
+	}
+	if isOldTLS(server.TLS.MinVersion) {
+		log.Warn("server::tls::min_version is below 1.2, which is not safe any more")
+	}
+	if listener.TLS.HasValue() && isOldTLS(listener.TLS.Get().MinVersion) {
+		log.Warn("listener::tls::min_version is below 1.2, which is not safe any more")
+	}
+}
+
+func isOldTLS(version string) bool { return version == "1.0" || version == "1.1" }
+
+func isLoopback(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && ip.IsLoopback()
+}
+
+// reportLink tells the collector whether there is a link to the server.
+func reportLink(host component.Host, err error) {
+	event := componentstatus.NewEvent(componentstatus.StatusOK)
+	if err != nil {
+		event = componentstatus.NewRecoverableErrorEvent(err)
+	}
+	componentstatus.ReportStatus(host, event)
+}
+
+// countRelayed counts messages that were handed to their socket. Of a batch, the first has waited
+// the longest.
+func countRelayed(direction *telemetry.Direction, batch []entry) {
+	messages, bytes, first := 0, 0, int64(0)
+	for i := range batch {
+		if e := &batch[i]; e.Taken != 0 {
+			if messages == 0 {
+				first = e.Taken
+			}
+			messages++
+			bytes += len(e.Frame)
+		}
+	}
+	if messages == 0 {
+		return
+	}
+	direction.Relayed(messages, bytes)
+	if direction.LatencyDue(first) {
+		direction.Latency(time.Duration(monotonic.Now() - first))
+	}
+}
