@@ -83,9 +83,9 @@ tidy: ## tidy every go.mod
 	@for m in $(TIDY_MODULES); do (cd $$m && go mod tidy) || exit; done
 
 ##@ Check it
-.PHONY: test generate-check tidy-check versions-check lint cross unit fuzz e2e soak soak-race soak-broken opampsupervisor
+.PHONY: test generate-check tidy-check versions-check lint cross unit fuzz e2e attack soak soak-race soak-broken opampsupervisor
 
-test: c-compiler tidy-check generate-check lint cross unit fuzz versions-check e2e soak ## what CI runs: the checks below, but for soak-race and soak-broken
+test: c-compiler tidy-check generate-check lint cross unit fuzz versions-check e2e soak ## what CI runs: the checks below, but for attack, soak-race and soak-broken
 	@echo '==> all is well'
 
 tidy-check: ## every go.mod is tidy
@@ -132,6 +132,13 @@ fuzz: ## run each fuzz target for FUZZTIME (10s)
 e2e: collector opampsupervisor ## the built collector between real agents, supervisors and servers
 	@echo '==> e2e'
 	@cd e2e && go test -count=1 -timeout 15m ./...
+
+# The tests of these files at full length: a minute or more for what e2e does not wait for.
+ATTACKS := strangers_test.go gateways_test.go budget_test.go identity_test.go operator_test.go
+attack: collector ## strangers, gateways and servers attack the built collector for minutes
+	@echo '==> attack'
+	@cd e2e && LONG=1 go test -count=1 -timeout 20m \
+		-run "^($$(sed -n 's/^func \(Test[A-Za-z0-9]*\)(.*/\1/p' $(ATTACKS) | paste -s -d '|' -))$$" .
 
 soak: collector ## everything goes wrong for DURATION (60s), and nothing may get lost; AGENTS=500, SEED=…
 	@echo '==> soak'

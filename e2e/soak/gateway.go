@@ -76,7 +76,7 @@ func (g *gateway) writeConfig() error {
 				"grace_period": gracePeriod.String(),
 			},
 			"listener": m{"endpoint": g.address},
-			"agents":   m{"keep_alive": m{"interval": "2s", "timeout": "10s"}},
+			"agents":   m{"keep_alive": m{"interval": "2s", "timeout": "10s"}, "allow_gateways": g.name == "upper"},
 		}},
 		"service": m{
 			"extensions": []string{"opampgateway"},
