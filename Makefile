@@ -33,7 +33,8 @@ BENCH_TARGET = $(if $(TARGET),-target '$(TARGET)' -agents $(AGENTS) \
 CODE_MODULES := . $(patsubst %/go.mod,%,$(wildcard bench/go.mod demo/go.mod e2e/go.mod))
 TIDY_MODULES := $(CODE_MODULES) tools tools/lint
 
-PLATFORMS := linux/amd64 linux/arm64 windows/amd64 darwin/arm64
+# Those of 32 bits are for lengths that are too long for an int there.
+PLATFORMS := linux/amd64 linux/arm64 linux/386 linux/arm windows/amd64 darwin/arm64
 
 # Everything but the race detector builds without cgo, so that linters, tests and
 # programs share what the compiler did for one of them.
@@ -82,14 +83,19 @@ tidy: ## tidy every go.mod
 	@for m in $(TIDY_MODULES); do (cd $$m && go mod tidy) || exit; done
 
 ##@ Check it
-.PHONY: test generate-check tidy-check lint cross unit fuzz e2e soak soak-broken opampsupervisor
+.PHONY: test generate-check tidy-check versions-check lint cross unit fuzz e2e attack soak soak-race soak-broken opampsupervisor
 
-test: c-compiler tidy-check generate-check lint cross unit fuzz e2e soak ## all of the checks below
+test: c-compiler tidy-check generate-check lint cross unit fuzz versions-check e2e soak ## what CI runs: the checks below, but for attack, soak-race and soak-broken
 	@echo '==> all is well'
 
 tidy-check: ## every go.mod is tidy
 	@echo '==> tidy-check'
 	@for m in $(TIDY_MODULES); do (cd $$m && go mod tidy -diff) || { echo "$$m/go.mod is not tidy: run \"make tidy\""; exit 1; }; done
+
+versions-check: collector ## the collector has the versions of our dependencies that go.mod names
+	@echo '==> versions-check'
+	@tools/versions-check.sh build/otelcol-opampgateway || { \
+		echo 'what ships is not what the tests ran with: name the version of the collector in go.mod, and run "make tidy"'; exit 1; }
 
 # Compares in a copy, so that the check leaves the tree as it is and work in
 # progress counts. The copies bear the name that mdatagen gives to the package.
@@ -127,10 +133,23 @@ e2e: collector opampsupervisor ## the built collector between real agents, super
 	@echo '==> e2e'
 	@cd e2e && go test -count=1 -timeout 15m ./...
 
+# The tests of these files at full length: a minute or more for what e2e does not wait for.
+ATTACKS := strangers_test.go gateways_test.go budget_test.go identity_test.go operator_test.go
+attack: collector ## strangers, gateways and servers attack the built collector for minutes
+	@echo '==> attack'
+	@cd e2e && LONG=1 go test -count=1 -timeout 20m \
+		-run "^($$(sed -n 's/^func \(Test[A-Za-z0-9]*\)(.*/\1/p' $(ATTACKS) | paste -s -d '|' -))$$" .
+
 soak: collector ## everything goes wrong for DURATION (60s), and nothing may get lost; AGENTS=500, SEED=…
 	@echo '==> soak'
 	@cd e2e && go build -o ../build/soak ./soak
 	@build/soak -collector build/otelcol-opampgateway -duration $(DURATION) -agents $(AGENTS) $(if $(SEED),-seed $(SEED))
+
+# Not among the tests of `make test`: the detector makes a collector several times slower.
+soak-race: build/otelcol-opampgateway-race ## the soak of a collector with the race detector in it; a data race fails it
+	@echo '==> soak-race'
+	@cd e2e && go build -o ../build/soak ./soak
+	@build/soak -collector build/otelcol-opampgateway-race -duration $(DURATION) -agents $(AGENTS) $(if $(SEED),-seed $(SEED))
 
 soak-broken: collector ## the soak fails for gateways that are broken; BROKEN='drops doubles': those only
 	@echo '==> soak-broken'
@@ -192,6 +211,9 @@ build/collector/go.sum: collector/manifest.yaml go.mod go.sum build/tools/ocb
 
 build/otelcol-opampgateway: build/collector/go.sum FORCE
 	@cd build/collector && $(GOBUILD) collector -o ../../$@ .
+
+build/otelcol-opampgateway-race: build/collector/go.sum c-compiler FORCE
+	@cd build/collector && CGO_ENABLED=1 $(GOBUILD) 'collector with the race detector' -race -o ../../$@ .
 
 # The race detector is the one thing that needs more than Go: cgo, so a C compiler.
 # Root on a machine with apt-get and no compiler is a fresh container; anybody

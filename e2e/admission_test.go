@@ -16,13 +16,13 @@ func onlyWithKey(headers http.Header) verdict {
 	case "Secret-Key right":
 		return verdict{}
 	case "Secret-Key old-agent":
-		return verdict{http.StatusUpgradeRequired, map[string]string{"Upgrade": "opamp/2"}}
+		return verdict{refusal: http.StatusUpgradeRequired, headers: map[string]string{"Upgrade": "opamp/2"}}
 	case "Secret-Key busy":
-		return verdict{http.StatusServiceUnavailable, map[string]string{"Retry-After": "3"}}
+		return verdict{refusal: http.StatusServiceUnavailable, headers: map[string]string{"Retry-After": "3"}}
 	case "Secret-Key nonsense":
-		return verdict{42, nil}
+		return verdict{refusal: 42}
 	default:
-		return verdict{http.StatusUnauthorized, map[string]string{"WWW-Authenticate": "Secret-Key", "Content-Length": "1000", "Keep-Alive": "X"}}
+		return verdict{refusal: http.StatusUnauthorized, headers: map[string]string{"WWW-Authenticate": "Secret-Key", "Content-Length": "1000", "Keep-Alive": "X"}}
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -254,7 +255,8 @@ func TestBadServer(t *testing.T) {
 	}
 	require.Zero(t, faults(t, metrics, "link_lost"))
 	require.Len(t, gateway.log.with("server sends messages without instance_uid"), 1, "lines in the log about that")
-	require.Len(t, gateway.log.with("\twarn\t", "opampgateway"), 1, "warnings in the log")
+	warnings := slices.DeleteFunc(gateway.ofGateway("warn"), func(line string) bool { return strings.Contains(line, "skipped") }) // too large
+	require.Len(t, warnings, 1, "warnings in the log")
 	wantLittleMore(t, gateway, before)
 }
 

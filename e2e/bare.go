@@ -21,6 +21,7 @@ import (
 // each message with what is in it to chat about.
 type bareServer struct {
 	address string
+	asked   func(*bareLink) // what is done at a question instead of answering it; set before the first
 	readers sync.WaitGroup
 	reading chan struct{} // full while nothing is to be read
 
@@ -28,7 +29,7 @@ type bareServer struct {
 	mu     sync.Mutex
 	silent bool                    // no question is answered
 	links  []*bareLink             // ever opened
-	asked  int                     // questions
+	heard  int                     // questions
 	homes  map[uuid.UUID]*bareLink // where each agent spoke last
 }
 
@@ -96,7 +97,11 @@ func (s *bareServer) message(l *bareLink, m *protobufs.AgentToServer) *protobufs
 	defer s.mu.Unlock()
 	custom := m.GetCustomMessage()
 	if custom.GetCapability() == gatewayCapability {
-		s.asked++
+		s.heard++
+		if s.asked != nil {
+			s.readers.Go(func() { s.asked(l) })
+			return nil
+		}
 		var q question
 		if s.silent || json.Unmarshal(custom.GetData(), &q) != nil {
 			return nil
@@ -141,7 +146,7 @@ func (s *bareServer) all() []*bareLink {
 func (s *bareServer) questions() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.asked
+	return s.heard
 }
 
 // home waits until the agent has said something, and returns the link on which it did.

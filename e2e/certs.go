@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/base64"
 	"encoding/pem"
 	"math/big"
 	"net"
@@ -71,6 +72,9 @@ func (a *Authority) issue(t *testing.T, name string) *Identity {
 	require.NoError(t, err)
 	return id
 }
+
+// base64Of is the identity's certificate, as RFC 9440 has it between colons.
+func base64Of(id *Identity) string { return base64.StdEncoding.EncodeToString(id.cert.Certificate[0]) }
 
 // serial tells certificates of one name apart.
 func serial(cert *x509.Certificate) string { return cert.SerialNumber.String() }

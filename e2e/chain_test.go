@@ -15,7 +15,7 @@ func TestChain(t *testing.T) {
 	const weather = "io.opampgateway.e2e.weather"
 	server := startServer(t, serverOptions{judge: onlyWithKey, capabilities: []string{weather}})
 	middleConfig := gatewayConfig(server.url(), freeAddress(t))
-	middle := launchGateway(t, "middle", middleConfig, func(c config) { c.gateway("server::agent_id", "middle") })
+	middle := launchGateway(t, "middle", middleConfig, allowGateways, func(c config) { c.gateway("server::agent_id", "middle") })
 	links := []string{"middle/upstream-0", "middle/upstream-1", "middle/upstream-2"}
 	server.wantLinks(t, links...)
 	edge := startGateway(t, middle.url(), func(c config) {

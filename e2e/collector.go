@@ -85,18 +85,25 @@ type Collector struct {
 
 func startCollector(t *testing.T, name string, c config, args ...string) *Collector {
 	t.Helper()
+	return startCollectorIn(t, nil, name, c, args...)
+}
+
+func startCollectorIn(t *testing.T, environment []string, name string, c config, args ...string) *Collector {
+	t.Helper()
 	path := filepath.Join(t.TempDir(), "config.yaml")
 	c.write(t, path)
 	args = append([]string{"--config", path}, args...)
-	return &Collector{startProcess(t, name, collectorProgram(t), args...), c, path}
+	return &Collector{startProcessIn(t, environment, name, collectorProgram(t), args...), c, path}
 }
 
 // wantReady waits until the collector has started, for the nth time.
 func (c *Collector) wantReady(t *testing.T, nth int) {
 	t.Helper()
 	eventually(t, func() string {
+		ended := c.ended()
 		if starts := len(c.log.with("Everything is ready")); starts < nth {
-			return fmt.Sprintf("%s has started %d times, want %d; has it ended: %v", c.name, starts, nth, c.ended())
+			require.False(t, ended, "%s has ended after %d starts, want %d", c.name, starts, nth)
+			return fmt.Sprintf("%s has started %d times, want %d", c.name, starts, nth)
 		}
 		return ""
 	})
@@ -126,6 +133,9 @@ func gatewayConfig(url, listen string) config {
 	return c
 }
 
+// allowGateways has a gateway let other gateways connect to it.
+func allowGateways(c config) { c.gateway("agents::allow_gateways", true) }
+
 // startGateway starts a gateway in front of the server at url and waits until it serves.
 func startGateway(t *testing.T, url string, edits ...func(config)) *Gateway {
 	t.Helper()
@@ -136,6 +146,12 @@ func startGateway(t *testing.T, url string, edits ...func(config)) *Gateway {
 
 func launchGateway(t *testing.T, name string, c config, edits ...func(config)) *Gateway {
 	t.Helper()
+	return launchGatewayIn(t, nil, name, c, edits...)
+}
+
+// launchGatewayIn is launchGateway with more in the collector's environment.
+func launchGatewayIn(t *testing.T, environment []string, name string, c config, edits ...func(config)) *Gateway {
+	t.Helper()
 	for _, edit := range edits {
 		edit(c)
 	}
@@ -144,7 +160,7 @@ func launchGateway(t *testing.T, name string, c config, edits ...func(config)) *
 	if listener["tls"] != nil {
 		g.scheme = "wss"
 	}
-	g.Collector = startCollector(t, name, c)
+	g.Collector = startCollectorIn(t, environment, name, c)
 	return g
 }
 

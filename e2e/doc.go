@@ -3,6 +3,7 @@
 //
 //	make e2e                               builds what is needed and runs all of it
 //	cd e2e && go test -run TestChain ./... runs one, on what was built before
+//	make attack                            runs those of attacks, at their full length
 //
 // E2E_COLLECTOR and E2E_SUPERVISOR name other programs to test than those in build/.
 //
@@ -12,6 +13,7 @@
 //	collector.go     the built collector, as gateway and as agent, and the supervisor
 //	server.go        an OpAMP server on opamp-go's library, with or without the gateway capability
 //	agent.go         agents on opamp-go's client library
+//	stranger.go      whoever talks to the listener without being let in
 //	raw.go           agents of bare WebSockets, for what a library hides or does not do
 //	bare.go          a server of bare WebSockets, for the same
 //	bystanders.go    agents that are to notice nothing of what happens to others

@@ -126,7 +126,7 @@ func TestLogs(t *testing.T) {
 	const secret = "marker-that-nobody-must-read"
 	server := startServer(t, serverOptions{judge: func(headers http.Header) verdict {
 		if headers.Get("Authorization") == "wrong-"+secret {
-			return verdict{http.StatusForbidden, map[string]string{"X-Why": secret}}
+			return verdict{refusal: http.StatusForbidden, headers: map[string]string{"X-Why": secret}}
 		}
 		return verdict{}
 	}})

@@ -28,7 +28,14 @@ type Process struct {
 // startProcess runs a program. The end of its log is shown if the test fails.
 func startProcess(t *testing.T, name, program string, args ...string) *Process {
 	t.Helper()
+	return startProcessIn(t, nil, name, program, args...)
+}
+
+// startProcessIn is startProcess with more in its environment.
+func startProcessIn(t *testing.T, environment []string, name, program string, args ...string) *Process {
+	t.Helper()
 	p := &Process{name: name, cmd: exec.Command(program, args...), done: make(chan struct{})}
+	p.cmd.Env = append(os.Environ(), environment...)
 	p.cmd.Stdout, p.cmd.Stderr = &p.log, &p.log
 	p.cmd.SysProcAttr = withParent()
 	p.cmd.WaitDelay = time.Second // a grandchild may keep our end of the log open

@@ -152,6 +152,13 @@ func (a *rawAgent) wantMessage(t *testing.T, what string, is func(*protobufs.Ser
 	})
 }
 
+// heard returns all that the agent was sent so far.
+func (a *rawAgent) heard() []*protobufs.ServerToAgent {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Clone(a.messages)
+}
+
 // ended returns how the connection ended; nil while it lasts.
 func (a *rawAgent) ended() error {
 	a.mu.Lock()

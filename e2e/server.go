@@ -56,6 +56,7 @@ type serverOptions struct {
 type verdict struct {
 	refusal int // HTTP status
 	headers map[string]string
+	silent  bool // the question is never answered
 }
 
 // serverLink is one WebSocket to the server.
@@ -71,7 +72,8 @@ type Known struct {
 	Goodbye         bool // it, or the gateway for it, said agent_disconnect
 	Link            string
 	Messages        int
-	Heartbeats      int // messages with nothing new in them
+	Sequence        uint64 // of what it said last
+	Heartbeats      int    // messages with nothing new in them
 	Description     *protobufs.AgentDescription
 	Descriptions    int // how often it has said who it is
 	Health          *protobufs.ComponentHealth
@@ -230,6 +232,7 @@ func (s *Server) message(l *serverLink, conn types.Connection, m *protobufs.Agen
 // heard takes note of what the agent said. The server's lock is held.
 func (k *Known) heard(l *serverLink, conn types.Connection, m *protobufs.AgentToServer) {
 	k.Messages++
+	k.Sequence = m.GetSequenceNum()
 	k.Goodbye = m.GetAgentDisconnect() != nil
 	k.Connected = !k.Goodbye
 	k.Link, k.conn = l.name, conn
@@ -262,6 +265,9 @@ func (s *Server) answer(asked *protobufs.CustomMessage) *protobufs.ServerToAgent
 	s.questions = append(s.questions, q)
 	s.mu.Unlock()
 	v := s.judge(q.Headers)
+	if v.silent {
+		return nil
+	}
 	data, err := json.Marshal(map[string]any{
 		"request_uid": q.RequestUID, "accept": v.refusal == 0, "http_status_code": v.refusal, "response_headers": v.headers,
 	})

@@ -54,7 +54,7 @@ func TestClones(t *testing.T) {
 	require.Len(t, alice.chats(), 1+2*50)
 	require.Len(t, clone.chats(), 2*50)
 	require.Positive(t, faults(t, metrics, "uid_conflict"))
-	require.Len(t, gateway.log.with("info", conflictLog, alice.uid.String()), 1, "lines in the log about the two")
+	require.Len(t, gateway.log.with(conflictLog, alice.uid.String()), 1, "lines in the log about the two")
 
 	// When one leaves, the other is reached again, and the server is not told that it has left.
 	alice.exchange(t, "I spoke last")
@@ -127,5 +127,5 @@ func TestHalfOpenReconnect(t *testing.T) {
 	back.wantChat(t, "so you are")
 	require.Equal(t, []string{"I am alice"}, alice.chats())
 	require.Equal(t, 1, faults(t, metrics, "uid_conflict"))
-	require.Len(t, gateway.log.with("info", conflictLog, alice.uid.String()), 1, "lines in the log about the two")
+	require.Len(t, gateway.log.with(conflictLog, alice.uid.String()), 1, "lines in the log about the two")
 }

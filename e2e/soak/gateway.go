@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -77,7 +76,7 @@ func (g *gateway) writeConfig() error {
 				"grace_period": gracePeriod.String(),
 			},
 			"listener": m{"endpoint": g.address},
-			"agents":   m{"keep_alive": m{"interval": "2s", "timeout": "10s"}},
+			"agents":   m{"keep_alive": m{"interval": "2s", "timeout": "10s"}, "allow_gateways": g.name == "upper"},
 		}},
 		"service": m{
 			"extensions": []string{"opampgateway"},
@@ -266,24 +265,47 @@ func (g *gateway) count() (links, agents int, err error) {
 	return links, agents, nil
 }
 
-// complaints returns the lines of the log that a gateway must never write.
-func (g *gateway) complaints() (lines []string) {
-	text, err := os.ReadFile(g.logPath())
+// raceExit is how a program ends that was built with the race detector, and in which it found
+// something.
+const raceExit = 66
+
+// complaints returns what a gateway must never write: lines of its log, and reports of the race
+// detector, each as a whole.
+func (g *gateway) complaints() (lines, races []string) {
+	log, err := os.Open(g.logPath())
 	if err != nil {
-		return []string{err.Error()}
+		return []string{err.Error()}, nil
 	}
-	scanner := bufio.NewScanner(bytes.NewReader(text))
+	defer log.Close()
+	lines, races, err = complaints(log)
+	if err != nil {
+		lines = append(lines, "read the log: "+err.Error())
+	}
+	return lines, races
+}
+
+func complaints(log io.Reader) (lines, races []string, err error) {
+	const rule = "==================" // before and after a report of the race detector
+	var race strings.Builder          // the report that is being read
+	scanner := bufio.NewScanner(log)
 	scanner.Buffer(nil, 1<<20)
 	for scanner.Scan() {
 		line := scanner.Text()
-		for _, bad := range []string{"\terror\t", "\tfatal\t", "panic", "fatal error", "DATA RACE", "goroutine "} {
-			if strings.Contains(line, bad) {
-				lines = append(lines, line)
-				break
-			}
+		switch {
+		case race.Len() > 0 && line == rule:
+			races = append(races, race.String())
+			race.Reset()
+		case race.Len() > 0 || strings.HasPrefix(line, "WARNING: DATA RACE"):
+			race.WriteString(line + "\n")
+		case slices.ContainsFunc([]string{"\terror\t", "\tfatal\t", "panic", "fatal error", "goroutine "},
+			func(bad string) bool { return strings.Contains(line, bad) }):
+			lines = append(lines, line)
 		}
 	}
-	return lines
+	if race.Len() > 0 { // of a gateway that was killed meanwhile
+		races = append(races, race.String())
+	}
+	return lines, races, scanner.Err()
 }
 
 // freeAddress returns a loopback address that nobody uses. Its port is above those that Linux

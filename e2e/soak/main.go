@@ -2,6 +2,7 @@
 // gateways, for a while, and keeps a book of every message both ways.
 //
 //	make soak DURATION=10m
+//	make soak-race          the same with the race detector in the gateways
 //
 // The cast: one server, in this process; three gateways, processes of the built collector; and
 // agents, in this process. Each dash is a line that breaks, and so does everybody else:
@@ -425,11 +426,18 @@ func (s *soak) endGateways() {
 		if err != nil {
 			g.signal(syscall.SIGKILL)
 			s.book.find("gateway's end", nil, time.Now(), "%v on SIGTERM", err)
-		} else if code != 0 {
+		} else if code != 0 && code != raceExit { // what was found tells more
 			s.book.find("gateway's end", nil, time.Now(), "gateway %s ended with %d on SIGTERM", g.name, code)
 		}
-		for _, line := range g.complaints() {
+		lines, races := g.complaints()
+		for _, line := range lines {
 			s.book.find("gateway's log", nil, time.Now(), "%s: %s", g.name, line)
+		}
+		for _, race := range races {
+			s.book.find("data race", nil, time.Now(), "%s: %s", g.name, race)
+		}
+		if code == raceExit && len(races) == 0 {
+			s.book.find("data race", nil, time.Now(), "%s ended with %d, and its log does not tell why", g.name, code)
 		}
 	}
 }

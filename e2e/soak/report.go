@@ -14,7 +14,8 @@ import (
 // mustBeNone are the kinds of findings, in the order of the report.
 var mustBeNone = []string{
 	"lost", "duplicated", "reordered", "misdelivered", "corrupted", "leaked", "unreachable",
-	"disconnected without reason", "link lost without reason", "full state missing", "refused", "gateway's end", "gateway's log", "soak",
+	"disconnected without reason", "link lost without reason", "full state missing", "refused", "gateway's end", "gateway's log",
+	"data race", "soak",
 }
 
 // report prints what was injected and found; it returns false if something must not be. The
