@@ -40,9 +40,8 @@ const (
 	// give it 45 s. It leaves the write of the answer some time of its own.
 	answerCeiling = admissionCeiling + 5*time.Second
 
-	// requestMemory is what an agent takes while it waits to be let in, in bytes, beside what it sent, and
-	// agentMemory what it takes for as long as it is connected, beside its question.
-	requestMemory, agentMemory = 4 << 10, 1 << 10
+	// requestMemory is what a question takes, in bytes, beside what was sent for it.
+	requestMemory = 128
 
 	// requestTimeout is how long a request may take to arrive where the listener sets no limit.
 	requestTimeout = 30 * time.Second
@@ -223,7 +222,7 @@ func (s *downstreamServer) tryAdmit(w http.ResponseWriter, r *http.Request) tele
 		http.Error(w, "refused by the OpAMP server: "+http.StatusText(status), status)
 		return telemetry.OutcomeRefused
 	}
-	a.kept = agentMemory + len(a.question)
+	a.kept = len(a.question)
 	if !s.memory.Kept.Take(0, a.kept) {
 		a.kept = 0
 		s.events.Warn("memory for what is kept of agents is used up, see max_buffered_size; no more are let in", a.logged()...)

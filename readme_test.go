@@ -43,7 +43,7 @@ func replaceTable(t *testing.T, text, name, table string) string {
 
 func outcomeTable() string {
 	var b strings.Builder
-	b.WriteString("| `outcome` | How the request ended |\n|---|---|\n")
+	b.WriteString("| Outcome | How the request ended |\n|---|---|\n")
 	for _, o := range telemetry.Outcomes {
 		fmt.Fprintf(&b, "| `%s` | %s |\n", o.Outcome, o.What)
 	}
@@ -53,7 +53,7 @@ func outcomeTable() string {
 func reasonTable(t *testing.T) string {
 	t.Helper()
 	var b strings.Builder
-	b.WriteString("| `reason` | What happened | What the gateway does |\n|---|---|---|\n")
+	b.WriteString("| Reason | What happened | What the gateway does |\n|---|---|---|\n")
 	for _, r := range telemetry.Reasons {
 		does := []string{}
 		if r.Then != "" {

@@ -130,7 +130,7 @@ func newUpstreamPool(ctx context.Context, cfg *Config, build component.BuildInfo
 	}
 	_, _ = rand.Read(p.requestPrefix[:])                // it never fails
 	p.requestPrefix[6] = 0x80 | p.requestPrefix[6]&0x0f // version 8
-	p.log = log.With(telemetry.Peer("server", socket.HostPort(endpoint)), zap.String("url.scheme", endpoint.Scheme))
+	p.log = log.With(telemetry.Peer("server", socket.HostPort(endpoint)), zap.String("url.full", socket.Place(endpoint)))
 	p.events = sampled(p.log)
 	return p, nil
 }

@@ -66,7 +66,7 @@ type Door struct {
 func New(l net.Listener, secure *tls.Config, limits Limits, log *zap.Logger, turnedAway func(telemetry.Outcome)) *Door {
 	return &Door{
 		listener: l, secure: withoutHTTP2(secure), limits: limits, patience: limits.Timeout, log: log, turnedAway: turnedAway,
-		strangers: fair.NewByAddress(limits.Strangers), slack: fair.NewByAddress(limits.slack()),
+		strangers: fair.NewByAddress(limits.Strangers, 1), slack: fair.NewByAddress(limits.slack(), 1),
 	}
 }
 

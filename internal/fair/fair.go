@@ -46,24 +46,28 @@ func (p *Pool) Taken() int {
 	return p.taken
 }
 
-// ByAddress is a pool whose holders are addresses; see Address.
+// ByAddress is a pool whose holders are addresses; see Address. Each may hold some times of what is
+// still free.
 type ByAddress struct {
-	mu    sync.Mutex
+	times int
 	limit int
+
+	mu    sync.Mutex
 	taken int
 	held  map[netip.Prefix]int // without those that hold nothing
 }
 
-// NewByAddress returns a pool of so many places.
-func NewByAddress(limit int) *ByAddress {
-	return &ByAddress{limit: limit, held: map[netip.Prefix]int{}}
+// NewByAddress returns a pool of so many places, of which an address may hold so many times what is
+// still free: alone it gets half of all when that is once, and four fifths when it is four times.
+func NewByAddress(limit, times int) *ByAddress {
+	return &ByAddress{times: times, limit: limit, held: map[netip.Prefix]int{}}
 }
 
 // Take takes n more for an address, and reports whether that is fair. It never waits.
 func (p *ByAddress) Take(address netip.Prefix, n int) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.held[address]+n > p.limit-p.taken {
+	if free := p.limit - p.taken; n > free || p.held[address]+n > p.times*free {
 		return false
 	}
 	p.taken += n

@@ -11,7 +11,7 @@ import (
 )
 
 func TestOneAloneGetsHalf(t *testing.T) {
-	pool, mallory, alice := fair.NewByAddress(128), fair.AddressOf("10.0.0.1:1"), fair.AddressOf("10.0.0.2:1")
+	pool, mallory, alice := fair.NewByAddress(128, 1), fair.AddressOf("10.0.0.1:1"), fair.AddressOf("10.0.0.2:1")
 	got := 0
 	for pool.Take(mallory, 1) {
 		got++
@@ -23,8 +23,19 @@ func TestOneAloneGetsHalf(t *testing.T) {
 	require.Zero(t, pool.Taken())
 }
 
+func TestOneAloneGetsMost(t *testing.T) {
+	pool, mallory := fair.NewByAddress(100, 4), fair.AddressOf("10.0.0.1:1")
+	got := 0
+	for pool.Take(mallory, 1) {
+		got++
+	}
+	require.Equal(t, 80, got)
+	require.False(t, pool.Take(fair.AddressOf("10.0.0.2:1"), 21), "more than is free")
+	require.True(t, pool.Take(fair.AddressOf("10.0.0.2:1"), 20))
+}
+
 func TestManyShareTheRest(t *testing.T) {
-	pool := fair.NewByAddress(100)
+	pool := fair.NewByAddress(100, 1)
 	for i := range byte(100) { // each takes what it can get
 		address := fair.Address(&net.TCPAddr{IP: net.IPv4(10, 0, 0, i), Port: int(i)})
 		require.True(t, pool.Take(address, 1), "address %d got nothing", i)

@@ -92,7 +92,7 @@ func New(size int64, largest int) *Budget {
 	b.classes[small].room = limit / 8
 	b.classes[large].room = limit - limit/4 - limit/8 - turnSize(largest)
 	b.Kept = Kept{budget: b, pool: fair.NewPool(clamp(limit / 4))}
-	b.Requests = Requests{budget: b, pool: fair.NewByAddress(clamp(limit / 8))}
+	b.Requests = Requests{budget: b, pool: fair.NewByAddress(clamp(limit/8), 4)}
 	return b
 }
 
@@ -174,7 +174,8 @@ func (k *Kept) Give(n int) {
 func (k *Kept) Held() int64 { return k.held.Load() }
 
 // Requests counts what waits to be let in, by address: at most an eighth of the limit in all, and
-// for no address more than is still free.
+// for no address more than four times of what is still free. A balancer may hide thousands of agents
+// behind one.
 type Requests struct {
 	budget *Budget
 	pool   *fair.ByAddress
