@@ -75,6 +75,7 @@ generate: build/tools/mdatagen ## regenerate what comes from metadata.yaml
 	@# mdatagen takes the package's name from that of its directory.
 	@ln -sfn .. build/opampgateway
 	@cd build/opampgateway && PATH="$(BIN):$$PATH" go generate ./...
+	@go test -count=1 -run '^TestTablesOfREADME$$' . -update >/dev/null
 
 fmt: build/tools/golangci-lint ## format the code
 	@for m in $(CODE_MODULES); do (cd $$m && $(LINT) fmt) || exit; done

@@ -48,6 +48,9 @@ const (
 	// stallMoment is how long an agent may take nothing that waits for it before it counts as not reading.
 	stallMoment = 100 * time.Millisecond
 
+	// shedPause gives those that were closed the time to give back what they hold.
+	shedPause = 10 * time.Millisecond
+
 	// heldUpLimit is how long a reader may go on waiting to hand on what its agent said last, when
 	// the agent's connection has ended.
 	heldUpLimit = 3 * time.Second
@@ -163,22 +166,32 @@ func (s *downstreamServer) sweep(limits sweepLimits) {
 // makeRoom closes agents that make no progress while others need the memory that they take,
 // until the gateway has nothing more to do. No link's reader waits for that.
 func (s *downstreamServer) makeRoom() {
-	for {
+	var judge <-chan time.Time // while somebody waits, or there is too much
+	for s.ctx.Err() == nil {
 		select {
 		case <-s.memory.Exceeded():
-		case <-s.ctx.Done():
-			return
-		}
-		for s.memory.Pressed() || s.memory.Excess() > 0 {
 			s.shed()
-			for _, h := range s.memory.Laggards() {
-				if a := h.(*agentConn); a.cut(ending.MemoryFull) {
-					s.events.Warn("memory for messages is used up, see max_buffered_size; closing the connection of an agent that sends a message too slowly, or not on", a.logged()...)
-				}
+			_ = sleep(s.ctx, shedPause)
+			if judge == nil {
+				judge = time.After(memory.LaggardsInterval)
 			}
-			if sleep(s.ctx, memory.LaggardsInterval) != nil {
-				return
+		case <-judge:
+			judge = nil
+			s.shed()
+			s.closeLaggards() // and once more when nobody waits, which forgets all that was noted of them
+			if s.memory.Pressed() || s.memory.Excess() > 0 {
+				judge = time.After(memory.LaggardsInterval)
 			}
+		case <-s.ctx.Done():
+		}
+	}
+}
+
+// closeLaggards closes agents that take memory for which others wait, and do not go on.
+func (s *downstreamServer) closeLaggards() {
+	for _, h := range s.memory.Laggards() {
+		if a := h.(*agentConn); a.cut(ending.MemoryFull) {
+			s.events.Warn("memory for messages is used up, see max_buffered_size; closing the connection of an agent that sends a message too slowly, or not on", a.logged()...)
 		}
 	}
 }

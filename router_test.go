@@ -104,7 +104,8 @@ func TestRouteOfAgentThatIsBack(t *testing.T) {
 	below := r.gateway()
 	c := r.wantClaim(below, alice, false)
 	r.depart(c)
-	require.Same(t, c, r.wantClaim(below, alice, false))
+	again := r.wantClaim(below, alice, false)
+	require.Same(t, c, again)
 	require.Contains(t, r.release(below), c, "it has not said goodbye since")
 	r.wantNobody()
 }

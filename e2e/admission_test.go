@@ -101,7 +101,7 @@ func TestOrdinaryServer(t *testing.T) {
 		require.GreaterOrEqual(t, after, 30)
 	}
 	gateway.wantLog(t, "does not know the capability "+gatewayCapability, "server::agent_admission: accept", server.url())
-	require.LessOrEqual(t, len(gateway.log.with("does not know the capability")), 3, "it is said once per link at most")
+	require.LessOrEqual(t, len(gateway.log.with("does not know the capability")), 1, "it is said once")
 
 	gateway.reload(t, func(c config) { c.gateway("server::agent_admission", "accept") })
 	gateway.wantReady(t, 2)

@@ -195,7 +195,7 @@ func TestSilentAgent(t *testing.T) {
 		dead, _, err := dialRaw(gateway.url(), nil, nil) // nobody reads, so nobody answers
 		require.NoError(t, err)
 		t.Cleanup(func() { dead.Close() })
-		gateway.wantLog(t, "info", "no sign of life from agent", dead.LocalAddr().String())
+		gateway.wantLog(t, "info", "no sign of life", clientAt(dead.LocalAddr().String()))
 	}
 	quiet.wantOpen(t)
 	require.False(t, server.known(quiet.uid).Goodbye)

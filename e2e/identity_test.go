@@ -171,5 +171,5 @@ func TestMalformedUIDIsAnswered(t *testing.T) {
 	a := connectRaw(t, gateway.url(), nil)
 	a.sendFrame(t, websocket.BinaryMessage, []byte("\x00\x0a\x05alice"))
 	a.wantBadRequest(t, []byte("alice"))
-	gateway.wantLog(t, "info", "instance UID", a.ws.LocalAddr().String())
+	gateway.wantLog(t, "info", "instance UID", clientAt(a.ws.LocalAddr().String()))
 }

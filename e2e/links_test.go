@@ -369,7 +369,7 @@ func TestBlackHoledAgent(t *testing.T) {
 	conn := line.Conns()[0]
 	conn.Hold()
 	within(t, 80*time.Second, func() string {
-		if len(gateway.log.with("no sign of life from agent", conn.Source())) == 0 {
+		if len(gateway.log.with("no sign of life", clientAt(conn.Source()))) == 0 {
 			return "the gateway has not noticed that alice is gone"
 		}
 		return ""

@@ -214,7 +214,7 @@ func TestTLSMistakes(t *testing.T) {
 	})
 	t.Run("gateway with TLS, plain server", func(t *testing.T) {
 		gateway := startGateway(t, "wss://"+server.address)
-		gateway.wantLog(t, "\twarn\t", "cannot connect to the server", "plain")
+		gateway.wantLog(t, "\twarn\t", "cannot connect to the server", "does not speak TLS", "it seems to want ws://")
 	})
 }
 

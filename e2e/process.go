@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -102,6 +103,15 @@ func (p *Process) wantExit(t *testing.T) (code int, after time.Duration) {
 		t.Fatalf("wait for %s: %v", p.name, p.err)
 	}
 	return p.cmd.ProcessState.ExitCode(), time.Since(start)
+}
+
+// clientAt is how the log names whoever connected from an address.
+func clientAt(address string) string {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return fmt.Sprintf(`"client.address": %q`, address)
+	}
+	return fmt.Sprintf(`"client.address": %q, "client.port": %s`, host, port)
 }
 
 // wantLog waits for a line in the log that has all of these parts, and returns it.

@@ -72,7 +72,7 @@ func TestStalledAgent(t *testing.T) {
 		}
 		return ""
 	})
-	gateway.wantLog(t, "info", "agent reads too slowly", alice.ws.LocalAddr().String())
+	gateway.wantLog(t, "info", "agent reads too slowly", clientAt(alice.ws.LocalAddr().String()))
 
 	alice.listen()
 	_ = alice.wantEnded(t) // by a close frame, if there was room for one
@@ -198,7 +198,8 @@ func (h *heap) wantBounded(t *testing.T) {
 	t.Helper()
 	peak := h.peak(t)
 	t.Logf("memory: %s, which is %d MiB more than before", h.gateway.usage(t), peak>>20)
-	require.Less(t, peak>>20, (budget+garbage)>>20, "MiB of memory more than before")
+	// Three quarters of the budget may be in use, of which Go lets its heap grow to twice.
+	require.Less(t, peak>>20, (budget/4*6+garbage)>>20, "MiB of memory more than before")
 }
 
 // A hundred agents stall, with 8 MiB for each of them on the way: not parallel, since the

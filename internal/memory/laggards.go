@@ -18,6 +18,10 @@ const (
 // leastRates are what readers have to receive while others wait, in bytes a second, by class.
 var leastRates = [classes]float64{small: 16 << 10, large: 200 << 10}
 
+// turnTime is how long a turn may last while others wait: its reader has to receive as much as it
+// takes for that, and no less than any other.
+const turnTime = 20 * time.Second
+
 // mark is what a reader that holds memory had received at some time while others waited.
 type mark struct {
 	since    time.Time // of the rate being measured
@@ -109,7 +113,7 @@ func (b *Budget) judge(kind int, now time.Time, marks map[*Reader]mark) (found [
 		idle := now.Sub(m.progress)
 		slow := false
 		if period := now.Sub(m.since); period >= ratePeriod {
-			if slow = float64(received-m.start) < leastRates[kind]*period.Seconds(); !slow {
+			if slow = float64(received-m.start) < b.leastRate(kind, r)*period.Seconds(); !slow {
 				m.since, m.start = now, received
 			}
 		}
@@ -119,6 +123,18 @@ func (b *Budget) judge(kind int, now time.Time, marks map[*Reader]mark) (found [
 		}
 	}
 	return found
+}
+
+// leastRate is what r has to receive, in bytes a second.
+func (b *Budget) leastRate(kind int, r *Reader) float64 {
+	if kind == large {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if b.turn == r {
+			return max(leastRates[kind], float64(b.turnOf)/turnTime.Seconds())
+		}
+	}
+	return leastRates[kind]
 }
 
 // missing returns whose turn it is, and how much is to be given by others before all can go on who

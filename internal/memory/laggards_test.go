@@ -121,6 +121,26 @@ func TestATurnThatIsNotUsedEnds(t *testing.T) {
 	})
 }
 
+// Whoever has the turn has to be quick about it: a message of 64 MiB in 20 s.
+func TestATurnIsShort(t *testing.T) {
+	for rate, goes := range map[uint64]bool{largest / 20 * 11 / 10: false, largest / 20 * 9 / 10: true} {
+		synctest.Test(t, func(t *testing.T) {
+			b := newBudget()
+			eve := newActor(b)
+			eve.mustTake(t, SmallMessage, largest)
+			require.Same(t, eve, turnOf(b))
+			bob := newActor(b).wait(SmallMessage, largest)
+			gone := false
+			for range 40 {
+				gone = gone || len(named(b, LaggardsInterval)) > 0
+				eve.received.Add(rate / 4)
+			}
+			require.Equal(t, goes, gone, "%d bytes a second", rate)
+			bob.cancel()
+		})
+	}
+}
+
 // Those go first that have received nothing for longest.
 func TestTheLongestIdleGoFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

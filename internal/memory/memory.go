@@ -49,6 +49,7 @@ type Budget struct {
 	// TinyMessage while nobody waits.
 	mu     sync.Mutex
 	turn   *Reader         // the one that may exceed the room of large; nil when none has to
+	turnOf int64           // the length of its message, as far as it is known
 	begun  uint64          // how many waits have
 	pieces [sizes][][]byte // that wait to be used again, by size
 

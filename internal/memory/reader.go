@@ -137,7 +137,7 @@ func (r *Reader) takeNow(kind, size int, message int64) (piece []byte, ok bool) 
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.turn != r && (c.waiting.Load() > 0 || !b.fits(message)) {
+	if b.turn != r && (c.waiting.Load() > 0 || !b.fits(r, message)) {
 		return nil, false
 	}
 	c.held.Add(int64(size))
@@ -253,7 +253,7 @@ func (b *Budget) grantLocked() {
 			}
 		}
 		if i == large && longest != nil && b.turn == nil && b.turnFits() {
-			b.turn = longest.reader
+			b.turn, b.turnOf = longest.reader, longest.message
 			c.held.Add(longest.size)
 			b.goOnLocked(longest)
 		}
@@ -265,16 +265,18 @@ func (b *Budget) takeLocked(c *class, w *waiter) bool {
 	if w.kind == small {
 		return c.take(w.size)
 	}
-	if !b.fits(w.message) {
+	if !b.fits(w.reader, w.message) {
 		return false
 	}
 	c.held.Add(w.size)
 	return true
 }
 
-// fits reports whether there is room for twice a large message, so that the largest, however many
-// stop halfway, never take the last room from smaller ones.
-func (b *Budget) fits(message int64) bool { return b.withoutTurn()+2*message <= b.classes[large].room }
+// fits reports whether there is room for twice a large message, what its reader holds of it already
+// included, so that the largest, however many stop halfway, never take the last room from smaller ones.
+func (b *Budget) fits(r *Reader, message int64) bool {
+	return b.withoutTurn()-r.held[large].Load()+2*message <= b.classes[large].room
+}
 
 // turnFits reports whether somebody may have a turn; see class.
 func (b *Budget) turnFits() bool { return b.withoutTurn() <= b.classes[large].room+b.limit/8 }
@@ -311,7 +313,7 @@ func (b *Budget) wants(w *waiter) int64 {
 	case 2*w.message > b.classes[large].room: // only its turn helps it
 		return 0
 	}
-	return 2 * w.message
+	return 2*w.message - w.reader.held[large].Load() // which does not change while it waits
 }
 
 // goOnLocked lets w go on, for which size was counted.

@@ -170,6 +170,26 @@ func TestRoomForTheLarge(t *testing.T) {
 	require.True(t, newActor(b).take(largest, largest))
 }
 
+// What a reader holds of a message already does not stand in the way of the rest.
+func TestMessageThatGrowsBesideATurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBudget()
+		slow, bob := newActor(b), newActor(b)
+		require.True(t, slow.take(PieceSize(largest), largest), "its turn, for a long time")
+		require.Same(t, slow, turnOf(b))
+		const size = 10 * mib // less than half of the room
+		for _, piece := range []int{512 << 10, 2 * mib, 8 * mib, size} {
+			require.True(t, bob.take(PieceSize(piece), size), "%d bytes", piece)
+			if held := bob.held[large].Load() - int64(PieceSize(piece)); held > 0 {
+				bob.Release(int(held)) // the piece from which it grew
+			}
+		}
+		bob.Close()
+		slow.Close()
+		wantIdle(t, b)
+	})
+}
+
 // All readers together stay in what is theirs, whatever they read.
 func TestWhatGoesUpStaysInItsShare(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

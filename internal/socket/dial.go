@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"strings"
 
 	"github.com/gorilla/websocket"
 	"golang.org/x/net/proxy"
@@ -85,7 +86,11 @@ func (d *Dialer) shakeHands(ctx context.Context, conn net.Conn, in *bufio.Reader
 	case err == nil:
 		return nil
 	case errors.Is(err, websocket.ErrBadHandshake):
-		return newHandshakeError(response, "", secrets)
+		refusal := newHandshakeError(response, "", secrets)
+		if endpoint.Scheme == "ws" && refusal.StatusCode == http.StatusBadRequest && strings.Contains(refusal.Reason, "HTTPS") {
+			refusal.Reason += " It seems to want wss://" // what servers with TLS say to who has none
+		}
+		return refusal
 	}
 	return heard.explain(err, "server", "wss://", secrets)
 }

@@ -13,14 +13,13 @@ import (
 // has no port is all address.
 func Peer(role, address string) zap.Field {
 	return zap.Inline(zapcore.ObjectMarshalerFunc(func(e zapcore.ObjectEncoder) error {
-		host, port, err := net.SplitHostPort(address)
-		number, notNumber := strconv.ParseUint(port, 10, 16)
-		if err != nil || notNumber != nil {
+		host, port, _ := net.SplitHostPort(address)
+		if number, err := strconv.ParseUint(port, 10, 16); err == nil {
+			e.AddString(role+".address", host)
+			e.AddUint64(role+".port", number)
+		} else {
 			e.AddString(role+".address", address)
-			return nil
 		}
-		e.AddString(role+".address", host)
-		e.AddUint64(role+".port", number)
 		return nil
 	}))
 }
