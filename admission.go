@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"go.opentelemetry.io/collector/component"
+	"go.opentelemetry.io/collector/config/confighttp"
 	"go.uber.org/zap"
 
 	"github.com/opampgateway/opampgateway/internal/connect"
@@ -75,6 +76,9 @@ func (s *downstreamServer) prepare(ctx context.Context, host component.Host, set
 	s.rules = door.NewRules(origins)
 	s.door = door.New(listener, secure, limits, s.events, s.tel.Admission)
 	s.inner, server.Handler = server.Handler, s
+	if !hasHandlers(&cfg) {
+		s.inner = http.HandlerFunc(s.admit)
+	}
 	server.ErrorLog = stdlog.New(httpErrors{s.events}, "", 0)
 	server.BaseContext = func(net.Listener) context.Context { return s.ctx }
 	s.door.Prepare(server)
@@ -88,6 +92,13 @@ func (s *downstreamServer) prepare(ctx context.Context, host component.Host, set
 	s.log.Info("listening for agents", zap.Stringer("address", listener.Addr()), zap.Bool("tls", secure != nil),
 		zap.String("agent_admission", string(s.cfg.Server.AgentAdmission)))
 	return nil
+}
+
+// hasHandlers reports whether the listener's configuration puts something between a request without
+// a body and us. Otherwise there is only the instrumentation of its HTTP server, which says what our
+// own metrics say, and would take a fifth of what it costs to let an agent in.
+func hasHandlers(cfg *confighttp.ServerConfig) bool {
+	return cfg.Auth.HasValue() || len(cfg.Middlewares) > 0 || cfg.CORS.HasValue() || cfg.IncludeMetadata || cfg.ResponseHeaders != nil
 }
 
 // passedKey finds, in the context of a request, whether it has passed the listener's authentication and
@@ -411,8 +422,14 @@ func (l *link) answer(frame []byte, f *wire.Fields, data []byte, taken int64) {
 		l.pool.tel.Fault(telemetry.ReasonServerBadFrame)
 		return
 	}
+	first := !l.pool.server.Answered()
 	q, stray, send := l.book.Answer(requestUID, time.Now())
 	l.put(send)
+	if first { // all others have waited for that
+		for _, l := range l.pool.links() {
+			l.put(l.book.Send(time.Now()))
+		}
+	}
 	l.noteCapabilities(frame, f)
 	switch {
 	case stray:

@@ -401,7 +401,7 @@ func TestServerCannotBeAsked(t *testing.T) {
 		"one that calls it an error":           {ErrorResponse: &protobufs.ServerErrorResponse{Type: protobufs.ServerErrorResponseType_ServerErrorResponseType_BadRequest}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			play(t, func(t *testing.T, s *stage) {
+			playUntried(t, func(t *testing.T, s *stage) {
 				s.server.OnConnect((*gatewaytest.Question).Silence)
 				first, second := s.knock("alice"), s.knock("bob")
 				question := s.server.WantQuestion()
@@ -410,7 +410,7 @@ func TestServerCannotBeAsked(t *testing.T) {
 				question.Link.Push(gatewaytest.Frame(reply))
 				question.Link.Push(gatewaytest.Frame(reply)) // each gets one
 				for _, knock := range []<-chan answer{first, second} {
-					require.Equal(t, time.Second, s.wantTurnedAway(knock).took)
+					require.Equal(t, 2*time.Second, s.wantTurnedAway(knock).took) // the second is asked when nothing came of the first
 				}
 				for range 20 {
 					require.Zero(t, s.wantTurnedAway(s.knock("cathy")).took)

@@ -63,6 +63,7 @@ func newFleet(tb testing.TB) *fleet {
 	cfg.Server.Endpoint = "ws://" + serverAddress + "/v1/opamp"
 	cfg.Server.KeepAlive = KeepAliveConfig{Interval: time.Hour, Timeout: 2 * time.Hour} // it comes on top of what is measured
 	cfg.Agents.KeepAlive = cfg.Server.KeepAlive
+	cfg.Agents.MaxConnections, cfg.MaxBufferedSize = 200_000, 1<<30 // for the largest fleet
 	set := extensiontest.NewNopSettings(metadata.Type)
 	meters := sdkmetric.NewMeterProvider(sdkmetric.WithReader(sdkmetric.NewManualReader()))
 	set.MeterProvider = meters

@@ -28,6 +28,7 @@ import (
 
 	"github.com/opampgateway/opampgateway/internal/gatewaytest"
 	"github.com/opampgateway/opampgateway/internal/metadatatest"
+	"github.com/opampgateway/opampgateway/internal/questions"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
 )
 
@@ -47,9 +48,18 @@ type stage struct {
 	*running
 }
 
-// play runs a test in fake time on a stage with a server and a gateway whose links are up.
-// The gateway has the default configuration, changed by change.
+// play runs a test in fake time on a stage with a server and a gateway whose links are up. The server
+// has answered a question before. The gateway has the default configuration, changed by change.
 func play(t *testing.T, test func(t *testing.T, s *stage), change ...func(*Config)) {
+	t.Helper()
+	playUntried(t, func(t *testing.T, s *stage) {
+		questions.NewBook[*asker](s.pool.server).Answer("an earlier question", time.Now())
+		test(t, s)
+	}, change...)
+}
+
+// playUntried is play with a server that has never answered a question.
+func playUntried(t *testing.T, test func(t *testing.T, s *stage), change ...func(*Config)) {
 	t.Helper()
 	playWithout(t, func(t *testing.T, s *stage) {
 		s.server.Start()

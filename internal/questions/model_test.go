@@ -76,6 +76,7 @@ func newModel(t *testing.T, seed uint64) *model {
 	m := &model{
 		t: t, rand: rand.New(rand.NewPCG(seed, 0)), now: time.Now(), server: NewServer(), untold: map[int]struct{}{}, silent: seed%2 == 1,
 	}
+	m.server.probing, m.server.probedAt = true, m.now.Add(-probeFor) // what a probe does is tested by itself
 	for i := range m.links {
 		m.links[i] = m.newLink()
 	}

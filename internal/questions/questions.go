@@ -36,6 +36,7 @@ package questions
 import (
 	"cmp"
 	"errors"
+	"math"
 	"net/netip"
 	"slices"
 	"sync"
@@ -136,6 +137,7 @@ type Book[A any] struct {
 	hasSent  bool                                        // something, ever
 	ended    bool
 	trial    *Question[A] // the one that the server, being deaf, is tried with
+	probe    *Question[A] // the first one sent to a server that has never answered, if it was here
 }
 
 // NewBook returns the book for a new link to s.
@@ -222,11 +224,22 @@ func (b *Book[A]) Withdraw(q *Question[A]) bool {
 	if open, _ := b.open.get(q.UID); open != q || q.state != stateAbandoned {
 		return false
 	}
-	if q == b.trial {
+	switch q {
+	case b.trial:
 		b.server.tried(false, time.Time{})
+	case b.probe:
+		b.server.notProbed()
 	}
 	b.removeLocked(q)
 	return true
+}
+
+// Send returns what may be sent now. It is to be called on all books when the server has answered its
+// first question.
+func (b *Book[A]) Send(now time.Time) []*Question[A] {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.sendLocked(now)
 }
 
 // Pause has nothing sent until then, if it is later than what was told before: the server is
@@ -317,11 +330,15 @@ func (b *Book[A]) End(byServer bool, now time.Time) (open []*Question[A], deaf b
 	switch {
 	case b.trial != nil:
 		deaf = b.server.tried(byServer && b.trial.state != stateWaiting, now)
+	case b.probe != nil && byServer:
+		deaf = b.server.endedAtProbe(now)
+	case b.probe != nil:
+		b.server.notProbed()
 	case byServer && sent > 0:
 		deaf = b.server.endedAtQuestion(now)
 	}
 	open = b.openLocked()
-	b.windows, b.open, b.expiring, b.trial = [classes]window[A]{}, table[string, *Question[A]]{}, nil, nil
+	b.windows, b.open, b.expiring, b.trial, b.probe = [classes]window[A]{}, table[string, *Question[A]]{}, nil, nil, nil
 	for _, q := range open {
 		q.source, q.place = nil, element[*Question[A]]{}
 	}
@@ -385,6 +402,9 @@ func (b *Book[A]) removeLocked(q *Question[A]) {
 	if q == b.trial {
 		b.trial = nil
 	}
+	if q == b.probe {
+		b.probe = nil
+	}
 	b.open.remove(q.UID)
 	second := b.secondLocked(q.Expires)
 	if delete(b.expiring[second], q); len(b.expiring[second]) == 0 {
@@ -395,11 +415,24 @@ func (b *Book[A]) removeLocked(q *Question[A]) {
 
 // sendLocked returns what may be sent now, introductions first. Nothing with a place waits afterwards.
 func (b *Book[A]) sendLocked(now time.Time) (send []*Question[A]) {
-	if b.pausedLocked(now) {
+	if waiting, _ := b.lenLocked(); waiting == 0 || b.pausedLocked(now) {
 		return nil
 	}
-	send = b.windows[ClassNewcomer].send(b.windows[ClassIntroduction].send(nil))
+	probe, ok := b.server.mayNowSend(now)
+	if !ok {
+		return nil
+	}
+	most := math.MaxInt
+	if probe {
+		most = 1
+	}
+	send = b.windows[ClassNewcomer].send(b.windows[ClassIntroduction].send(nil, most), most)
 	b.hasSent = b.hasSent || len(send) > 0
+	if probe && len(send) > 0 {
+		b.probe = send[0]
+	} else if probe {
+		b.server.notProbed()
+	}
 	return send
 }
 
@@ -437,11 +470,11 @@ func (w *window[A]) add(q *Question[A]) {
 	w.waiting++
 }
 
-// send appends those that have a place, which they take from now on. Addresses take turns. One that
+// send appends those that have a place, which they take from now on, until there are as many as may be. Addresses take turns. One that
 // holds as many as are free is passed over; since each of these holds at least one, they are fewer
 // than the places, however many wait.
-func (w *window[A]) send(send []*Question[A]) []*Question[A] {
-	for passed := 0; passed < w.turns.len && w.sent < w.limit; {
+func (w *window[A]) send(send []*Question[A], most int) []*Question[A] {
+	for passed := 0; passed < w.turns.len && w.sent < w.limit && len(send) < most; {
 		s := w.turns.first.value
 		w.turns.remove(&s.turn)
 		if s.sent >= w.limit-w.sent {

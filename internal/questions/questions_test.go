@@ -29,12 +29,30 @@ type clock struct{ now time.Time }
 // newLinks returns the books of n links to one server.
 func newLinks(t *testing.T, n int) (*questions.Server, []*link) {
 	t.Helper()
+	server, links := newUntried(t, n)
+	questions.NewBook[int](server).Answer("an earlier question", links[0].clock.now)
+	return server, links
+}
+
+// newUntried returns the books of n links to a server that has never answered a question.
+func newUntried(t *testing.T, n int) (*questions.Server, []*link) {
+	t.Helper()
 	server, now := questions.NewServer(), &clock{time.Now()}
 	links := make([]*link, n)
 	for i := range links {
 		links[i] = &link{t, questions.NewBook[string](server), now}
 	}
 	return server, links
+}
+
+// newProbed returns the books of n links to a server that has never answered a question, and was first
+// asked one a while ago.
+func newProbed(t *testing.T, n int) (*questions.Server, []*link) {
+	t.Helper()
+	server, links := newUntried(t, n+1)
+	links[n].wantSent("somebody")
+	links[n].pass(500 * time.Millisecond)
+	return server, links[:n]
 }
 
 func newLink(t *testing.T) *link {
@@ -446,7 +464,7 @@ func TestDeafServer(t *testing.T) {
 	}
 
 	t.Run("misunderstands", func(t *testing.T) {
-		server, links := newLinks(t, 3)
+		server, links := newProbed(t, 3)
 		one, two, three := links[0], links[1], links[2]
 		require.False(t, one.Misunderstood(one.clock.now), "nothing was asked")
 		one.wantSent("alice")
@@ -469,7 +487,7 @@ func TestDeafServer(t *testing.T) {
 	})
 
 	t.Run("is not one that has answered", func(t *testing.T) {
-		server, links := newLinks(t, 2)
+		server, links := newProbed(t, 2)
 		one, two := links[0], links[1]
 		one.wantSent("alice")
 		two.wantSent("bob")
@@ -486,7 +504,7 @@ func TestDeafServer(t *testing.T) {
 	})
 
 	t.Run("ends links", func(t *testing.T) {
-		server, links := newLinks(t, 5)
+		server, links := newProbed(t, 5)
 		for i, name := range []string{"alice", "bob", "cathy"} {
 			links[i].wantSent(name)
 		}
@@ -509,7 +527,7 @@ func TestDeafServer(t *testing.T) {
 	})
 
 	t.Run("ends links at questions whose askers have gone", func(t *testing.T) {
-		_, links := newLinks(t, 2)
+		_, links := newProbed(t, 2)
 		for i, want := range []bool{false, true} {
 			q := links[i].about("mallory", questions.ClassNewcomer)
 			links[i].ask(q)
@@ -522,7 +540,7 @@ func TestDeafServer(t *testing.T) {
 	})
 
 	t.Run("is not one whose links end otherwise", func(t *testing.T) {
-		server, links := newLinks(t, 10)
+		server, links := newProbed(t, 10)
 		for i, l := range links {
 			l.pass(time.Minute)
 			byServer := i%3 != 0
@@ -543,7 +561,7 @@ func TestDeafServer(t *testing.T) {
 	// deafLinks returns links to a server that is deaf, the first with a question open as a trial.
 	deafLinks := func(t *testing.T, sent bool) (server *questions.Server, one, two *link, trial *question) {
 		t.Helper()
-		server, links := newLinks(t, 3)
+		server, links := newProbed(t, 3)
 		one, two = links[0], links[1]
 		one.wantSent("alice")
 		links[2].wantSent("cathy")
@@ -791,4 +809,76 @@ func TestWithdraw(t *testing.T) {
 	require.Zero(t, waiting+sent)
 	_, stray, _ := book.Answer("alice", now)
 	require.True(t, stray)
+}
+
+// However many come at once, a server that never answered is asked one question first.
+func TestProbe(t *testing.T) {
+	// crowd has three more ask on each link, who all have to wait.
+	crowd := func(links ...*link) {
+		for i, l := range links {
+			for j := range 3 {
+				l.wantWait(l.about(fmt.Sprint("waits ", i, j), questions.ClassNewcomer))
+			}
+		}
+	}
+
+	t.Run("that is answered", func(t *testing.T) {
+		server, links := newUntried(t, 2)
+		one, two := links[0], links[1]
+		one.wantSent("alice")
+		crowd(one, two)
+		require.False(t, server.Answered())
+		require.Len(t, one.wantAnswer("alice"), 3)
+		require.True(t, server.Answered())
+		require.Len(t, two.Send(two.clock.now), 3)
+		two.wantSent("bob")
+	})
+
+	t.Run("at which the server ends the link, twice", func(t *testing.T) {
+		server, links := newUntried(t, 4)
+		links[0].wantSent("alice")
+		crowd(links...)
+		_, deaf := links[0].End(true, links[0].clock.now)
+		require.False(t, deaf)
+		require.Len(t, links[1].Send(links[1].clock.now), 1, "another probe")
+		require.Empty(t, links[2].Send(links[2].clock.now))
+		_, deaf = links[3].End(true, links[3].clock.now)
+		require.False(t, deaf, "nothing was asked there")
+		_, deaf = links[1].End(true, links[1].clock.now)
+		require.True(t, deaf, "however soon")
+		require.True(t, server.Deaf(links[0].clock.now))
+		require.Len(t, links[2].GiveUp(), 3)
+	})
+
+	t.Run("that is not answered", func(t *testing.T) {
+		_, links := newUntried(t, 3)
+		links[0].wantSent("alice")
+		crowd(links...)
+		links[0].pass(499 * time.Millisecond)
+		for _, l := range links {
+			_, send := l.Sweep(l.clock.now)
+			require.Empty(t, send)
+		}
+		links[0].pass(time.Millisecond)
+		for _, l := range links {
+			_, send := l.Sweep(l.clock.now)
+			require.Len(t, send, 3)
+		}
+		for i := range links { // by one crash, in any order
+			_, deaf := links[2-i].End(true, links[0].clock.now)
+			require.False(t, deaf)
+		}
+	})
+
+	t.Run("that was not sent, or whose link we end", func(t *testing.T) {
+		_, links := newUntried(t, 2)
+		q := links[0].about("alice", questions.ClassNewcomer)
+		require.Len(t, links[0].ask(q), 1)
+		links[0].Abandon(q)
+		require.True(t, links[0].Withdraw(q))
+		links[0].wantSent("bob")
+		links[0].End(false, links[0].clock.now)
+		links[1].wantSent("cathy")
+		links[1].wantWait(links[1].about("dave", questions.ClassNewcomer))
+	})
 }

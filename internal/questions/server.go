@@ -14,6 +14,9 @@ const (
 
 	// sameEnd is the time within which links end by one crash of the server.
 	sameEnd = time.Second
+
+	// probeFor is for how long all others wait for what becomes of a server's first question.
+	probeFor = 500 * time.Millisecond
 )
 
 // Server is what is known about the server as one to be asked. All books of a gateway share it, and
@@ -24,10 +27,16 @@ const (
 // of waiting for ever and the server crashing again; after a while a single question tries it. A
 // server that has answered one question is never deaf again. One that is merely silent is not
 // either: it may be busy.
+//
+// So that it takes no more than two questions to find out, however many agents come at once, a server
+// that has never answered is asked one question first, its probe. If its link ends, the next one is
+// a probe, too. If nothing comes of it for a moment, the others go as well.
 type Server struct {
 	// mu guards what follows; see Book.mu for the order.
 	mu       sync.Mutex
 	answered bool      // a question, ever
+	probing  bool      // if not: a probe was sent
+	probedAt time.Time // when
 	ends     int       // of links, at a question
 	lastEnd  time.Time // the last of those
 	deaf     bool
@@ -68,6 +77,47 @@ func (s *Server) mayAsk(now time.Time) (trial, ok bool) {
 	return s.trying, true
 }
 
+// Answered reports whether the server has ever answered a question.
+func (s *Server) Answered() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.answered
+}
+
+// mayNowSend reports whether questions may be sent now, or just one, as a probe.
+func (s *Server) mayNowSend(now time.Time) (probe, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.answered:
+		return false, true
+	case s.deaf:
+		return false, s.trying
+	case s.probing:
+		return false, now.Sub(s.probedAt) >= probeFor
+	}
+	s.probing, s.probedAt = true, now
+	return true, true
+}
+
+// notProbed takes back that there is a probe: it was not sent, or its link ended by our doing.
+func (s *Server) notProbed() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.probing = false
+}
+
+// endedAtProbe is endedAtQuestion for the link of a probe.
+func (s *Server) endedAtProbe(now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.probing = false
+	if now.Sub(s.probedAt) >= probeFor { // others were sent as well
+		return s.endedLocked(now)
+	}
+	return s.countEndLocked(now)
+}
+
 // heard notes that the server answers questions.
 func (s *Server) heard() {
 	s.mu.Lock()
@@ -102,9 +152,17 @@ func (s *Server) misunderstood(now time.Time) bool {
 func (s *Server) endedAtQuestion(now time.Time) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.endedLocked(now)
+}
+
+func (s *Server) endedLocked(now time.Time) bool {
 	if s.ends > 0 && now.Sub(s.lastEnd) < sameEnd {
 		return false
 	}
+	return s.countEndLocked(now)
+}
+
+func (s *Server) countEndLocked(now time.Time) bool {
 	s.lastEnd = now
 	s.ends++
 	return s.ends >= endsBeforeDeaf && s.deafenLocked(now)
