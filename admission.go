@@ -219,6 +219,7 @@ func (s *downstreamServer) tryAdmit(w http.ResponseWriter, r *http.Request) tele
 	started := false
 	defer func() {
 		if !started {
+			s.memory.Kept.Give(a.kept)
 			s.pool.detach(a, nil)
 		}
 	}()
@@ -242,7 +243,6 @@ func (s *downstreamServer) tryAdmit(w http.ResponseWriter, r *http.Request) tele
 	}
 	conn, err := door.Upgrade(w, r)
 	if err != nil {
-		s.memory.Kept.Give(a.kept)
 		return s.notUpgraded(r, err)
 	}
 	started = true

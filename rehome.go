@@ -111,9 +111,9 @@ func (p *upstreamPool) leftWhileHoming(a *agentConn, l *link) bool {
 	if hasLeft {
 		p.detachLocked(a)
 	}
-	lost := l.unwritten[a]
-	if p.live[l.slot] == l {
-		lost = nil // what l still has will be written, or counted when it ends
+	var lost []entry
+	if p.live[l.slot] != l { // otherwise what l still has will be written, or counted when it ends
+		lost = l.unwritten[a]
 	}
 	p.mu.Unlock()
 	if hasLeft {

@@ -46,6 +46,8 @@ type stage struct {
 	net    *gatewaytest.Network
 	server *gatewaytest.Server
 	*running
+
+	extensions map[component.ID]component.Component // of the gateway's collector; set before start
 }
 
 // play runs a test in fake time on a stage with a server and a gateway whose links are up. The server
@@ -83,7 +85,7 @@ func playWithout(t *testing.T, test func(t *testing.T, s *stage)) {
 // start starts the gateway of the stage.
 func (s *stage) start(change ...func(*Config)) {
 	s.t.Helper()
-	s.running = startRunning(s.t, s.net, serverAddress, gatewayAddress, change...)
+	s.running = startWith(s.t, s.extensions, s.net, serverAddress, gatewayAddress, change...)
 }
 
 // connect has the agent of this name let in; further headers are given as name, value ….
@@ -92,7 +94,7 @@ func (s *stage) connect(name string, headers ...string) *gatewaytest.Agent {
 	return s.door.Connect(s.t, name, headers...)
 }
 
-// connectAs is connect for an agent of the name that has said its first words, so that it can be found.
+// introduce is connect for an agent that has said its first words, so that it can be found.
 func (s *stage) introduce(name string, headers ...string) *gatewaytest.Agent {
 	s.t.Helper()
 	a := s.connect(name, headers...)
@@ -100,7 +102,10 @@ func (s *stage) introduce(name string, headers ...string) *gatewaytest.Agent {
 	return a
 }
 
-// link returns the server's end of the link to which the agent of that name is attached.
+// comeFrom has agents that connect from here on do so from the host of this address.
+func (s *stage) comeFrom(ip string) { s.door.Dial = s.net.DialFrom(ip) }
+
+// linkOf returns the server's end of the link to which the agent of that name is attached.
 func (s *stage) linkOf(a *gatewaytest.Agent) *gatewaytest.Link {
 	s.t.Helper()
 	a.Say(1000)
@@ -124,6 +129,12 @@ type running struct {
 // startRunning starts a gateway between two addresses.
 func startRunning(t *testing.T, network *gatewaytest.Network, server, listen string, change ...func(*Config)) *running {
 	t.Helper()
+	return startWith(t, nil, network, server, listen, change...)
+}
+
+// startWith is startRunning in a collector that has these extensions.
+func startWith(t *testing.T, extensions map[component.ID]component.Component, network *gatewaytest.Network, server, listen string, change ...func(*Config)) *running {
+	t.Helper()
 	cfg := createDefaultConfig().(*Config)
 	cfg.Server.Endpoint = "ws://" + server + "/v1/opamp"
 	cfg.Agents.AllowGateways = true // many tests are about those
@@ -131,7 +142,7 @@ func startRunning(t *testing.T, network *gatewaytest.Network, server, listen str
 		f(cfg)
 	}
 	r := &running{
-		t: t, cfg: cfg, metrics: componenttest.NewTelemetry(), host: &statusHost{Host: componenttest.NewNopHost()},
+		t: t, cfg: cfg, metrics: componenttest.NewTelemetry(), host: &statusHost{Host: componenttest.NewNopHost(), extensions: extensions},
 		door: gatewaytest.Door{URL: "ws://" + listen + "/v1/opamp", Dial: network.Dial},
 	}
 	set := metadatatest.NewSettings(r.metrics)
@@ -418,9 +429,9 @@ func (s *stage) knock(name string, headers ...string) <-chan answer {
 
 // knockContext is knock by an agent that hangs up when ctx ends.
 func (s *stage) knockContext(ctx context.Context, name string, headers ...string) <-chan answer {
-	answers, start := make(chan answer, 1), time.Now()
+	answers, start, door := make(chan answer, 1), time.Now(), s.door
 	go func() {
-		agent, resp, err := s.door.KnockContext(ctx, s.t, name, headers...)
+		agent, resp, err := door.KnockContext(ctx, s.t, name, headers...)
 		answers <- answer{name, agent, resp, err, time.Since(start)}
 	}()
 	return answers

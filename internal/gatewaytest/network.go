@@ -47,23 +47,39 @@ func (n *Network) Listen(address string) (*Listener, error) {
 	return l, nil
 }
 
-// Dial connects to whoever listens at address.
+// Dial connects to whoever listens at address. All who dial so are on one host, mostly.
 func (n *Network) Dial(ctx context.Context, _, address string) (net.Conn, error) {
+	return n.dial(ctx, nil, address)
+}
+
+// DialFrom returns a Dial for those on the host of this address.
+func (n *Network) DialFrom(ip string) func(ctx context.Context, network, address string) (net.Conn, error) {
+	host := net.ParseIP(ip)
+	if host == nil {
+		panic("no IP address: " + ip)
+	}
+	return func(ctx context.Context, _, address string) (net.Conn, error) { return n.dial(ctx, host, address) }
+}
+
+func (n *Network) dial(ctx context.Context, from net.IP, address string) (net.Conn, error) {
 	n.mu.Lock()
 	silent := n.silent[address]
 	if !silent {
 		defer n.mu.Unlock()
-		return n.connectLocked(address)
+		return n.connectLocked(from, address)
 	}
 	n.mu.Unlock()
 	<-ctx.Done()
 	return nil, ctx.Err()
 }
 
-func (n *Network) connectLocked(address string) (net.Conn, error) {
+func (n *Network) connectLocked(from net.IP, address string) (net.Conn, error) {
 	if l := n.listeners[address]; l != nil {
 		n.ports++
-		local := &net.TCPAddr{IP: net.IPv4(10, 0, byte(n.ports>>15), 1), Port: 1<<15 + n.ports%(1<<15)}
+		if from == nil {
+			from = net.IPv4(10, 0, byte(n.ports>>15), 1)
+		}
+		local := &net.TCPAddr{IP: from, Port: 1<<15 + n.ports%(1<<15)}
 		near, far := pair(local, address, n.bandwidth)
 		select {
 		case l.backlog <- far:
