@@ -17,7 +17,7 @@ const (
 	maxGatewayUIDs = 100_000
 
 	// claimMemory is what one claim and its route take, in bytes, as far as the budget is concerned.
-	claimMemory = 256
+	claimMemory = 320
 
 	// farewellTime is how long a goodbye is remembered, for the server's answer, and maxFarewells how many
 	// are. Both up to twice.
