@@ -392,10 +392,15 @@ func (a *agentConn) speakAs(f *wire.Fields) (telemetry.Reason, error) {
 		}
 	}
 	a.uid, a.claim = uid, c
+	a.speaks()
+	return "", nil
+}
+
+// speaks notes that the agent has said something.
+func (a *agentConn) speaks() {
 	if a.mute.Load() != 0 {
 		a.mute.Store(0)
 	}
-	return "", nil
 }
 
 var errUIDTaken = errors.New("this instance UID is in use by another agent, which came with other credentials")
@@ -504,6 +509,7 @@ var errOffended = errors.New("connection is read no further")
 
 // turnDown counts a message that is not relayed, and says why, with whatever UID came.
 func (a *agentConn) turnDown(reason telemetry.Reason, f *wire.Fields, text string) {
+	a.speaks() // if nothing good
 	a.server.tel.Fault(reason)
 	a.server.events.Info("agent's message is not relayed: "+text, a.logged()...)
 	format := wire.Format{Header: f.Header}

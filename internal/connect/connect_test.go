@@ -478,6 +478,17 @@ func TestResultIsTheServersVerdict(t *testing.T) {
 	assert.Equal(t, map[string]string{"Retry-After": "60"}, result.Headers)
 }
 
+func TestTurnAwayIsAnAnswerThatAgentsWaitOn(t *testing.T) {
+	var message protobufs.ServerToAgent
+	require.NoError(t, proto.Unmarshal(connect.TurnAway("x", "33")[1:], &message))
+	requestUID, result, err := connect.ParseResult(message.GetCustomMessage().GetData())
+	require.NoError(t, err)
+	assert.Equal(t, "x", requestUID)
+	assert.False(t, result.Accept)
+	assert.Equal(t, http.StatusServiceUnavailable, result.RefusalStatus())
+	assert.Equal(t, map[string]string{"Retry-After": "33"}, result.Headers)
+}
+
 func TestResultThatCannotBeReadIsARefusal(t *testing.T) {
 	for _, data := range []string{
 		"", "null", "{}", "[]", "true", `"accept"`, "{", `{"accept":true`, `{"accept":true}x`,

@@ -139,9 +139,11 @@ func forAgents[B []byte | string](name B) bool {
 // the gateway below asked under requestUID: with 503, and when to come again, in seconds.
 func TurnAway(requestUID, retryAfter string) []byte {
 	data, err := json.Marshal(struct {
-		RequestUID string `json:"request_uid"`
-		Result
-	}{requestUID, Result{StatusCode: http.StatusServiceUnavailable, Headers: map[string]string{"Retry-After": retryAfter}}})
+		RequestUID string            `json:"request_uid"`
+		Accept     bool              `json:"accept"`
+		StatusCode int               `json:"http_status_code"`
+		Headers    map[string]string `json:"response_headers"`
+	}{requestUID, false, http.StatusServiceUnavailable, map[string]string{"Retry-After": retryAfter}})
 	if err != nil {
 		panic("connect: a result does not marshal: " + err.Error()) // there is nothing in it that could not
 	}

@@ -123,7 +123,9 @@ type window[A any] struct {
 
 // Book holds the questions open on one link. It is safe for concurrent use.
 type Book[A any] struct {
-	server *Server // set once
+	// Set once.
+	server     *Server
+	endsBefore int // of links at a question, when this link began
 
 	// mu guards what follows. Server.mu may be taken while it is held, never the other way round,
 	// and never the mu of another book.
@@ -142,7 +144,7 @@ type Book[A any] struct {
 
 // NewBook returns the book for a new link to s.
 func NewBook[A any](s *Server) *Book[A] {
-	b := &Book[A]{server: s}
+	b := &Book[A]{server: s, endsBefore: s.endsSoFar()}
 	for class, limit := range [classes]int{ClassNewcomer: newcomerWindow, ClassIntroduction: introductionWindow} {
 		b.windows[class].limit, b.windows[class].most = limit, waitingLimit
 	}
@@ -418,7 +420,7 @@ func (b *Book[A]) sendLocked(now time.Time) (send []*Question[A]) {
 	if waiting, _ := b.lenLocked(); waiting == 0 || b.pausedLocked(now) {
 		return nil
 	}
-	probe, ok := b.server.mayNowSend(now)
+	probe, ok := b.server.mayNowSend(now, b.endsBefore)
 	if !ok {
 		return nil
 	}

@@ -840,14 +840,48 @@ func TestProbe(t *testing.T) {
 		crowd(links...)
 		_, deaf := links[0].End(true, links[0].clock.now)
 		require.False(t, deaf)
-		require.Len(t, links[1].Send(links[1].clock.now), 1, "another probe")
-		require.Empty(t, links[2].Send(links[2].clock.now))
+		require.Empty(t, links[1].Send(links[1].clock.now), "it may be about to end by the same crash")
 		_, deaf = links[3].End(true, links[3].clock.now)
 		require.False(t, deaf, "nothing was asked there")
-		_, deaf = links[1].End(true, links[1].clock.now)
+		next := &link{t, questions.NewBook[string](server), links[0].clock}
+		next.wantSent("another probe, since this link is new")
+		require.Empty(t, links[2].Send(links[2].clock.now))
+		_, deaf = next.End(true, next.clock.now)
 		require.True(t, deaf, "however soon")
 		require.True(t, server.Deaf(links[0].clock.now))
 		require.Len(t, links[2].GiveUp(), 3)
+	})
+
+	t.Run("at which the server ends the link, and the others live", func(t *testing.T) {
+		_, links := newUntried(t, 2)
+		links[0].wantSent("alice")
+		crowd(links...)
+		_, deaf := links[0].End(true, links[0].clock.now)
+		require.False(t, deaf)
+		links[1].pass(999 * time.Millisecond)
+		_, send := links[1].Sweep(links[1].clock.now)
+		require.Empty(t, send)
+		links[1].pass(time.Millisecond)
+		_, send = links[1].Sweep(links[1].clock.now)
+		require.Len(t, send, 1, "another probe")
+		_, deaf = links[1].End(true, links[1].clock.now)
+		require.True(t, deaf)
+	})
+
+	t.Run("to a server that is restarted", func(t *testing.T) {
+		server, links := newUntried(t, 3)
+		links[0].wantSent("alice")
+		for i, l := range links { // alice is asked about wherever there is a link yet
+			_, deaf := l.End(true, l.clock.now)
+			require.False(t, deaf)
+			if i < 2 {
+				links[i+1].wantWait(links[i+1].about("alice", questions.ClassNewcomer))
+			}
+			l.pass(time.Millisecond)
+		}
+		next := &link{t, questions.NewBook[string](server), links[0].clock}
+		next.wantSent("alice")
+		next.wantAnswer("alice")
 	})
 
 	t.Run("that is not answered", func(t *testing.T) {

@@ -84,8 +84,17 @@ func (s *Server) Answered() bool {
 	return s.answered
 }
 
-// mayNowSend reports whether questions may be sent now, or just one, as a probe.
-func (s *Server) mayNowSend(now time.Time) (probe, ok bool) {
+// endsSoFar returns how many links have ended at a question.
+func (s *Server) endsSoFar() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ends
+}
+
+// mayNowSend reports whether questions may be sent now, or just one, as a probe, on a link that began
+// after so many ends. One that was there at the last end may be about to end, too, for the same reason,
+// whatever is asked there.
+func (s *Server) mayNowSend(now time.Time, endsBefore int) (probe, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
@@ -95,6 +104,8 @@ func (s *Server) mayNowSend(now time.Time) (probe, ok bool) {
 		return false, s.trying
 	case s.probing:
 		return false, now.Sub(s.probedAt) >= probeFor
+	case s.ends > endsBefore && now.Sub(s.lastEnd) < sameEnd:
+		return false, false
 	}
 	s.probing, s.probedAt = true, now
 	return true, true
