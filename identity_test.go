@@ -210,6 +210,16 @@ func TestSameCredentials(t *testing.T) {
 		})
 	}
 
+	t.Run("not with the key as an id", func(t *testing.T) {
+		play(t, func(t *testing.T, s *stage) {
+			alice := s.introduce("alice", "Authorization", "alice's")
+			mallory := s.connect("mallory", "Agent-ID", "alice's")
+			mallory.UID = alice.UID
+			mallory.Say(1)
+			wantBadRequest(t, mallory, alice.UID)
+		})
+	})
+
 	for name, other := range map[string][]string{
 		"another key":       {"Authorization", "mallory's", "Agent-ID", "alice"},
 		"another id":        {"Authorization", "alice's", "Agent-ID", "mallory"},

@@ -54,9 +54,9 @@ func TestSlowAgent(t *testing.T) {
 
 	t.Run("that makes progress, with the shortest time to write", func(t *testing.T) {
 		play(t, func(t *testing.T, s *stage) {
-			s.net.Throttle(20 << 10)
+			s.net.Throttle(100 << 10)
 			alice := s.introduce("alice")
-			offer := gatewaytest.Offer(alice.UID, "x", 500_000)
+			offer := gatewaytest.Offer(alice.UID, "x", 1_000_000)
 			s.server.WantLinks(1)[0].Push(offer)
 			for len(alice.Inbox()) == 0 {
 				alice.WantConnected()
