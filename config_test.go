@@ -246,6 +246,15 @@ func TestConfigMistakes(t *testing.T) {
 		{"negative grace", server("grace_period", "-1m"), []string{"server", "grace_period"}},
 		{"TLS version from the past", server("tls", m{"min_version": "0.9"}), []string{"server::tls", "min_version"}},
 		{"no header size", agents("max_request_header_size", 0), []string{"agents", "max_request_header_size"}},
+		{"few headers", agents("max_request_headers", 9), []string{"agents", "max_request_headers", "10 to 1000", "9"}},
+		{"very many headers", agents("max_request_headers", 1001), []string{"agents", "max_request_headers", "10 to 1000", "1001"}},
+		{"small headers", agents("max_request_header_size", 1023), []string{"agents", "max_request_header_size", "1024 to 65536", "1023"}},
+		{"headers larger than a question", agents("max_request_header_size", 65537), []string{"agents", "max_request_header_size", "65536"}},
+		{"negative max_connections", agents("max_connections", -1), []string{"agents", "max_connections", "-1"}},
+		{"no instance UIDs", agents("max_instance_uids", 0), []string{"agents", "max_instance_uids", "1 to 100000", "0"}},
+		{"very many instance UIDs", agents("max_instance_uids", 100_001), []string{"agents", "max_instance_uids", "100001"}},
+		{"gateways that are no yes or no", agents("allow_gateways", "some"), []string{"agents", "allow_gateways"}},
+		{"less memory than links need", m{"server": m{"endpoint": "ws://localhost", "connections": 64}, "max_message_size": 1 << 20, "max_buffered_size": 32 << 20}, []string{"max_buffered_size", "at least", "server::connections 64"}},
 		{"no queue", agents("max_queue_size", 1000), []string{"agents", "max_queue_size"}},
 		{"no time to write", agents("write_timeout", "10ms"), []string{"agents", "write_timeout"}},
 		{"no memory", m{"server": m{"endpoint": "ws://localhost"}, "max_buffered_size": 1 << 20}, []string{"max_buffered_size", "at least 268435456 bytes"}},
@@ -279,13 +288,17 @@ func TestConfigMistakes(t *testing.T) {
 
 	t.Run("not a mistake", func(t *testing.T) {
 		for name, conf := range map[string]m{
-			"one connection": server("connections", 1),
-			"64 connections": server("connections", 64),
-			"IPv6":           server("endpoint", "wss://[::1]:4320/v1/opamp?x=y"),
-			"upper case":     server("endpoint", "WSS://LOCALHOST"),
-			"ask":            server("agent_admission", "ask"),
-			"empty headers":  server("headers", m{}),
-			"empty listener": {"server": m{"endpoint": "ws://localhost"}, "listener": nil},
+			"one connection":       server("connections", 1),
+			"64 connections":       server("connections", 64),
+			"IPv6":                 server("endpoint", "wss://[::1]:4320/v1/opamp?x=y"),
+			"upper case":           server("endpoint", "WSS://LOCALHOST"),
+			"ask":                  server("agent_admission", "ask"),
+			"empty headers":        server("headers", m{}),
+			"least":                agents("max_instance_uids", 1),
+			"most":                 {"server": m{"endpoint": "ws://localhost", "connections": 64}, "agents": m{"max_request_headers": 1000, "max_request_header_size": 65536, "max_instance_uids": 100_000, "max_connections": 1_000_000}},
+			"write_timeout":        agents("write_timeout", "1s"),
+			"64 links, and memory": {"server": m{"endpoint": "ws://localhost", "connections": 64}, "max_message_size": 1 << 20, "max_buffered_size": 180 << 20},
+			"empty listener":       {"server": m{"endpoint": "ws://localhost"}, "listener": nil},
 		} {
 			_, err := load(confmap.NewFromStringMap(conf))
 			require.NoError(t, err, name)

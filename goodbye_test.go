@@ -1,6 +1,7 @@
 package opampgateway
 
 import (
+	"fmt"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -114,6 +115,29 @@ func TestNoGoodbye(t *testing.T) {
 		}, func(cfg *Config) { cfg.Agents.SendDisconnect = false })
 	})
 
+	t.Run("its host was restarted, and answers our ping with a reset", func(t *testing.T) {
+		play(t, func(t *testing.T, s *stage) {
+			alice := s.introduce("alice")
+			alice.BlackHole()            // it is back by way of another gateway
+			time.Sleep(36 * time.Second) // until it was pinged
+			alice.Reset()
+			s.wantConnections(0)
+			time.Sleep(5 * time.Minute)
+			s.server.WantNothing(alice.UID)
+		})
+	})
+
+	t.Run("but of one that is reset before it was pinged", func(t *testing.T) {
+		play(t, func(t *testing.T, s *stage) {
+			alice := s.introduce("alice")
+			time.Sleep(10 * time.Minute) // and has answered many
+			alice.Say(1)
+			s.server.Next(alice.UID)
+			alice.Reset()
+			s.server.WantGoodbye(alice.UID)
+		})
+	})
+
 	t.Run("at shutdown", func(t *testing.T) {
 		play(t, func(t *testing.T, s *stage) {
 			alice := s.introduce("alice")
@@ -143,4 +167,29 @@ func TestNoGoodbye(t *testing.T) {
 			s.wantFault(telemetry.ReasonUIDConflict, 0)
 		}, connections(1))
 	})
+}
+
+// TestAnswerToGoodbyes has the server answer goodbyes, of the gateway and of agents themselves, when nobody is
+// there any more to hear it.
+func TestAnswerToGoodbyes(t *testing.T) {
+	for name, leave := range map[string]func(*gatewaytest.Agent){
+		"of the agent":   (*gatewaytest.Agent).SayGoodbye,
+		"of the gateway": (*gatewaytest.Agent).Vanish,
+	} {
+		t.Run(name, func(t *testing.T) {
+			play(t, func(t *testing.T, s *stage) {
+				for i := range 100 {
+					alice := s.introduce(fmt.Sprint("agent ", i))
+					leave(alice)
+					link := s.server.WantGoodbye(alice.UID).Link
+					s.wantConnections(0)
+					time.Sleep(time.Second)
+					link.Push(gatewaytest.Frame(reply(alice.UID)))
+				}
+				s.wantFaults(nil)
+				s.server.Links()[0].Push(gatewaytest.Frame(reply(gatewaytest.UID("agent 7")))) // once more
+				s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonServerUnknownUID: 1})
+			})
+		})
+	}
 }

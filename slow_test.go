@@ -52,6 +52,38 @@ func TestSlowAgent(t *testing.T) {
 		}, connections(1))
 	})
 
+	t.Run("that makes progress, with the shortest time to write", func(t *testing.T) {
+		play(t, func(t *testing.T, s *stage) {
+			s.net.Throttle(20 << 10)
+			alice := s.introduce("alice")
+			offer := gatewaytest.Offer(alice.UID, "x", 500_000)
+			s.server.WantLinks(1)[0].Push(offer)
+			for len(alice.Inbox()) == 0 {
+				alice.WantConnected()
+				time.Sleep(time.Second)
+			}
+			alice.WantFrame(offer)
+			s.wantFaults(nil)
+		}, connections(1), func(cfg *Config) { cfg.Agents.WriteTimeout = time.Second })
+	})
+
+	t.Run("that offends after it was closed", func(t *testing.T) {
+		play(t, func(t *testing.T, s *stage) {
+			alice := s.introduce("alice")
+			link := s.server.WantLinks(1)[0]
+			alice.StopReading()
+			for i := range 60 {
+				link.Push(gatewaytest.Offer(alice.UID, fmt.Sprint(i), 100_000))
+			}
+			s.wantFault(telemetry.ReasonAgentSlow, 1)
+			for range maxBadInRow {
+				alice.Send([]byte("garbage"))
+			}
+			time.Sleep(3 * time.Second) // no longer than if it had not
+			s.wantConnections(0)
+		}, connections(1))
+	})
+
 	t.Run("that pauses for a moment loses nothing", func(t *testing.T) {
 		play(t, func(t *testing.T, s *stage) {
 			alice := s.introduce("alice")
