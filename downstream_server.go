@@ -352,7 +352,8 @@ func (a *agentConn) relay(frame []byte) error {
 			return nil
 		}
 	}
-	a.bad, a.claim.sequence = 0, f.Sequence
+	a.bad = 0
+	a.claim.speaks(f.Sequence)
 	if err := a.send(entry{Frame: frame, Kind: outbox.Message, Sender: a, Taken: taken}); err != nil {
 		a.server.tel.Fault(telemetry.ReasonFrameLost)
 		return err
@@ -373,7 +374,7 @@ func (a *agentConn) speakAs(f *wire.Fields) (telemetry.Reason, error) {
 	s, format := a.server, wire.FormatOf(f, uid)
 	c, other, err := s.router.claim(a, uid, format)
 	for err == nil && other != nil && !other.same {
-		if a.isDenied(uid) || a.challenge(other.agent) {
+		if a.isDenied(uid) || a.challenge(other.claim) {
 			a.deny(uid, other.agent)
 			return telemetry.ReasonUIDTaken, errUIDTaken
 		}
@@ -405,14 +406,27 @@ func (a *agentConn) speaks() {
 
 var errUIDTaken = errors.New("this instance UID is in use by another agent, which came with other credentials")
 
-// challenge asks other for a sign of life, and reports whether it has given one in time. One that
-// we do not read just now is given the benefit of the doubt.
-func (a *agentConn) challenge(other *agentConn) bool {
+// challenge asks the agent of c for a sign of life, and reports whether it has given one in time. One
+// that we do not read just now is given the benefit of the doubt. Of an agent behind a gateway, a pong
+// of that says nothing: it is asked for its state, but not again and again.
+func (a *agentConn) challenge(c *claim) bool {
+	other := c.agent
 	if other.Paused() {
 		return true
 	}
-	sign := other.sock.Await()
-	_ = other.outbox.Try(entry{Kind: outbox.Ping})
+	var sign <-chan struct{}
+	if other.gateway {
+		if answered := c.answered.Load(); answered != 0 && monotonic.Since(answered) < denialTime {
+			return true
+		}
+		var isNew bool
+		if sign, isNew = c.await(); isNew {
+			other.sendOwn(c.format.ReportFullState(c.route.uid))
+		}
+	} else {
+		sign = other.sock.Await()
+		_ = other.outbox.Try(entry{Kind: outbox.Ping})
+	}
 	ctx, over := a.pause()
 	defer over()
 	ctx, cancel := context.WithTimeout(ctx, challengeTimeout)

@@ -187,6 +187,55 @@ func TestOwnerCannotBeHeard(t *testing.T) {
 	}, connections(1))
 }
 
+// TestAgentsBehindGateways has agents behind another gateway, whose credentials are not known here.
+func TestAgentsBehindGateways(t *testing.T) {
+	alice := gatewaytest.UID("alice")
+	t.Run("that are there are heard", func(t *testing.T) {
+		play(t, func(t *testing.T, s *stage) {
+			below := s.connect("gateway", gatewaytest.ConnectionIDHeader, "upstream-0", "Authorization", "gateway's")
+			below.Send(gatewaytest.Status(alice, 1))
+			s.server.Next(alice)
+			mallory := s.connect("mallory", "Authorization", "mallory's")
+			for sequence := range 20 {
+				mallory.Send(gatewaytest.Status(alice, 666))
+				if sequence == 0 { // a pong of the gateway would say nothing of her
+					below.UID = alice
+					below.WantFullStateRequest()
+					time.Sleep(time.Second)
+					below.Send(gatewaytest.Status(alice, 2))
+					s.server.WantFrame(alice, gatewaytest.Status(alice, 2))
+				}
+				wantBadRequest(t, mallory, alice)
+				time.Sleep(time.Second)
+			}
+			below.WantNothing() // she is not asked each time
+			s.wantFaults(map[telemetry.Reason]int{telemetry.ReasonUIDTaken: 20})
+			s.server.WantNothing(alice)
+		})
+	})
+
+	t.Run("that have moved are not missed", func(t *testing.T) {
+		play(t, func(t *testing.T, s *stage) {
+			below := s.connect("gateway", gatewaytest.ConnectionIDHeader, "upstream-0", "Authorization", "gateway's")
+			below.Send(gatewaytest.Status(alice, 1))
+			s.server.Next(alice)
+			begin := time.Now()
+			direct := s.connect("alice", "Authorization", "alice's")
+			s.server.WantFrame(alice, direct.Say(1))
+			require.Equal(t, challengeTimeout, time.Since(begin))
+			below.Next() // she was asked
+			s.wantHers(direct, below, "direct")
+
+			// And back, or to yet another gateway: it vouches for her, and its others do not wait.
+			below.Send(gatewaytest.Status(alice, 2))
+			s.server.WantFrame(alice, gatewaytest.Status(alice, 2))
+			require.Equal(t, challengeTimeout, time.Since(begin))
+			s.wantFault(telemetry.ReasonUIDConflict, 1)
+			s.wantFault(telemetry.ReasonUIDTaken, 0)
+		})
+	})
+}
+
 // TestSameCredentials has an agent take its UID over at once, whether the old connection is there or not.
 func TestSameCredentials(t *testing.T) {
 	for name, headers := range map[string][]string{

@@ -47,7 +47,7 @@ type router struct {
 // reconnected before its old connection was found dead, or when an agent was cloned: the
 // one that spoke last gets the replies, and when it leaves the one before gets them again.
 // The older ones are not closed, since two clones would then throw each other out for ever.
-// All of them came with the same credentials.
+// All of them came with the same credentials, but for gateways: those of its agents are not known here.
 type route struct {
 	uid     wire.UID
 	current atomic.Pointer[claim] // the newest, to be read without the lock; nil once the route is not in the table
@@ -66,6 +66,10 @@ type claim struct {
 
 	// Owned by the agent's reader.
 	sequence uint64 // of the agent's last message
+
+	// Shared.
+	awaited  atomic.Pointer[chan struct{}] // closed when the agent speaks here; nil while nobody waits for that
+	answered atomic.Int64                  // when it last did so, of the monotonic clock; 0 for never
 
 	// Guarded by router.mu.
 	index        int    // of this in agent.claims; dropped when it is not there any more
@@ -135,8 +139,8 @@ func (r *router) takeOver(a *agentConn, uid wire.UID, format wire.Format, other 
 
 // rival is who else claims a route, and has not said goodbye.
 type rival struct {
-	agent *agentConn
-	same  bool // it came with the same credentials
+	*claim
+	same  bool // it came with the same credentials, or the newcomer is a gateway, which vouches for its agents
 	fresh bool // it is the first time that two claim the route
 }
 
@@ -149,7 +153,7 @@ func (r *router) claimLocked(a *agentConn, uid wire.UID, format wire.Format) (c 
 			r.dropLocked(last)
 			way = nil
 		default:
-			other = &rival{agent: last.agent, same: last.agent.credentials == a.credentials, fresh: !way.shared}
+			other = &rival{claim: last, same: a.gateway || last.agent.credentials == a.credentials, fresh: !way.shared}
 			if !other.same {
 				return nil, other, nil
 			}
@@ -347,6 +351,32 @@ func (r *router) forgetFarewells() {
 
 func (r *router) forgetLocked() {
 	r.earlier, r.farewells, r.forgotten = r.farewells, map[wire.UID]struct{}{}, monotonic.Now()
+}
+
+// await returns a channel that is closed when the agent speaks here, and whether it is new: then the
+// caller has the agent speak. All who wait share it.
+func (c *claim) await() (spoken <-chan struct{}, isNew bool) {
+	fresh := make(chan struct{})
+	for {
+		if c.awaited.CompareAndSwap(nil, &fresh) {
+			return fresh, true
+		}
+		if known := c.awaited.Load(); known != nil {
+			return *known, false
+		}
+	}
+}
+
+// speaks notes that the agent speaks here.
+func (c *claim) speaks(sequence uint64) {
+	c.sequence = sequence
+	if c.awaited.Load() == nil { // as nearly always
+		return
+	}
+	if awaited := c.awaited.Swap(nil); awaited != nil {
+		c.answered.Store(monotonic.Now())
+		close(*awaited)
+	}
 }
 
 // has reports whether some connection claims uid.

@@ -770,7 +770,7 @@ func parseRetryAfter(value string) time.Duration {
 	if value == "" {
 		return 0
 	}
-	if seconds, err := strconv.Atoi(value); err == nil {
+	if seconds, err := strconv.ParseInt(value, 10, 64); err == nil {
 		return min(max(0, time.Duration(min(seconds, 1<<30))*time.Second), maxRetryAfter)
 	}
 	if at, err := http.ParseTime(value); err == nil {

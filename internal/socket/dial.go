@@ -88,7 +88,7 @@ func (d *Dialer) shakeHands(ctx context.Context, conn net.Conn, in *bufio.Reader
 	case errors.Is(err, websocket.ErrBadHandshake):
 		refusal := newHandshakeError(response, "", secrets)
 		if endpoint.Scheme == "ws" && refusal.StatusCode == http.StatusBadRequest && strings.Contains(refusal.Reason, "HTTPS") {
-			refusal.Reason += " It seems to want wss://" // what servers with TLS say to who has none
+			refusal.Reason += " (it seems to want wss://)" // what servers with TLS say to who has none
 		}
 		return refusal
 	}

@@ -185,8 +185,8 @@ func TestARefusalOfTheServerIsTold(t *testing.T) {
 		"goes on":        {"HTTP/1.1 100 Continue\r\n\r\n", "server answered 100 Continue", HandshakeError{Status: "100 Continue", StatusCode: 100}},
 		"a page": {
 			"HTTP/1.1 400 Bad Request\r\nContent-Type: text/html\r\n\r\n<html>\r\n<head><title>400 The plain HTTP request was sent to HTTPS port</title></head>\r\n<body>\r\n",
-			"server answered 400 Bad Request: 400 The plain HTTP request was sent to HTTPS port",
-			HandshakeError{Status: "400 Bad Request", StatusCode: 400, Reason: "400 The plain HTTP request was sent to HTTPS port"},
+			"server answered 400 Bad Request: 400 The plain HTTP request was sent to HTTPS port (it seems to want wss://)",
+			HandshakeError{Status: "400 Bad Request", StatusCode: 400, Reason: "400 The plain HTTP request was sent to HTTPS port (it seems to want wss://)"},
 		},
 		"nothing to print": {
 			"HTTP/1.1 403 \x1b[31mred\x00\xff\r\n\r\n\x1b]0;title\x07 a\tb\xff\u202e\u2028c\r\n",
@@ -276,7 +276,7 @@ func TestTheTwoKindsOfURLAreToldApart(t *testing.T) {
 	err := dialed(t, d, "wss://"+plain.Listener.Addr().String(), nil)
 	require.EqualError(t, err, "server does not speak TLS: it seems to want ws:// instead of wss://")
 	err = dialed(t, d, "ws://"+secure.Listener.Addr().String(), nil)
-	require.EqualError(t, err, "server answered 400 Bad Request: Client sent an HTTP request to an HTTPS server.")
+	require.EqualError(t, err, "server answered 400 Bad Request: Client sent an HTTP request to an HTTPS server. (it seems to want wss://)")
 	err = dialed(t, d, "wss://"+secure.Listener.Addr().String(), nil)
 	var unknown x509.UnknownAuthorityError
 	require.ErrorAs(t, err, &unknown)
