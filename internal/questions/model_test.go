@@ -2,6 +2,7 @@ package questions
 
 import (
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -43,12 +44,15 @@ type model struct {
 	known  []*Question[int] // some to abandon; many are not open any more
 	number int              // of the last question
 	untold map[int]struct{} // by Asker
-	silent bool             // the server hardly ever answers
+	silent int              // how many answers the server does not give for each that it does
 
 	answered, deaf bool
 	trialAt        time.Time
 	trial          *entry
 	ends           []time.Time
+	probe          *entry // the last; nil when it is over
+	probing        bool
+	probedAt       time.Time
 }
 
 // modelLink is a book and, in the order of asking, what should be in it.
@@ -57,6 +61,7 @@ type modelLink struct {
 	entries []*entry
 	paused  time.Time
 	sent    bool // anything, ever
+	before  int  // how many links had ended at a question when it began
 	passed  map[turn]map[netip.Prefix]int
 }
 
@@ -74,9 +79,8 @@ type turn struct {
 func newModel(t *testing.T, seed uint64) *model {
 	t.Helper()
 	m := &model{
-		t: t, rand: rand.New(rand.NewPCG(seed, 0)), now: time.Now(), server: NewServer(), untold: map[int]struct{}{}, silent: seed%2 == 1,
+		t: t, rand: rand.New(rand.NewPCG(seed, 0)), now: time.Now(), server: NewServer(), untold: map[int]struct{}{}, silent: [...]int{0, 200, 20}[seed%3],
 	}
-	m.server.probing, m.server.probedAt = true, m.now.Add(-probeFor) // what a probe does is tested by itself
 	for i := range m.links {
 		m.links[i] = m.newLink()
 	}
@@ -84,7 +88,7 @@ func newModel(t *testing.T, seed uint64) *model {
 }
 
 func (m *model) newLink() *modelLink {
-	l := &modelLink{Book: NewBook[int](m.server), passed: map[turn]map[netip.Prefix]int{}}
+	l := &modelLink{Book: NewBook[int](m.server), before: len(m.ends), passed: map[turn]map[netip.Prefix]int{}}
 	l.windows[ClassNewcomer].limit, l.windows[ClassIntroduction].limit = modelNewcomers, modelIntroductions
 	for class := range l.windows {
 		l.windows[class].most = modelWaiting
@@ -105,8 +109,10 @@ func (m *model) step() {
 		m.ask(l)
 	case n < 650:
 		m.answer(l)
-	case n < 800:
+	case n < 790:
 		m.abandon(l)
+	case n < 800:
+		m.withdraw(l)
 	case n < 880:
 		m.now = m.now.Add(m.upTo(700 * time.Millisecond))
 	case n < 980:
@@ -145,7 +151,7 @@ func (m *model) ask(l *modelLink) {
 	}
 	sent, waiting, waitingFrom := l.count(q.Class, q.From)
 	twice := slices.ContainsFunc(l.entries, func(e *entry) bool { return e.q.UID == q.UID })
-	goes := !m.now.Before(l.paused) && sent[1] < l.windows[q.Class].limit-sent[0]
+	goes := !m.now.Before(l.paused) && sent[1] < l.windows[q.Class].limit-sent[0] && m.most(l) == math.MaxInt
 	full := !goes && waitingFrom >= modelWaiting-waiting
 
 	send, err := l.Ask(q, m.now)
@@ -185,7 +191,7 @@ func (m *model) closed(q *Question[int]) bool {
 
 func (m *model) answer(l *modelLink) {
 	uid := fmt.Sprint(m.rand.IntN(60))
-	if m.silent && m.rand.IntN(200) > 0 {
+	if m.rand.IntN(m.silent+1) > 0 {
 		return
 	}
 	var want *entry
@@ -204,6 +210,41 @@ func (m *model) answer(l *modelLink) {
 		m.told(q)
 	}
 	m.wantSend(l, send)
+	for _, l := range m.links {
+		m.wantSend(l, l.Send(m.now))
+	}
+}
+
+// most is how many may be sent now; if it is one, that is a probe.
+func (m *model) most(l *modelLink) int {
+	switch {
+	case m.answered, m.trial != nil, !m.deaf && m.probing && m.now.Sub(m.probedAt) >= 500*time.Millisecond:
+		return math.MaxInt
+	case m.deaf, m.probing, len(m.ends) > l.before && m.sameEnd():
+		return 0
+	}
+	return 1
+}
+
+func (m *model) sameEnd() bool {
+	return len(m.ends) > 0 && m.now.Sub(m.ends[len(m.ends)-1]) < time.Second
+}
+
+// withdraw has something not be written whose asker has left.
+func (m *model) withdraw(l *modelLink) {
+	i := slices.IndexFunc(l.entries, func(e *entry) bool { return e.state == stateAbandoned })
+	if i < 0 {
+		return
+	}
+	e := l.entries[i]
+	require.True(m.t, l.Withdraw(e.q))
+	switch e {
+	case m.trial:
+		m.trial = nil
+	case m.probe:
+		m.probe, m.probing = nil, false
+	}
+	l.entries = slices.Delete(l.entries, i, i+1)
 }
 
 func (m *model) abandon(l *modelLink) {
@@ -240,6 +281,9 @@ func (m *model) sweep(l *modelLink) {
 		}
 		if e == m.trial {
 			m.endTrial(e.state != stateWaiting)
+		}
+		if e == m.probe {
+			m.probe = nil
 		}
 		return true
 	})
@@ -306,13 +350,17 @@ func (m *model) end(i int) {
 		}
 	}
 	require.Equal(m.t, want, open)
-	wantDeaf := false
+	wantDeaf, atProbe := false, m.probe != nil && slices.Contains(l.entries, m.probe)
+	alone := atProbe && m.now.Sub(m.probedAt) < 500*time.Millisecond
+	if atProbe {
+		m.probe, m.probing = nil, false
+	}
 	switch {
 	case m.trial != nil && slices.Contains(l.entries, m.trial):
 		wantDeaf = byServer && m.trial.state != stateWaiting
 		m.endTrial(wantDeaf)
 	case byServer && atQuestion:
-		if len(m.ends) == 0 || m.now.Sub(m.ends[len(m.ends)-1]) >= time.Second {
+		if alone || !m.sameEnd() {
 			m.ends = append(m.ends, m.now)
 			if len(m.ends) >= 2 && !m.deaf && !m.answered {
 				wantDeaf = true
@@ -377,6 +425,8 @@ func (m *model) wantSend(l *modelLink, send []*Question[int]) {
 		require.Empty(m.t, send, "paused")
 		return
 	}
+	most := m.most(l)
+	require.LessOrEqual(m.t, len(send), most, "one at a time")
 	class := ClassIntroduction
 	for _, q := range send {
 		require.LessOrEqual(m.t, q.Class, class, "introductions first")
@@ -400,6 +450,12 @@ func (m *model) wantSend(l *modelLink, send []*Question[int]) {
 		}
 		next[q.From].state = stateSent
 		l.sent = true
+		if most == 1 {
+			m.probe, m.probing, m.probedAt = next[q.From], true, m.now
+		}
+	}
+	if len(send) == most {
+		return // the others wait, be there places or not
 	}
 	for class := range classes {
 		next := l.first(class)

@@ -164,7 +164,7 @@ func (b *Book[A]) Ask(q *Question[A], now time.Time) (send []*Question[A], err e
 		return nil, ErrEnded
 	case b.open.has(q.UID):
 		return nil, ErrTwice
-	case !w.mayWait(q.From) && (b.pausedLocked(now) || !w.maySend(q.From)):
+	case !w.mayWait(q.From) && (b.pausedLocked(now) || !b.server.mayFlow(now) || !w.maySend(q.From)):
 		return nil, ErrFull
 	}
 	trial, ok := b.server.mayAsk(now)
@@ -415,7 +415,8 @@ func (b *Book[A]) removeLocked(q *Question[A]) {
 	b.windows[q.Class].remove(q)
 }
 
-// sendLocked returns what may be sent now, introductions first. Nothing with a place waits afterwards.
+// sendLocked returns what may be sent now, introductions first. Nothing with a place waits afterwards,
+// unless all wait for what becomes of a probe.
 func (b *Book[A]) sendLocked(now time.Time) (send []*Question[A]) {
 	if waiting, _ := b.lenLocked(); waiting == 0 || b.pausedLocked(now) {
 		return nil
@@ -472,9 +473,9 @@ func (w *window[A]) add(q *Question[A]) {
 	w.waiting++
 }
 
-// send appends those that have a place, which they take from now on, until there are as many as may be. Addresses take turns. One that
-// holds as many as are free is passed over; since each of these holds at least one, they are fewer
-// than the places, however many wait.
+// send appends those that have a place, which they take from now on, until there are as many as may
+// be. Addresses take turns. One that holds as many as are free is passed over; since each of these
+// holds at least one, they are fewer than the places, however many wait.
 func (w *window[A]) send(send []*Question[A], most int) []*Question[A] {
 	for passed := 0; passed < w.turns.len && w.sent < w.limit && len(send) < most; {
 		s := w.turns.first.value

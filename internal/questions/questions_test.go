@@ -904,6 +904,17 @@ func TestProbe(t *testing.T) {
 		}
 	})
 
+	t.Run("for which no more wait than may", func(t *testing.T) {
+		_, links := newUntried(t, 2)
+		links[0].wantSent("alice")
+		l := links[1]
+		for i := range 10_000 {
+			l.wantWait(l.from("site", fmt.Sprint("agent ", i), questions.ClassNewcomer))
+		}
+		_, err := l.Ask(l.from("site", "one more", questions.ClassNewcomer), l.clock.now)
+		require.ErrorIs(t, err, questions.ErrFull)
+	})
+
 	t.Run("that was not sent, or whose link we end", func(t *testing.T) {
 		_, links := newUntried(t, 2)
 		q := links[0].about("alice", questions.ClassNewcomer)

@@ -91,6 +91,23 @@ func (s *Server) endsSoFar() int {
 	return s.ends
 }
 
+// mayFlow reports whether all questions may be sent now for which there is a place.
+func (s *Server) mayFlow(now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.mayFlowLocked(now)
+}
+
+func (s *Server) mayFlowLocked(now time.Time) bool {
+	switch {
+	case s.answered:
+		return true
+	case s.deaf:
+		return s.trying
+	}
+	return s.probing && now.Sub(s.probedAt) >= probeFor
+}
+
 // mayNowSend reports whether questions may be sent now, or just one, as a probe, on a link that began
 // after so many ends. One that was there at the last end may be about to end, too, for the same reason,
 // whatever is asked there.
@@ -98,13 +115,9 @@ func (s *Server) mayNowSend(now time.Time, endsBefore int) (probe, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
-	case s.answered:
+	case s.mayFlowLocked(now):
 		return false, true
-	case s.deaf:
-		return false, s.trying
-	case s.probing:
-		return false, now.Sub(s.probedAt) >= probeFor
-	case s.ends > endsBefore && now.Sub(s.lastEnd) < sameEnd:
+	case s.deaf, s.probing, s.ends > endsBefore && now.Sub(s.lastEnd) < sameEnd:
 		return false, false
 	}
 	s.probing, s.probedAt = true, now
