@@ -92,7 +92,7 @@ func TestPaused(t *testing.T) {
 		s.Close(ending.Silent)
 		require.True(t, s.Paused(time.Second))
 		require.NoError(t, ctx.Err(), "its last words may still go")
-		time.Sleep(time.Second + 1)
+		time.Sleep(time.Second + time.Millisecond)
 		require.True(t, s.Paused(time.Second))
 		require.Error(t, ctx.Err())
 		over()

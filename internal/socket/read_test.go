@@ -94,7 +94,7 @@ func TestFragmentsCostNoMemory(t *testing.T) {
 			runtime.ReadMemStats(&after)
 			allocated += after.TotalAlloc - before.TotalAlloc
 		}
-		require.Less(t, allocated/messages, uint64(size+2000), "%d bytes", size)
+		require.Less(t, allocated/messages, uint64(2*size+4096), "%d bytes", size) // pools forget some under the race detector
 		require.Zero(t, b.Reading())
 	}
 }
