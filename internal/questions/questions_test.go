@@ -675,6 +675,7 @@ func TestDeafServer(t *testing.T) {
 func TestManyAtOnce(t *testing.T) {
 	const links, askers, rounds = 3, 16, 300
 	server := questions.NewServer()
+	questions.NewBook[int](server).Answer("an earlier question", time.Now()) // otherwise all wait for a probe
 	var told, asked, strays atomic.Int64
 	var all sync.WaitGroup
 	for i := range links {
@@ -849,6 +850,7 @@ func TestProbe(t *testing.T) {
 		_, deaf = next.End(true, next.clock.now)
 		require.True(t, deaf, "however soon")
 		require.True(t, server.Deaf(links[0].clock.now))
+		require.Empty(t, links[2].Send(links[2].clock.now), "they are about to be told")
 		require.Len(t, links[2].GiveUp(), 3)
 	})
 
