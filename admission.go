@@ -64,9 +64,10 @@ func (s *downstreamServer) prepare(ctx context.Context, host component.Host, set
 		return listenerError(err)
 	}
 	agents := &s.cfg.Agents
+	connections := cmp.Or(agents.MaxConnections, door.DefaultConnections())
 	limits := door.Limits{
 		Headers: agents.MaxRequestHeaders, HeaderSize: agents.MaxRequestHeaderSize,
-		Connections: cmp.Or(agents.MaxConnections, door.DefaultConnections()), Strangers: maxStrangers,
+		Connections: connections, Strangers: min(maxStrangers, connections), // so no address takes all of these
 		Timeout: cmp.Or(cfg.ReadHeaderTimeout, requestTimeout),
 	}
 	var origins []string
