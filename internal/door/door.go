@@ -15,6 +15,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
+	"errors"
 	"net"
 	"net/http"
 	"sync/atomic"
@@ -40,6 +41,10 @@ type Limits struct {
 	// Timeout is how long after it has connected a stranger's request has to be there.
 	Timeout time.Duration
 }
+
+// flightSize is what a peer may send, in bytes, until TLS has something to say to it in turn, as long as
+// they shake hands: the hello of most has less than 2 KiB, a chain of certificates a few more.
+const flightSize = 16 << 10
 
 // slack is how many connections above the limits are answered that there are too many. What comes
 // on top of that is closed without a word.
@@ -197,16 +202,41 @@ type place struct {
 	door     *Door
 	stranger atomic.Pointer[stranger] // nil when it is none any more
 	closed   atomic.Bool
-	heard    bool // something has come; owned by who reads
+
+	// Owned by who reads.
+	heard   bool // something has come
+	shaking bool // TLS shakes hands
+	flight  int  // bytes of what the peer has sent for that since it was answered
 }
 
-// Read notes that something has come.
+// errLongFlight means that a peer sends too much while TLS shakes hands.
+var errLongFlight = errors.New("peer's handshake message is too long")
+
+// Read notes that something has come. TLS keeps a message of its handshake until all of it is there, and
+// takes 64 KiB for a hello, and 256 KiB for certificates.
 func (p *place) Read(b []byte) (int, error) {
+	if p.shaking {
+		if p.flight == flightSize {
+			return 0, errLongFlight
+		}
+		b = b[:min(len(b), flightSize-p.flight)]
+	}
 	n, err := p.Conn.Read(b)
+	if p.shaking {
+		p.flight += n
+	}
 	if n > 0 && !p.heard {
 		p.heard = true
 	}
 	return n, err
+}
+
+// Write notes that the peer is answered.
+func (p *place) Write(b []byte) (int, error) {
+	if p.shaking {
+		p.flight = 0
+	}
+	return p.Conn.Write(b)
 }
 
 // Close gives the place back.

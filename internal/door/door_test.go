@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -860,6 +861,53 @@ func TestDeadlines(t *testing.T) {
 			require.Eventually(t, func() bool { return h.hungUp.Load() == 1 && h.door.Open() == 0 }, 10*time.Second, time.Millisecond)
 		})
 	}
+}
+
+// TLS keeps a message of its handshake until all of it is there: 64 KiB of everybody who never ends one.
+func TestLongHandshake(t *testing.T) {
+	secure, trusting := certificates(t)
+	t.Run("hello without end", func(t *testing.T) {
+		h := buildOnLoopback(t, secure, usual)
+		part := strings.Repeat("x", 16<<10)
+		h.knock().say("\x16\x03\x01\x40\x00" + "\x01\x00\xff\xfc" + part[4:] + "\x16\x03\x01\x40\x00" + part).wantAlert()
+		require.Contains(t, h.wantLog(zap.WarnLevel, "TLS handshake failed")["error"], "too long")
+		h.wantTurned(telemetry.OutcomeBadRequest, 1)
+	})
+	t.Run("long hello", func(t *testing.T) {
+		h := buildOnLoopback(t, secure, usual)
+		offer := trusting.Clone()
+		offer.NextProtos = append(slices.Repeat([]string{strings.Repeat("x", 200)}, 60), "http/1.1")
+		h.knockTLS(offer).say(upgrade()).wantAnswer(http.StatusSwitchingProtocols)
+	})
+	t.Run("certificates without end", func(t *testing.T) {
+		mutual := secure.Clone()
+		mutual.ClientAuth = tls.RequireAndVerifyClientCert
+		h := buildOnLoopback(t, mutual, usual)
+		offer := trusting.Clone()
+		chain := offer.Certificates[0]
+		chain.Certificate = slices.Repeat(chain.Certificate, 32<<10/len(chain.Certificate[0]))
+		offer.Certificates = []tls.Certificate{chain}
+		_ = h.knockTLS(offer).Conn.(*tls.Conn).Handshake() // its end of TLS 1.3 has all it needs before
+		require.Contains(t, h.wantLog(zap.WarnLevel, "TLS handshake failed")["error"], "too long")
+	})
+	t.Run("long chain of certificates", func(t *testing.T) {
+		mutual := secure.Clone()
+		mutual.ClientAuth = tls.RequireAndVerifyClientCert
+		h := buildOnLoopback(t, mutual, usual)
+		offer := trusting.Clone()
+		chain := offer.Certificates[0]
+		chain.Certificate = slices.Repeat(chain.Certificate, 12<<10/len(chain.Certificate[0]))
+		offer.Certificates = []tls.Certificate{chain}
+		h.knockTLS(offer).say(upgrade()).wantAnswer(http.StatusSwitchingProtocols)
+	})
+}
+
+// wantAlert wants an end, before which the door may say why in TLS's own way.
+func (v *visitor) wantAlert() {
+	v.t.Helper()
+	require.NoError(v.t, v.SetReadDeadline(time.Now().Add(time.Minute)))
+	_, err := io.Copy(io.Discard, v.in)
+	require.NoError(v.t, err)
 }
 
 func TestWhatIsLogged(t *testing.T) {
