@@ -67,7 +67,7 @@ func (s *downstreamServer) prepare(ctx context.Context, host component.Host, set
 	connections := cmp.Or(agents.MaxConnections, door.DefaultConnections())
 	limits := door.Limits{
 		Headers: agents.MaxRequestHeaders, HeaderSize: agents.MaxRequestHeaderSize,
-		Connections: connections, Strangers: min(maxStrangers, connections), // so no address takes all of these
+		Connections: connections, Strangers: maxStrangers,
 		Timeout: cmp.Or(cfg.ReadHeaderTimeout, requestTimeout),
 	}
 	var origins []string
