@@ -144,8 +144,8 @@ func (a *agent) read(s *agentSocket) {
 			a.book.find("corrupted", s.epoch, time.Now(), "%s cannot read a frame of %d bytes", s.epoch, len(frame))
 			continue
 		}
-		if m.GetErrorResponse() != nil {
-			a.book.find("corrupted", s.epoch, time.Now(), "%s was told: %s", s.epoch, m.GetErrorResponse())
+		if failure := m.GetErrorResponse(); failure != nil {
+			a.book.turnedDown(s.epoch, failure)
 		}
 		if custom := m.GetCustomMessage(); custom != nil {
 			said, err := readStamp(custom.GetData())

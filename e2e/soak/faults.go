@@ -398,15 +398,18 @@ func (in *injector) clone() *event {
 		return nil
 	}
 	d := in.between(time.Second, 5*time.Second)
-	// At the same gateway, where both show the same credentials: one that has the agents of another
-	// gateway only by that one's word takes an agent that comes to it directly for a thief.
-	c := startAgent(in.soak.book, in.soak.book.addActor(a.member, true), a.gateway, a.gateway.address)
+	// An agent of the upper gateway is turned down there while its clone is one of the lower gateway's.
+	g, where := a.gateway, "at the same gateway"
+	if in.rand.IntN(3) == 0 {
+		g, where = in.gateway(), "somewhere"
+	}
+	c := startAgent(in.soak.book, in.soak.book.addActor(a.member, true), g, g.address)
 	in.later(d, func() {
 		c.goAway()
 		c.kill(0)
 		<-c.done
 	})
-	return in.about(a, "for %s", d.Round(time.Millisecond))
+	return in.about(a, "%s, for %s", where, d.Round(time.Millisecond))
 }
 
 func (in *injector) rename() *event {

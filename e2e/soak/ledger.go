@@ -3,10 +3,12 @@ package main
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/open-telemetry/opamp-go/protobufs"
 )
 
 // ledger is the book of all that was said and heard. Its rules are in verdict.go.
@@ -64,7 +66,8 @@ type epoch struct {
 	ups      []up              // what it said, by number - 1
 	askings  [maxHops][]asking // by hop, in the order in which they were written
 	segments []*segment
-	lastDown uint32 // the last that was heard of what is for this connection
+	lastDown uint32      // the last that was heard of what is for this connection
+	denials  []time.Time // when it was told that its UID is another's
 }
 
 // maxHops is how many gateways stand between an agent and the server at most.
@@ -406,6 +409,31 @@ func (l *ledger) heard(e *epoch, s stamp, uid []byte) {
 func (e *epoch) movedBelow(since time.Time) bool {
 	n := len(e.askings[0])
 	return e.gateway.above != nil && n > 0 && e.askings[0][n-1].at.After(since)
+}
+
+// turnedDown takes what a gateway told an agent of a message that it does not relay. It may do that
+// while it knows of another that speaks under the same UID, and came with other credentials.
+func (l *ledger) turnedDown(e *epoch, failure *protobufs.ServerErrorResponse) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := time.Now()
+	if !strings.Contains(failure.GetErrorMessage(), "in use by another agent") || !l.hasRivalLocked(e, now) {
+		l.findLocked("corrupted", e, now, "%s was told: %s", e, failure)
+		return
+	}
+	l.counts["turned down, of an agent or its clone"]++
+	e.denials = append(e.denials, now)
+}
+
+// hasRivalLocked reports whether another program speaks as the same member below the gateway of e, or
+// did so not long ago. That gateway has it by the word of the one below only, so that to it the two do not
+// have the same credentials.
+func (l *ledger) hasRivalLocked(e *epoch, now time.Time) bool {
+	return slices.ContainsFunc(l.actors, func(other *actor) bool {
+		return other.member == e.actor.member && other != e.actor && slices.ContainsFunc(other.epochs, func(o *epoch) bool {
+			return o.gateway.above == e.gateway && !o.opened.IsZero() && (o.ended.IsZero() || now.Sub(o.ended) < deniedAfter)
+		})
+	})
 }
 
 func (m *member) has(uid uuid.UUID) bool {

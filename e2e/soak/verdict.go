@@ -40,6 +40,11 @@ const unread = 3 * time.Second
 // settling is how long an agent that the server was asked about anew is on its way to that link.
 const settling = 2 * time.Second
 
+// denied is how soon an agent has been told that its message is turned down: the gateway first asks
+// whoever has its UID for a sign of life. It does so every 30 s, so that an agent may be turned down for
+// deniedAfter the other has ended, if the news of that was lost.
+const denied, deniedAfter = 10 * time.Second, 40 * time.Second
+
 // judge goes through the book at the end of the run, when nothing is on its way any more.
 //
 // The lines see what a gateway writes, and know how each link ended. So what an agent said and the
@@ -50,6 +55,7 @@ const settling = 2 * time.Second
 //   - What was not written may be lost in the last moment before a link was cut; only then nobody
 //     knows what a gateway had written there. Otherwise the gateway had it and has to write it to
 //     another link, as long as the agent stays.
+//   - What was turned down, as the agent was told, was not written by the gateway that did so.
 //   - When the agent's own connection ended other than by a goodbye, or its gateway was ended, the
 //     last of that connection may be lost.
 //
@@ -79,12 +85,17 @@ func (l *ledger) judgeUpLocked(e *epoch) {
 	for last > 0 && e.ups[last-1].heard == nil && e.ups[last-1].written[0] == nil {
 		last--
 	}
+	denials := e.denials
 	wrong, from := "", 0
 	for i := range e.ups {
 		is := ""
 		if e.ups[i].heard == nil {
 			var excuse string
-			if excuse, is = l.whyLostLocked(e, i, last); is == "" {
+			excuse, is = l.whyLostLocked(e, i, last)
+			if is != "" && e.ups[i].wasTurnedDown(&denials) {
+				excuse, is = "turned down, of an agent or its clone", ""
+			}
+			if is == "" {
 				l.counts["lost up, "+excuse]++
 				l.excused = append(l.excused, excusedLoss{e, i, excuse})
 			}
@@ -95,6 +106,23 @@ func (l *ledger) judgeUpLocked(e *epoch) {
 		}
 	}
 	l.lostUpLocked(e, from, len(e.ups), wrong)
+}
+
+// wasTurnedDown reports whether u may be what one of the denials was about, which come in the order of
+// what was said; that is then used up.
+func (u *up) wasTurnedDown(denials *[]time.Time) bool {
+	for u.written[0] == nil && len(*denials) > 0 {
+		switch told := (*denials)[0]; {
+		case told.Before(u.said): // it was about what was lost in any case
+			*denials = (*denials)[1:]
+		case told.Sub(u.said) < denied:
+			*denials = (*denials)[1:]
+			return true
+		default:
+			return false
+		}
+	}
+	return false
 }
 
 func (l *ledger) lostUpLocked(e *epoch, from, to int, wrong string) {

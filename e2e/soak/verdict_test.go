@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/open-telemetry/opamp-go/protobufs"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -133,5 +134,76 @@ func TestLostUp(t *testing.T) {
 		tr.says(nil, false)
 		tr.close(tr.epoch, "killed", true, false)
 		tr.want(0, map[string]int{"lost up, with an agent's connection": 1})
+	})
+}
+
+// rival has another program speak as the trial's agent, by a gateway below that of the agent, or, if not
+// below, by the same.
+func (tr *trial) rival(below bool) *epoch {
+	tr.t.Helper()
+	g := tr.gateway
+	if below {
+		g = &gateway{name: "lower", above: tr.gateway}
+	}
+	e := tr.open(tr.addActor(tr.epoch.actor.member, true), g)
+	tr.letIn(e)
+	return e
+}
+
+func TestTurnedDown(t *testing.T) {
+	inUse := &protobufs.ServerErrorResponse{ErrorMessage: "opampgateway: this instance UID is in use by another agent"}
+	const counted, lost = "turned down, of an agent or its clone", "lost up, turned down, of an agent or its clone"
+	t.Run("while another speaks as the agent, below", func(t *testing.T) {
+		tr := newTrial(t)
+		w := tr.link()
+		tr.rival(true)
+		tr.says(nil, false)
+		tr.turnedDown(tr.epoch, inUse)
+		tr.says(w, true)
+		tr.want(0, map[string]int{counted: 1, lost: 1})
+	})
+	t.Run("once, and two are lost", func(t *testing.T) {
+		tr := newTrial(t)
+		w := tr.link()
+		tr.rival(true)
+		tr.says(nil, false)
+		tr.says(nil, false)
+		tr.turnedDown(tr.epoch, inUse)
+		tr.says(w, true)
+		tr.want(1, map[string]int{counted: 1, lost: 1})
+	})
+	t.Run("before what is lost", func(t *testing.T) {
+		tr := newTrial(t)
+		w := tr.link()
+		tr.rival(true)
+		tr.turnedDown(tr.epoch, inUse)
+		tr.says(nil, false)
+		tr.says(w, true)
+		tr.want(1, map[string]int{counted: 1})
+	})
+	t.Run("what was written, and the link lives", func(t *testing.T) {
+		tr := newTrial(t)
+		tr.rival(true)
+		tr.says(tr.link(), false)
+		tr.turnedDown(tr.epoch, inUse)
+		tr.want(1, map[string]int{counted: 1})
+	})
+	t.Run("while another with the same credentials speaks as the agent", func(t *testing.T) {
+		tr := newTrial(t)
+		tr.rival(false)
+		tr.turnedDown(tr.epoch, inUse)
+		tr.want(1, map[string]int{})
+	})
+	t.Run("long after the other has left", func(t *testing.T) {
+		tr := newTrial(t)
+		tr.rival(true).ended = time.Now().Add(-deniedAfter)
+		tr.turnedDown(tr.epoch, inUse)
+		tr.want(1, map[string]int{})
+	})
+	t.Run("for another reason", func(t *testing.T) {
+		tr := newTrial(t)
+		tr.rival(true)
+		tr.turnedDown(tr.epoch, &protobufs.ServerErrorResponse{ErrorMessage: "opampgateway: no"})
+		tr.want(1, map[string]int{})
 	})
 }
