@@ -163,7 +163,9 @@ func (d *Door) meet(conn net.Conn) *stranger {
 		door: d, address: fair.Address(conn.RemoteAddr()), pool: d.strangers, due: time.Now().Add(d.patience),
 		head: head{maxLines: d.limits.Headers, maxSize: d.limits.HeaderSize},
 	}
-	if d.open.Add(1) > int64(d.limits.Connections) {
+	// Strangers of one address leave places to others, though a balancer may hide a whole fleet behind it.
+	free := d.limits.Connections - int(d.open.Add(1))
+	if free < 0 || d.strangers.Held(s.address) > strangersPerFree*free {
 		s.excess = tooManyConnections
 	} else if !d.strangers.Take(s.address, 1) {
 		s.excess = tooManyStrangers
@@ -189,6 +191,10 @@ func (d *Door) meet(conn net.Conn) *stranger {
 	}
 	return s
 }
+
+// strangersPerFree is how many strangers of one address there may be for each connection that is still
+// free: alone it gets eight of nine.
+const strangersPerFree = 8
 
 const (
 	tooManyConnections = "as many connections are open as agents::max_connections allows"

@@ -716,6 +716,34 @@ func TestTooManyStrangers(t *testing.T) {
 	}
 }
 
+// TestStrangersLeaveConnectionsToOthers has one address take all the connections that it can get.
+func TestStrangersLeaveConnectionsToOthers(t *testing.T) {
+	limits := usual
+	limits.Connections, limits.Strangers = 90, 1000
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	h := build(t, l, nil, limits)
+	goOn := h.hold()
+	var waiting []*visitor
+	for range 80 { // mallory's
+		waiting = append(waiting, h.knock().say(upgrade()))
+	}
+	require.Eventually(t, func() bool { return h.begun.Load() == 80 }, 10*time.Second, time.Millisecond)
+	h.knock().say(upgrade()).wantRefused(http.StatusServiceUnavailable)
+
+	alice, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}).Dial("tcp", l.Addr().String())
+	if err == nil { // not everywhere
+		defer alice.Close()
+		v := &visitor{alice, t, bufio.NewReader(alice)}
+		waiting = append(waiting, v.say(upgrade()))
+		require.Eventually(t, func() bool { return h.begun.Load() == 81 }, 10*time.Second, time.Millisecond)
+	}
+	goOn()
+	for _, v := range waiting {
+		v.wantAnswer(http.StatusSwitchingProtocols)
+	}
+}
+
 // TestPlaces has connections come and go in every way at once.
 func TestPlaces(t *testing.T) {
 	limits := usual

@@ -85,6 +85,13 @@ func (p *ByAddress) Give(address netip.Prefix, n int) {
 	}
 }
 
+// Held returns how many an address holds now.
+func (p *ByAddress) Held(address netip.Prefix) int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.held[address]
+}
+
 // Taken returns how many are taken now.
 func (p *ByAddress) Taken() int {
 	p.mu.Lock()

@@ -30,6 +30,8 @@ func TestOneAloneGetsMost(t *testing.T) {
 		got++
 	}
 	require.Equal(t, 80, got)
+	require.Equal(t, 80, pool.Held(mallory))
+	require.Zero(t, pool.Held(fair.AddressOf("10.0.0.2:1")))
 	require.False(t, pool.Take(fair.AddressOf("10.0.0.2:1"), 21), "more than is free")
 	require.True(t, pool.Take(fair.AddressOf("10.0.0.2:1"), 20))
 }
