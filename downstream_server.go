@@ -252,7 +252,6 @@ type agentConn struct {
 	bad    int32          // unreadable messages in a row
 	claim  *claim         // to uid; nil when it has to be made
 	memory *memory.Reader // of the message being read
-	denied *denial        // what it was last told not to say; nil for mostly nothing
 
 	// Shared.
 	link      atomic.Pointer[link]         // where its messages go; ended, or nil, while it has none
@@ -269,12 +268,6 @@ type agentConn struct {
 	attached *link         // in whose agents it is
 	homeless chan struct{} // while its reader waits for a link: closed when there is one, or never will be
 	gone     []*claim      // when it has ended without a home: whom to say goodbye for
-}
-
-// denial is that an agent may not speak under a UID for a while, since another does.
-type denial struct {
-	uid   wire.UID
-	until int64 // of the monotonic clock
 }
 
 // start turns a into a connected agent, which can be found and written to, and reads from it.
@@ -374,8 +367,7 @@ func (a *agentConn) speakAs(f *wire.Fields) (telemetry.Reason, error) {
 	s, format := a.server, wire.FormatOf(f, uid)
 	c, other, err := s.router.claim(a, uid, format)
 	for err == nil && other != nil && !other.same {
-		if a.isDenied(uid) || a.challenge(other.claim) {
-			a.deny(uid, other.agent)
+		if a.challenge(other.claim) {
 			return telemetry.ReasonUIDTaken, errUIDTaken
 		}
 		c, other, err = s.router.takeOver(a, uid, format, other)
@@ -406,19 +398,31 @@ func (a *agentConn) speaks() {
 
 var errUIDTaken = errors.New("this instance UID is in use by another agent, which came with other credentials")
 
-// challenge asks the agent of c for a sign of life, and reports whether it has given one in time. One
-// that we do not read just now is given the benefit of the doubt. Of an agent behind a gateway, a pong
-// of that says nothing: it is asked for its state, but not again and again.
+// challenge reports whether the agent of c is there: it has given a sign of life lately, or gives one
+// when it is asked. However many speak under its UID, it is not asked again and again.
 func (a *agentConn) challenge(c *claim) bool {
+	if answered := c.answered.Load(); answered != 0 && monotonic.Since(answered) < denialTime {
+		return true
+	}
+	if !a.ask(c) {
+		return false
+	}
+	c.answered.Store(monotonic.Now())
+	a.server.events.Warn("agent speaks under the instance UID of another one, with other credentials, while that is connected; its messages are not relayed",
+		zap.Stringer("agent", c.route.uid), telemetry.Peer("client", a.remote), telemetry.Peer("other", c.agent.remote))
+	return true
+}
+
+// ask asks the agent of c for a sign of life, and reports whether it has given one in time. One that
+// we do not read just now is given the benefit of the doubt. Of an agent behind a gateway, a pong
+// of that says nothing: it is asked for its state.
+func (a *agentConn) ask(c *claim) bool {
 	other := c.agent
 	if other.Paused() {
 		return true
 	}
 	var sign <-chan struct{}
 	if other.gateway {
-		if answered := c.answered.Load(); answered != 0 && monotonic.Since(answered) < denialTime {
-			return true
-		}
 		var isNew bool
 		if sign, isNew = c.await(); isNew {
 			other.sendOwn(c.format.ReportFullState(c.route.uid))
@@ -437,19 +441,6 @@ func (a *agentConn) challenge(c *claim) bool {
 	case <-ctx.Done():
 		return a.server.ctx.Err() != nil
 	}
-}
-
-func (a *agentConn) isDenied(uid wire.UID) bool {
-	return a.denied != nil && a.denied.uid == uid && monotonic.Now() < a.denied.until
-}
-
-func (a *agentConn) deny(uid wire.UID, other *agentConn) {
-	if a.isDenied(uid) {
-		return
-	}
-	a.denied = &denial{uid: uid, until: monotonic.Now() + int64(denialTime)}
-	a.server.events.Warn("agent speaks under the instance UID of another one, with other credentials, while that is connected; its messages are not relayed",
-		zap.Stringer("agent", uid), telemetry.Peer("client", a.remote), telemetry.Peer("other", other.remote))
 }
 
 // send puts e in the outbox of the agent's link, waiting its turn when that is full, and

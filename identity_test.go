@@ -79,14 +79,19 @@ func TestStolenUID(t *testing.T) {
 func TestOwnerIsAskedSeldom(t *testing.T) {
 	play(t, func(t *testing.T, s *stage) {
 		alice := s.introduce("alice", "Authorization", "alice's")
-		mallory := s.impostor(alice)
+		bob := s.introduce("bob", "Authorization", "bob's")
+		mallory, eve := s.impostor(alice), s.impostor(alice)
 		mallory.Say(1)
 		wantBadRequest(t, mallory, alice.UID)
 		alice.BlackHole() // from now on, whoever asks her waits
 		for range 29 {
 			begin := time.Now()
-			mallory.Say(1)
-			wantBadRequest(t, mallory, alice.UID)
+			for _, thief := range []*gatewaytest.Agent{mallory, eve} { // whoever it is, and whatever it says in between
+				thief.Send(gatewaytest.Status(bob.UID, 1))
+				wantBadRequest(t, thief, bob.UID)
+				thief.Say(1)
+				wantBadRequest(t, thief, alice.UID)
+			}
 			require.Zero(t, time.Since(begin), "she was asked again")
 			time.Sleep(time.Second)
 		}

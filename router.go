@@ -69,7 +69,7 @@ type claim struct {
 
 	// Shared.
 	awaited  atomic.Pointer[chan struct{}] // closed when the agent speaks here; nil while nobody waits for that
-	answered atomic.Int64                  // when it last did so, of the monotonic clock; 0 for never
+	answered atomic.Int64                  // when it last gave a sign of life because of another, of the monotonic clock; 0 for never
 
 	// Guarded by router.mu.
 	index        int    // of this in agent.claims; dropped when it is not there any more
@@ -374,7 +374,6 @@ func (c *claim) speaks(sequence uint64) {
 		return
 	}
 	if awaited := c.awaited.Swap(nil); awaited != nil {
-		c.answered.Store(monotonic.Now())
 		close(*awaited)
 	}
 }
