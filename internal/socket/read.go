@@ -326,7 +326,9 @@ func (s *Socket) control() error {
 	}
 	switch s.frame.opcode {
 	case ping:
-		s.pong(payload)
+		s.memory.Pinged(payload)
+	case pong:
+		s.memory.Ponged(payload)
 	case closing:
 		closed := &websocket.CloseError{Code: websocket.CloseNoStatusReceived}
 		if len(payload) == 1 {

@@ -59,7 +59,7 @@ var batchPool = sync.Pool{New: func() any { b := make([]byte, 0, batchSize); ret
 
 // Memory counts what a socket's reader holds: the message that it is reading, or has read last.
 // Messages up to memory.UncountedMessage are not counted.
-type Memory interface {
+type Owner interface {
 	// Piece returns, and counts, memory of a size that memory.PieceSize returns, on the way to a
 	// message of at least as many bytes as the second says. It may wait until there is some; an
 	// error ends the reading.
@@ -70,6 +70,10 @@ type Memory interface {
 	Return(piece []byte)
 	// Release counts n bytes of a piece no longer, which is somebody else's now.
 	Release(n int)
+	// Pinged is told of each ping of the peer, to queue the answer. It must not wait.
+	Pinged(payload []byte)
+	// Ponged is told of each pong of the peer. It must not wait, nor keep the payload.
+	Ponged(payload []byte)
 }
 
 // Socket is one WebSocket.
@@ -80,8 +84,7 @@ type Socket struct {
 	client       bool     // masks what it writes (RFC 6455, section 5.3)
 	limit        int      // of one message read, in bytes
 	writeTimeout time.Duration
-	memory       Memory
-	pong         func(payload []byte)
+	memory       Owner
 
 	// Owned by the reader.
 	in       Input
@@ -112,7 +115,7 @@ type Socket struct {
 // already. Messages above limit bytes are not read; a write that makes no progress for
 // writeTimeout fails. What is read is counted in mem. pong is called by the reader for each ping of
 // the peer, to queue the answer; it must not wait.
-func New(conn net.Conn, in Input, client bool, limit int, writeTimeout time.Duration, mem Memory, pong func(payload []byte)) *Socket {
+func New(conn net.Conn, in Input, client bool, limit int, writeTimeout time.Duration, mem Owner) *Socket {
 	below, ok := conn.(*Conn)
 	if !ok {
 		below = conn.(interface{ NetConn() net.Conn }).NetConn().(*Conn)
@@ -120,7 +123,7 @@ func New(conn net.Conn, in Input, client bool, limit int, writeTimeout time.Dura
 	below.keep()
 	return &Socket{
 		conn: conn, below: below, in: in, client: client,
-		limit: limit, writeTimeout: writeTimeout, memory: mem, pong: pong,
+		limit: limit, writeTimeout: writeTimeout, memory: mem,
 	}
 }
 
