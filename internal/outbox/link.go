@@ -67,6 +67,7 @@ type Link[S any] struct {
 	window   *window.Window
 	sent     ring[Sent[S]] // what was taken to be written, and is not acknowledged
 	lastPing uint64        // its number
+	wakeAt   int64         // when the timer goes off; math.MaxInt64 for not
 	again    int64         // when to see again whether something may be on trial; math.MaxInt64 for not
 	trial    uint64        // the place in sent of what is on trial, from 1; 0 for nothing
 	before   uint64        // the number of the ping before it
@@ -86,16 +87,25 @@ type Link[S any] struct {
 // but for what is alwaysFits; what it holds is counted in account. Its end is an Abort.
 func NewLink[S any](socket Socket[S], limit int, account *memory.Account, trials *Trials) *Link[S] {
 	o := &Link[S]{
-		socket: socket, limit: limit, account: account, trials: trials, window: window.New(monotonic.Now()), again: math.MaxInt64, stays: true,
+		socket: socket, limit: limit, account: account, trials: trials, window: window.New(monotonic.Now()), again: math.MaxInt64, wakeAt: math.MaxInt64, stays: true,
 	}
 	o.changed.L = &o.mu
 	o.controls = o.pingLocked(nil) // before anything else: it shows the link's own round trip
-	o.wake = time.AfterFunc(time.Hour, o.signal)
+	o.wake = time.AfterFunc(time.Hour, o.awake)
 	o.wake.Stop()
 	go o.write()
 	return o
 }
 
+// awake is what the timer does.
+func (o *Link[S]) awake() {
+	o.mu.Lock()
+	o.wakeAt = math.MaxInt64
+	o.mu.Unlock()
+	o.signal()
+}
+
+// signal has the writer, and others who wait, look again.
 func (o *Link[S]) signal() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -429,8 +439,8 @@ func (o *Link[S]) next(batch []Entry[S]) []Entry[S] {
 	if batch = batch[:0]; cap(batch) > keptEntries {
 		batch = nil
 	}
-	for gathered := false; ; gathered = true {
-		if o.lines.waiting > 0 && o.size < batchSize && !o.held && !gathered {
+	for {
+		if o.lines.waiting > 0 && o.size < batchSize {
 			// Those who are about to bring something do so first: it is all written in one call.
 			o.mu.Unlock()
 			runtime.Gosched()
@@ -454,14 +464,15 @@ func (o *Link[S]) waitLocked() {
 	if o.idle {
 		o.changed.Broadcast() // for Drain
 	}
-	if at := min(o.window.Next(), o.again); at < math.MaxInt64 {
+	// A timer that goes off too early is set anew then: that is cheaper than each time.
+	if at := min(o.window.Next(), o.again); at < o.wakeAt {
+		o.wakeAt = at
 		o.wake.Reset(time.Duration(max(0, at-monotonic.Now())))
 	}
 	o.parked = true
 	for o.parked {
 		o.changed.Wait()
 	}
-	o.held = false
 }
 
 // gatherLocked appends to batch what is to be written now.
@@ -469,6 +480,7 @@ func (o *Link[S]) gatherLocked(batch []Entry[S]) []Entry[S] {
 	if o.replies {
 		return o.lastLocked(batch)
 	}
+	o.held = false
 	o.window.PingDue(monotonic.Now()) // which notices what time has changed
 	if o.window.Blind() {
 		o.trial = 0
