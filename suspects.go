@@ -83,6 +83,15 @@ func (p *upstreamPool) findCulprit(l *link, err error) {
 	p.turnDown(c, errSuspect)
 }
 
+// release asks those for their full state that are turned down no longer, and may have been by mistake.
+func (p *upstreamPool) release() {
+	for _, uid := range p.suspicion.Sweep() {
+		if c := p.router.find(uid.Bytes()); c != nil {
+			c.agent.sendOwn(c.format.ReportFullState(uid))
+		}
+	}
+}
+
 // closeCode returns the code with which the server has closed a link, 0 if it said none.
 func closeCode(err error) int {
 	if closed, ok := errors.AsType[*websocket.CloseError](err); ok {

@@ -564,7 +564,7 @@ func (p *upstreamPool) sweep(limits sweepLimits) {
 		l.put(send)
 		l.conclude(expired, context.DeadlineExceeded)
 	}
-	p.suspicion.Sweep()
+	p.release()
 	p.router.forgetFarewells()
 }
 

@@ -30,9 +30,10 @@ const (
 	// suspectFor is for how long somebody is a suspect at most; and how long after another end of a link for
 	// no reason that was told it counts as the second.
 	suspectFor = time.Minute
-	// namedFor is for how long an agent is turned down when it is named first, and maxNamedFor at most; it doubles each
-	// time. Afterwards it stays a suspect for as long again.
-	namedFor, maxNamedFor = 10 * time.Minute, time.Hour
+	// namedFor is for how long an agent is turned down that is named for the first time, when the server has said that it
+	// was for a message; otherwise unsureFor, since something else may just then have ended the link. It doubles each
+	// time, up to maxNamedFor. Afterwards the agent stays a suspect for as long again.
+	namedFor, unsureFor, maxNamedFor = 10 * time.Minute, 2 * time.Minute, time.Hour
 	// limitFor is how long the server's limit is heeded. Servers may be configured anew.
 	limitFor = time.Hour
 	// maxAgents bounds how many agents are remembered of each kind.
@@ -91,6 +92,7 @@ type name struct {
 	until    time.Time // it is turned down
 	remember time.Time // until then the next time is longer
 	lasts    time.Duration
+	unsure   bool // and not released yet
 }
 
 // NewBook returns a book in which nobody is suspected.
@@ -163,7 +165,7 @@ func (b *Book) Ended(e End) (culprit Message, turnedDown time.Duration) {
 			b.limit.Store(min(b.limit.Load(), int64(culprit.Size)))
 			b.limited = now.Add(limitFor)
 		}
-		return culprit, b.nameLocked(culprit.UID, now)
+		return culprit, b.nameLocked(culprit.UID, accuses(e.Code), now)
 	}
 	for _, m := range e.Unacknowledged {
 		if m.UID == (wire.UID{}) {
@@ -217,20 +219,24 @@ func (b *Book) suspectLocked(uid wire.UID, size int, now time.Time) {
 	b.suspects[uid] = suspect{max(size, s.size), s.until}
 }
 
-func (b *Book) nameLocked(uid wire.UID, now time.Time) time.Duration {
-	lasts := namedFor
+func (b *Book) nameLocked(uid wire.UID, sure bool, now time.Time) time.Duration {
+	lasts := unsureFor
+	if sure {
+		lasts = namedFor
+	}
 	if n, known := b.named[uid]; known {
 		lasts = min(2*n.lasts, maxNamedFor)
 	} else if len(b.named) >= maxAgents {
 		return 0
 	}
-	b.named[uid] = name{until: now.Add(lasts), remember: now.Add(2 * lasts), lasts: lasts}
+	b.named[uid] = name{until: now.Add(lasts), remember: now.Add(2 * lasts), lasts: lasts, unsure: !sure}
 	b.suspects[uid] = suspect{math.MaxInt, now.Add(2 * lasts)}
 	return lasts
 }
 
-// Sweep forgets what is over. It is to be called now and then.
-func (b *Book) Sweep() {
+// Sweep forgets what is over. It returns who is turned down no longer and may have been named by mistake: what it
+// said in the meantime is missing. It is to be called now and then.
+func (b *Book) Sweep() (released []wire.UID) {
 	now := time.Now()
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -245,11 +251,17 @@ func (b *Book) Sweep() {
 		}
 	}
 	for uid, n := range b.named {
+		if n.unsure && !now.Before(n.until) {
+			n.unsure = false
+			b.named[uid] = n
+			released = append(released, uid)
+		}
 		if !now.Before(n.remember) {
 			delete(b.named, uid)
 		}
 	}
 	b.tidyLocked()
+	return released
 }
 
 func (b *Book) tidyLocked() { b.clean.Store(len(b.suspects) == 0 && len(b.named) == 0) }
