@@ -78,7 +78,7 @@ const (
 	// farFor is how long no round trip came near the least one, while messages waited for others.
 	farFor = int64(10 * time.Second)
 	// near is how far above the least round trip is near it.
-	near = target / 2
+	near = target / 5
 	// emptyApart is the least time between two measurements.
 	emptyApart = int64(10 * time.Second)
 	// emptyFor is how long the window is closed for one at most.
@@ -131,10 +131,20 @@ type Window struct {
 	base     int64  // the link's own round trip: the least seen
 	held     held   // since the last change
 	changed  uint64 // pings below this number went before the last change, and tell nothing of it
+	round    round
 	floored  int    // how many times in a row a smaller window was wanted than there is
 	nearAt   int64  // when a round trip came near base
 	pongAt   int64  // the last pong
 	emptying emptying
+}
+
+// round is the pongs that are judged together: where the path is long, those that come within its round trip,
+// by the one that took least. A queue delays all of them, and a path that is sometimes slow only some.
+type round struct {
+	on    bool
+	until int64
+	wait  int64
+	onWay sent
 }
 
 // emptying is a measurement of the link's own round trip: the window is closed until nothing is on its way,
@@ -223,8 +233,11 @@ func (w *Window) pingAt() int64 {
 	case outstanding >= remembered:
 		return never // one of them is answered, or the server is given up
 	case since > 0 && outstanding < maxOutstanding:
-		if w.emptying.on || w.enough(outstanding) {
+		switch {
+		case w.emptying.on:
 			return w.lastAt + pingApart
+		case w.enough():
+			return w.lastAt + w.apart()
 		}
 		return w.lastAt + pingIdle
 	case w.sent.messages == w.read.messages && w.spoke && !w.emptying.on:
@@ -236,15 +249,30 @@ func (w *Window) pingAt() int64 {
 	}
 }
 
-// enough reports whether a quarter of the window was sent since the last ping; half of it, if that was
-// answered already: the answer to the next will be here before the window is used up.
-func (w *Window) enough(outstanding uint64) bool {
-	parts := uint64(4)
-	if outstanding == 0 {
-		parts = 2
+// apart returns the least time between two pings. On a long round trip there is none: a window that is written
+// at once has to be acknowledged in parts, or it is written at once again, one round trip later, and the server
+// has nothing to do in between. Neither is there one before the window was judged: all of the first may be
+// written at once, too, and to a slow server it is much.
+func (w *Window) apart() int64 {
+	if w.changed == 0 || w.base >= longRoundTrip {
+		return 0
 	}
-	return (w.sent.messages-w.lastSent.messages)*parts >= w.size.messages ||
-		(w.sent.bytes-w.lastSent.bytes)*parts >= w.size.bytes
+	return pingApart
+}
+
+// enough reports whether so much was sent that a ping follows soon.
+func (w *Window) enough() bool { return w.enoughMessages() || w.enoughBytes() }
+
+// enoughMessages reports whether a quarter of the window was sent since the last ping. As long as less than
+// half of it is on its way, the answer will be here before the window is used up.
+func (w *Window) enoughMessages() bool {
+	return (w.sent.messages-w.lastSent.messages)*4 >= w.size.messages &&
+		(w.sent.messages-w.read.messages)*2 >= w.size.messages
+}
+
+// enoughBytes is enoughMessages for bytes.
+func (w *Window) enoughBytes() bool {
+	return (w.sent.bytes-w.lastSent.bytes)*4 >= w.size.bytes && (w.sent.bytes-w.read.bytes)*2 >= w.size.bytes
 }
 
 // turnAt returns when the window changes by time alone.
@@ -274,13 +302,10 @@ func (w *Window) turn(now int64) {
 // Ping notes a ping that goes out now, behind all that was Sent, and returns its number, which is its payload.
 func (w *Window) Ping(now int64) (number uint64) {
 	since := w.sent.messages - w.lastSent.messages
-	if w.next > 1 && w.next-1 == w.answered && since > 0 && now-w.lastAt < pingEnough && w.enough(0) && !w.emptying.on {
-		// The window does not hold up the writer, but pings follow one another for nothing.
-		if since*2 >= w.size.messages {
-			w.held.messages = true
-		} else {
-			w.held.bytes = true
-		}
+	if now-w.lastAt < pingEnough && w.next > 1 && !w.emptying.on {
+		// The window may hold nobody up, but pings follow one another for nothing.
+		w.held.messages = w.held.messages || w.enoughMessages()
+		w.held.bytes = w.held.bytes || w.enoughBytes()
 	}
 	switch {
 	case !w.spoke:
@@ -333,50 +358,90 @@ func (w *Window) Pong(number uint64, now int64, waiting bool) (acknowledged uint
 	case w.emptying.on:
 		w.alone(number, p, took, now)
 	default:
-		w.adjust(number, p, took-w.base, waiting)
+		w.adjust(number, p, took-w.base, now, waiting)
 		w.doubt(took-w.base, now)
 	}
+	if trace != nil { trace(w, number, now, took) }
 	return w.read.messages, time.Duration(took), true
 }
 
 // change begins to judge a new size of the window.
 func (w *Window) change() {
 	w.changed = w.next
+	w.round = round{}
 	w.held = held{}
 	w.floored = 0
 }
 
 // adjust makes the window what would have kept the wait of a ping at the target. wait is what it was.
-func (w *Window) adjust(number uint64, p *ping, wait int64, waiting bool) {
+func (w *Window) adjust(number uint64, p *ping, wait, now int64, waiting bool) {
 	if number < w.changed {
 		return
 	}
-	wait = max(wait, 1)
-	switch {
-	case wait > high && waiting:
-		floored := 0
-		if w.size == (sent{floorMessages, floorBytes}) {
-			floored = w.floored + 1
-		}
-		f := max(float64(target)/float64(wait), 0.5)
-		w.size.messages = max(uint64(float64(min(w.size.messages, p.onWay.messages))*f), floorMessages)
-		w.size.bytes = max(uint64(float64(min(w.size.bytes, p.onWay.bytes))*f), floorBytes)
-		w.change()
-		w.floored = floored
-	case wait < low && w.held != held{}:
-		f := min(float64(target)/float64(wait), 2)
-		if w.held.messages {
-			top := uint64(ceilMessages)
-			if w.base >= longRoundTrip {
-				top = ceilMessagesLong
-			}
-			w.size.messages = max(min(uint64(float64(w.size.messages)*f), top), floorMessages)
-		}
-		if w.held.bytes {
-			w.size.bytes = min(uint64(float64(w.size.bytes)*f), ceilBytes)
-		}
-		w.change()
+	if wait < low && w.held != (held{}) && w.grow(p.onWay, max(wait, 1)) {
+		return
 	}
+	if !w.round.on {
+		w.round = round{on: true, until: now, wait: never}
+		if w.base >= longRoundTrip {
+			w.round.until = now + w.base
+		}
+	}
+	if wait < w.round.wait {
+		w.round.wait, w.round.onWay = wait, p.onWay
+	}
+	if now < w.round.until {
+		return
+	}
+	if w.round.wait > high && waiting {
+		w.shrink()
+		return
+	}
+	w.round = round{}
+}
+
+// shrink takes what was on its way down to what would have waited for the target.
+func (w *Window) shrink() {
+	floored := 0
+	if w.size == (sent{floorMessages, floorBytes}) {
+		floored = w.floored + 1
+	}
+	f := max(float64(w.base+target)/float64(w.base+w.round.wait), 0.5)
+	w.size.messages = max(uint64(float64(min(w.size.messages, w.round.onWay.messages))*f), floorMessages)
+	w.size.bytes = max(uint64(float64(min(w.size.bytes, w.round.onWay.bytes))*f), floorBytes)
+	w.change()
+	w.floored = floored
+}
+
+// grow makes the dimensions larger that held the writer up, to what would have waited for the target, and
+// twice at most. It reports whether it did: of a ping with little before it a short wait says little.
+func (w *Window) grow(onWay sent, wait int64) bool {
+	f := float64(w.base+target) / float64(w.base+wait)
+	if wait < target/4 {
+		f = float64(target) / float64(wait) // nothing waits yet: what was on its way was on the path
+	}
+	size := w.size
+	if w.held.messages {
+		top := uint64(ceilMessages)
+		if w.base >= longRoundTrip {
+			top = ceilMessagesLong
+		}
+		size.messages = grown(size.messages, onWay.messages, f, top)
+	}
+	if w.held.bytes {
+		size.bytes = grown(size.bytes, onWay.bytes, f, ceilBytes)
+	}
+	if size == w.size {
+		return false
+	}
+	w.size = size
+	w.change()
+	return true
+}
+
+// grown returns one dimension of the window, not made smaller.
+func grown(size, onWay uint64, f float64, top uint64) uint64 {
+	return max(size, min(uint64(min(float64(onWay)*f, float64(2*size))), top))
 }
 
 // doubt begins to empty the link when its own round trip may have become longer: for a while none came near
@@ -386,7 +451,7 @@ func (w *Window) doubt(wait, now int64) {
 		w.nearAt = now
 		return
 	}
-	if wait <= low || now < w.emptying.after || w.floored < flooredTwice && now-w.nearAt < farFor {
+	if now < w.emptying.after || w.floored < flooredTwice && now-w.nearAt < farFor {
 		return
 	}
 	w.emptying = emptying{
@@ -406,7 +471,9 @@ func (w *Window) alone(number uint64, p *ping, took, now int64) {
 			return
 		}
 	}
-	e.due = w.sent.messages == w.read.messages
+	if e.due = w.sent.messages == w.read.messages; e.due {
+		w.again = min(max(pingApart, w.base), pingLost) // if it is lost, the link stands empty
+	}
 }
 
 // emptied ends the measurement.
