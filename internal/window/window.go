@@ -37,13 +37,9 @@ const (
 	longRoundTrip    = int64(20 * time.Millisecond)
 )
 
-// How long a message is to wait behind what is on its way, above the link's own round trip. Between low and
-// high nothing is changed.
-const (
-	target = int64(50 * time.Millisecond)
-	low    = target * 4 / 5
-	high   = target * 5 / 4
-)
+// leastTarget is how long a message is to wait behind what is on its way, above the link's own round trip: or
+// half of that, if it is more, since the round trips of a long path differ by as much, with nothing waiting.
+const leastTarget = int64(50 * time.Millisecond)
 
 // When pings go.
 const (
@@ -75,12 +71,16 @@ const (
 
 // When the link's own round trip is measured anew, by emptying the link.
 const (
-	// farFor is how long no round trip came near the least one, while messages waited for others.
+	// farFor is how long no round trip was known to be the link's own, while the window held the writer up.
 	farFor = int64(10 * time.Second)
 	// near is how far above the least round trip is near it.
-	near = target / 5
+	near = leastTarget / 5
 	// emptyApart is the least time between two measurements.
 	emptyApart = int64(10 * time.Second)
+	// emptyPart is how many times as long as one took it is to the next, but emptyRare at most: not many
+	// messages are to wait for it.
+	emptyPart = 100
+	emptyRare = int64(30 * time.Second)
 	// emptyFor is how long the window is closed for one at most.
 	emptyFor = int64(2 * time.Second)
 	// emptyPings is how many pings are tried one after the other before a longer round trip is believed: the
@@ -132,9 +132,10 @@ type Window struct {
 	held     held   // since the last change
 	changed  uint64 // pings below this number went before the last change, and tell nothing of it
 	round    round
-	floored  int    // how many times in a row a smaller window was wanted than there is
-	nearAt   int64  // when a round trip came near base
-	pongAt   int64  // the last pong
+	floored  int   // how many times in a row a smaller window was wanted than there is
+	nearAt   int64 // when base was seen with little on its way
+	heldUp   bool  // since then, by the window
+	pongAt   int64 // the last pong
 	emptying emptying
 }
 
@@ -151,6 +152,7 @@ type round struct {
 // then pings go alone.
 type emptying struct {
 	on    bool
+	begun int64
 	first uint64 // number of the first ping that may count
 	until int64
 	pings int   // that went alone and were answered
@@ -189,6 +191,7 @@ func (w *Window) holdUp(onWay uint64) {
 	if w.emptying.on {
 		return
 	}
+	w.heldUp = true
 	if onWay >= w.size.messages {
 		w.held.messages = true
 	} else {
@@ -292,6 +295,10 @@ func (w *Window) turn(now int64) {
 		return
 	}
 	w.giveUpAt = never // until the next ping
+	if w.next == 2 {
+		w.giveUpAt = now + pingLost // nobody looked when the first was to be replaced
+		return
+	}
 	if w.spoke && w.sent.messages == w.read.messages {
 		return // it owes an answer to a ping, but no message waits for it
 	}
@@ -344,10 +351,13 @@ func (w *Window) Pong(number uint64, now int64, waiting bool) (acknowledged uint
 		w.giveUpAt = now + stoppedAnswering
 	}
 	if now-w.pongAt > farFor/4 {
-		w.nearAt = now // what was before a pause tells nothing
+		w.nearAt, w.heldUp = now, false // what was before a pause tells nothing
 	}
 	w.pongAt = now
 	w.spoke = true
+	if took < w.base-near {
+		w.emptying.after = min(w.emptying.after, now+emptyApart) // the path has changed
+	}
 	w.base = min(w.base, took)
 	switch {
 	case !w.inForce:
@@ -359,9 +369,8 @@ func (w *Window) Pong(number uint64, now int64, waiting bool) (acknowledged uint
 		w.alone(number, p, took, now)
 	default:
 		w.adjust(number, p, took-w.base, now, waiting)
-		w.doubt(took-w.base, now)
+		w.doubt(p, took, now)
 	}
-	if trace != nil { trace(w, number, now, took) }
 	return w.read.messages, time.Duration(took), true
 }
 
@@ -373,12 +382,16 @@ func (w *Window) change() {
 	w.floored = 0
 }
 
+// target returns how long a message is to wait above the link's own round trip. Up to a fifth less, or a
+// quarter more, nothing is changed.
+func (w *Window) target() int64 { return max(leastTarget, w.base/2) }
+
 // adjust makes the window what would have kept the wait of a ping at the target. wait is what it was.
 func (w *Window) adjust(number uint64, p *ping, wait, now int64, waiting bool) {
 	if number < w.changed {
 		return
 	}
-	if wait < low && w.held != (held{}) && w.grow(p.onWay, max(wait, 1)) {
+	if wait < w.target()*4/5 && w.held != (held{}) && w.grow(p.onWay, max(wait, 1)) {
 		return
 	}
 	if !w.round.on {
@@ -393,7 +406,7 @@ func (w *Window) adjust(number uint64, p *ping, wait, now int64, waiting bool) {
 	if now < w.round.until {
 		return
 	}
-	if w.round.wait > high && waiting {
+	if w.round.wait > w.target()*5/4 && waiting {
 		w.shrink()
 		return
 	}
@@ -406,7 +419,7 @@ func (w *Window) shrink() {
 	if w.size == (sent{floorMessages, floorBytes}) {
 		floored = w.floored + 1
 	}
-	f := max(float64(w.base+target)/float64(w.base+w.round.wait), 0.5)
+	f := max(float64(w.base+w.target())/float64(w.base+w.round.wait), 0.5)
 	w.size.messages = max(uint64(float64(min(w.size.messages, w.round.onWay.messages))*f), floorMessages)
 	w.size.bytes = max(uint64(float64(min(w.size.bytes, w.round.onWay.bytes))*f), floorBytes)
 	w.change()
@@ -416,9 +429,9 @@ func (w *Window) shrink() {
 // grow makes the dimensions larger that held the writer up, to what would have waited for the target, and
 // twice at most. It reports whether it did: of a ping with little before it a short wait says little.
 func (w *Window) grow(onWay sent, wait int64) bool {
-	f := float64(w.base+target) / float64(w.base+wait)
-	if wait < target/4 {
-		f = float64(target) / float64(wait) // nothing waits yet: what was on its way was on the path
+	f := float64(w.base+w.target()) / float64(w.base+wait)
+	if wait < w.target()/4 {
+		f = float64(w.target()) / float64(wait) // nothing waits yet: what was on its way was on the path
 	}
 	size := w.size
 	if w.held.messages {
@@ -444,18 +457,20 @@ func grown(size, onWay uint64, f float64, top uint64) uint64 {
 	return max(size, min(uint64(min(float64(onWay)*f, float64(2*size))), top))
 }
 
-// doubt begins to empty the link when its own round trip may have become longer: for a while none came near
-// it, or the smallest window did not help.
-func (w *Window) doubt(wait, now int64) {
-	if wait <= near {
-		w.nearAt = now
+// doubt begins to empty the link when its own round trip may have become longer, or was never seen: with a
+// queue before the server that is never empty, the least seen may be that of the queue. The smallest window
+// that does not help is doubted at once.
+func (w *Window) doubt(p *ping, took, now int64) {
+	little := p.onWay.messages <= w.size.messages/8 && p.onWay.bytes <= w.size.bytes/8
+	if took <= near || took-w.base <= near && little {
+		w.nearAt, w.heldUp = now, false
 		return
 	}
-	if now < w.emptying.after || w.floored < flooredTwice && now-w.nearAt < farFor {
+	if now < w.emptying.after || w.floored < flooredTwice && (!w.heldUp || now-w.nearAt < farFor) {
 		return
 	}
 	w.emptying = emptying{
-		on: true, first: w.next, until: now + emptyFor, least: never,
+		on: true, begun: now, first: w.next, until: now + emptyFor, least: never,
 		due: w.sent.messages == w.read.messages,
 	}
 }
@@ -466,7 +481,7 @@ func (w *Window) alone(number uint64, p *ping, took, now int64) {
 	if number >= e.first && p.onWay == (sent{}) {
 		e.pings++
 		e.least = min(e.least, took)
-		if e.pings >= emptyPings || e.least-w.base <= near {
+		if e.pings >= emptyPings || e.least-w.base <= max(near, w.base/4) {
 			w.emptied(now)
 			return
 		}
@@ -481,8 +496,9 @@ func (w *Window) emptied(now int64) {
 	if w.emptying.pings > 0 {
 		w.base = w.emptying.least
 	}
-	w.emptying = emptying{after: now + emptyApart}
-	w.nearAt = now
+	rest := min(max((now-w.emptying.begun)*emptyPart, emptyApart), emptyRare)
+	w.emptying = emptying{after: now + rest}
+	w.nearAt, w.heldUp = now, false
 	w.change()
 }
 
