@@ -37,9 +37,12 @@ const (
 	longRoundTrip    = int64(20 * time.Millisecond)
 )
 
-// leastTarget is how long a message is to wait behind what is on its way, above the link's own round trip: or
-// half of that, if it is more, since the round trips of a long path differ by as much, with nothing waiting.
-const leastTarget = int64(50 * time.Millisecond)
+// How long a message is to wait behind what is on its way, above the link's own round trip: leastTarget, or half
+// of that round trip if it is more, since those of a long path differ by as much with nothing waiting.
+const (
+	leastTarget = int64(50 * time.Millisecond)
+	mostTarget  = int64(250 * time.Millisecond)
+)
 
 // When pings go.
 const (
@@ -187,6 +190,7 @@ func (w *Window) Open() bool {
 	return false
 }
 
+// holdUp notes which dimension of the window holds the writer up.
 func (w *Window) holdUp(onWay uint64) {
 	if w.emptying.on {
 		return
@@ -295,8 +299,8 @@ func (w *Window) turn(now int64) {
 		return
 	}
 	w.giveUpAt = never // until the next ping
-	if w.next == 2 {
-		w.giveUpAt = now + pingLost // nobody looked when the first was to be replaced
+	if w.next == 2 && !w.spoke {
+		w.giveUpAt = now + pingLost // nobody looked when the first ping was to be replaced
 		return
 	}
 	if w.spoke && w.sent.messages == w.read.messages {
@@ -384,7 +388,7 @@ func (w *Window) change() {
 
 // target returns how long a message is to wait above the link's own round trip. Up to a fifth less, or a
 // quarter more, nothing is changed.
-func (w *Window) target() int64 { return max(leastTarget, w.base/2) }
+func (w *Window) target() int64 { return min(max(leastTarget, w.base/2), mostTarget) }
 
 // adjust makes the window what would have kept the wait of a ping at the target. wait is what it was.
 func (w *Window) adjust(number uint64, p *ping, wait, now int64, waiting bool) {
