@@ -14,8 +14,9 @@ const maxRest = 2 * tlsChunkSize
 // waiting. Until New takes it over it is what it is made of.
 type Conn struct {
 	net.Conn
-	try  trier  // nil where every write may wait
-	wait waiter // nil where who waits to read needs a buffer
+	try    trier    // nil where every write may wait
+	gather gatherer // nil where what is written at once has to be in one place
+	wait   waiter   // nil where who waits to read needs a buffer
 
 	// mu guards what follows. TLS may write on behalf of its reader, too.
 	mu    sync.Mutex
@@ -28,6 +29,11 @@ type trier interface {
 	TryWrite(b []byte) (n int, err error)
 }
 
+// gatherer is a trier for what is in several places.
+type gatherer interface {
+	TryGather(pieces [][]byte) (n int, err error)
+}
+
 // Wrap returns conn as a Conn.
 func Wrap(conn net.Conn) *Conn {
 	try, wait := rawOf(conn)
@@ -35,7 +41,8 @@ func Wrap(conn net.Conn) *Conn {
 		try, _ = conn.(trier)
 		wait, _ = conn.(waiter)
 	}
-	return &Conn{Conn: conn, try: try, wait: wait}
+	gather, _ := try.(gatherer)
+	return &Conn{Conn: conn, try: try, gather: gather, wait: wait}
 }
 
 // Listen has the connections of l wrapped.

@@ -2,6 +2,7 @@ package socket
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"io"
 	"net"
@@ -200,6 +201,11 @@ func (c *memConn) readWhenReady(in *lazyInput) error {
 func (c *memConn) Write(b []byte) (int, error) { return c.out.write(b, true) }
 
 func (c *memConn) TryWrite(b []byte) (int, error) { return c.out.write(b, false) }
+
+// TryGather takes what is in several places as what is in one.
+func (c *memConn) TryGather(some [][]byte) (int, error) {
+	return c.out.write(bytes.Join(some, nil), false)
+}
 
 func (c *memConn) Close() error {
 	c.in.close(reading)

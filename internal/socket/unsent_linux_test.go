@@ -1,0 +1,54 @@
+package socket
+
+import (
+	"net"
+	"syscall"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// What a peer that does not read has not got, waits with us and not in the kernel, where it would take
+// megabytes.
+func TestLimitUnsent(t *testing.T) {
+	taken := func(limited bool) (n int) {
+		l, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // it does not wait
+		require.NoError(t, err)
+		defer l.Close()
+		near, err := net.Dial("tcp", l.Addr().String()) //nolint:noctx // it does not wait
+		require.NoError(t, err)
+		defer near.Close()
+		far, err := l.Accept()
+		require.NoError(t, err)
+		defer far.Close()
+		require.NoError(t, far.(*net.TCPConn).SetReadBuffer(16<<10))
+		// What is taken would grow with what the peer reads.
+		require.NoError(t, near.(*net.TCPConn).SetWriteBuffer(8<<20))
+		if limited {
+			LimitUnsent(near)
+		}
+		raw, err := near.(*net.TCPConn).SyscallConn()
+		require.NoError(t, err)
+		require.NoError(t, raw.Control(func(fd uintptr) {
+			limit, err := syscall.GetsockoptInt(int(fd), syscall.IPPROTO_TCP, notSentLowAt())
+			require.NoError(t, err)
+			require.Equal(t, limited, limit == unsentLimit, limit)
+		}))
+		conn := Wrap(near)
+		for {
+			m, err := conn.tryWrite(make([]byte, 4<<10))
+			require.NoError(t, err)
+			if n += m; m == 0 {
+				return n
+			}
+		}
+	}
+	without, with := taken(false), taken(true)
+	t.Log(without, with)
+	require.Less(t, with, without)
+
+	one, other := net.Pipe()
+	LimitUnsent(one) // does nothing
+	one.Close()
+	other.Close()
+}
