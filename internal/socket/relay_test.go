@@ -47,7 +47,7 @@ func newHop(b *testing.B, client bool) *hop {
 	conn := Wrap(near)
 	in := InputOf(conn)
 	if client {
-		in = bufio.NewReaderSize(conn, 64<<10) // as a link's
+		in = LinkInput(conn, bufio.NewReaderSize(conn, 4<<10), 64<<10)
 	}
 	h.Socket = New(conn, in, client, unlimited, writeTimeout, h.agent)
 	h.agent.Socket = h.Socket

@@ -87,7 +87,11 @@ func newFixture(tb testing.TB, client bool, limit, capacity int) *fixture {
 	}
 	f.conn.out.capacity, f.conn.in.capacity = capacity, capacity
 	f.conn.out.writes = 0
-	f.Socket = New(f.ws.NetConn(), InputOf(f.ws.NetConn()), client, limit, writeTimeout, &f.memory)
+	in := InputOf(f.ws.NetConn())
+	if client {
+		in = LinkInput(f.ws.NetConn(), bufio.NewReader(nil), 2*inputSize)
+	}
+	f.Socket = New(f.ws.NetConn(), in, client, limit, writeTimeout, &f.memory)
 	tb.Cleanup(func() {
 		f.conn.Close()
 		f.peerConn.Close()
