@@ -227,6 +227,23 @@ type memAddr struct{}
 func (memAddr) Network() string { return "memory" }
 func (memAddr) String() string  { return "memory" }
 
+// tcpPair returns the two ends of a connection of the kernel's.
+func tcpPair(tb testing.TB) (near, far *net.TCPConn) {
+	tb.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(tb, err)
+	defer l.Close()
+	one, err := net.Dial("tcp", l.Addr().String())
+	require.NoError(tb, err)
+	other, err := l.Accept()
+	require.NoError(tb, err)
+	tb.Cleanup(func() {
+		one.Close()
+		other.Close()
+	})
+	return one.(*net.TCPConn), other.(*net.TCPConn)
+}
+
 // handshake makes a WebSocket of two ends of a connection.
 func handshake(tb testing.TB, client, server net.Conn) (clientEnd, serverEnd *websocket.Conn) {
 	tb.Helper()

@@ -44,7 +44,7 @@ func newAgent(tb testing.TB, limit, capacity int) (*agent, *memory.Budget) {
 	b := memory.New(256<<20, unlimited)
 	a := &agent{fixture: newFixture(tb, false, limit, capacity)}
 	a.Reader = b.NewReader(a)
-	a.Socket.owner = a
+	a.owner = a
 	return a, b
 }
 
@@ -154,7 +154,7 @@ func TestMemoryGrowsWithWhatCame(t *testing.T) {
 					require.Greater(t, size, came, what)
 					require.LessOrEqual(t, held+size, max(largest/2*3, largest+firstPiece), what)
 				}
-				f.Socket.owner = g
+				f.owner = g
 				f.mustSend(t, sent)
 				message, err := f.Read()
 				require.NoError(t, err)

@@ -182,13 +182,15 @@ func TryBatch[S any](s *Socket, batch []outbox.Entry[S]) (written int, err error
 		}
 		if n == written {
 			// A large one waits for WriteBatch, unless it can be tried by itself.
-			if whole := false; s.gathers() {
-				if whole, err = s.tryLarge(batch[n].Frame); whole {
-					written++
-					continue
-				}
+			var whole bool
+			if s.gathers() {
+				whole, err = s.tryLarge(batch[n].Frame)
 			}
-			break
+			if !whole {
+				break
+			}
+			written++
+			continue
 		}
 		if len(*s.batch) > 0 { // not all were stale
 			_, err = s.conn.Write(*s.batch)

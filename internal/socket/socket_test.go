@@ -742,13 +742,13 @@ func TestATLSPeerThatStallsIsNoticed(t *testing.T) {
 	})
 }
 
-func selfSigned(t *testing.T) tls.Certificate {
-	t.Helper()
+func selfSigned(tb testing.TB) tls.Certificate {
+	tb.Helper()
 	public, private, err := ed25519.GenerateKey(nil)
-	require.NoError(t, err)
+	require.NoError(tb, err)
 	template := &x509.Certificate{SerialNumber: big.NewInt(1)}
 	certificate, err := x509.CreateCertificate(rand.NewChaCha8([32]byte{}), template, template, public, private)
-	require.NoError(t, err)
+	require.NoError(tb, err)
 	return tls.Certificate{Certificate: [][]byte{certificate}, PrivateKey: private}
 }
 
@@ -923,7 +923,7 @@ func readBack(t *testing.T, client bool, sent []byte) [][]byte {
 	t.Helper()
 	f := newFixture(t, !client, unlimited, 1<<30)
 	owner := &listening{}
-	f.Socket.owner = owner
+	f.owner = owner
 	f.mustSend(t, sent)
 	f.peerConn.Close()
 	for {
@@ -1180,7 +1180,7 @@ func TestTryingAllocatesNothing(t *testing.T) {
 func TestHearingPongsAllocatesNothing(t *testing.T) {
 	for _, client := range []bool{true, false} {
 		f := newFixture(t, client, unlimited, 1<<20)
-		f.Socket.owner = &deaf{}
+		f.owner = &deaf{}
 		const pongs = 1000
 		sent := appendHeader(nil, pong, smallPong, !client, [4]byte{})
 		sent = bytes.Repeat(append(sent, "12345678"...), pongs+1)

@@ -12,22 +12,14 @@ import (
 // megabytes.
 func TestLimitUnsent(t *testing.T) {
 	taken := func(limited bool) (n int) {
-		l, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // it does not wait
-		require.NoError(t, err)
-		defer l.Close()
-		near, err := net.Dial("tcp", l.Addr().String()) //nolint:noctx // it does not wait
-		require.NoError(t, err)
-		defer near.Close()
-		far, err := l.Accept()
-		require.NoError(t, err)
-		defer far.Close()
-		require.NoError(t, far.(*net.TCPConn).SetReadBuffer(16<<10))
+		near, far := tcpPair(t)
+		require.NoError(t, far.SetReadBuffer(16<<10))
 		// What is taken would grow with what the peer reads.
-		require.NoError(t, near.(*net.TCPConn).SetWriteBuffer(8<<20))
+		require.NoError(t, near.SetWriteBuffer(8<<20))
 		if limited {
 			LimitUnsent(near)
 		}
-		raw, err := near.(*net.TCPConn).SyscallConn()
+		raw, err := near.SyscallConn()
 		require.NoError(t, err)
 		require.NoError(t, raw.Control(func(fd uintptr) {
 			limit, err := syscall.GetsockoptInt(int(fd), syscall.IPPROTO_TCP, notSentLowAt())

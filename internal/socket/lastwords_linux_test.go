@@ -2,7 +2,6 @@ package socket
 
 import (
 	"crypto/tls"
-	"errors"
 	"net"
 	"testing"
 	"time"
@@ -65,26 +64,9 @@ func TestLastWordsAreReadAfterAFailedWrite(t *testing.T) {
 				require.Len(t, message, 100_000)
 				_, err = s.Read()
 				var closed *websocket.CloseError
-				require.True(t, errors.As(err, &closed), err)
+				require.ErrorAs(t, err, &closed)
 				require.Equal(t, &websocket.CloseError{Code: websocket.CloseMessageTooBig, Text: "too big"}, closed)
 			})
 		}
 	}
-}
-
-// tcpPair returns the two ends of a connection of the kernel's.
-func tcpPair(tb testing.TB) (near, far *net.TCPConn) {
-	tb.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // it does not wait
-	require.NoError(tb, err)
-	defer l.Close()
-	one, err := net.Dial("tcp", l.Addr().String()) //nolint:noctx // it does not wait
-	require.NoError(tb, err)
-	other, err := l.Accept()
-	require.NoError(tb, err)
-	tb.Cleanup(func() {
-		one.Close()
-		other.Close()
-	})
-	return one.(*net.TCPConn), other.(*net.TCPConn)
 }
