@@ -14,9 +14,8 @@ const maxRest = 2 * tlsChunkSize
 // waiting. Until New takes it over it is what it is made of.
 type Conn struct {
 	net.Conn
-	try    trier    // nil where every write may wait
-	gather gatherer // nil where what is written at once has to be in one place
-	wait   waiter   // nil where who waits to read needs a buffer
+	try  trier  // nil where every write may wait
+	wait waiter // nil where who waits to read needs a buffer
 
 	// mu guards what follows. TLS may write on behalf of its reader, too.
 	mu    sync.Mutex
@@ -41,8 +40,7 @@ func Wrap(conn net.Conn) *Conn {
 		try, _ = conn.(trier)
 		wait, _ = conn.(waiter)
 	}
-	gather, _ := try.(gatherer)
-	return &Conn{Conn: conn, try: try, gather: gather, wait: wait}
+	return &Conn{Conn: conn, try: try, wait: wait}
 }
 
 // Listen has the connections of l wrapped.
@@ -85,6 +83,12 @@ func (c *Conn) tryWrite(b []byte) (int, error) {
 		return 0, nil
 	}
 	return c.try.TryWrite(b)
+}
+
+// gatherer returns nil where what is written at once has to be in one place.
+func (c *Conn) gatherer() gatherer {
+	g, _ := c.try.(gatherer)
+	return g
 }
 
 // keep has Write never wait from now on.

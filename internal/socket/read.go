@@ -37,7 +37,7 @@ type frame struct {
 	opcode byte
 	fin    bool
 	key    [4]byte // zero for none
-	read   int     // bytes of the payload, modulo those of the key
+	read   byte    // bytes of the payload, modulo those of the key
 	left   int64   // may be more than an int holds, where that has 32 bits
 }
 
@@ -307,9 +307,9 @@ func (s *Socket) readPayload(b []byte) (int, error) {
 	if n > 0 {
 		s.alive()
 		if !s.client {
-			mask(b[:n], f.key, f.read)
+			mask(b[:n], f.key, int(f.read))
 		}
-		f.read = (f.read + n) % len(f.key) // only its place in the key matters
+		f.read = byte((int(f.read) + n) % len(f.key)) // only its place in the key matters
 		f.left -= int64(n)
 	}
 	if errors.Is(err, io.EOF) {

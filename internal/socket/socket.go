@@ -1,8 +1,8 @@
 // Package socket is one WebSocket as the relay uses it, whichever end of it this is.
 // gorilla/websocket shakes hands. Then reading takes a message into memory of just its size,
-// as far as there is some; writing puts whole batches of frames together and hands them over in
-// as few calls as possible; and what is to be said about a violation of the protocol is the
-// caller's to say.
+// as far as there is some; writing puts whole batches of frames together, none of them above 16 KiB,
+// and hands them over in as few calls as possible; and what is to be said about a violation of the
+// protocol is the caller's to say.
 //
 // One goroutine reads, one at a time writes (an outbox sees to that); Sweep belongs to one
 // more. Hurry and Close may be called by anyone.
@@ -101,11 +101,11 @@ type Socket struct {
 
 	// Owned by the reader.
 	in       Input
-	frame    frame // what is left of the one being read
-	skipping bool  // the message that frame is of
-	broken   bool  // the peer has violated the protocol
-	held     int   // what is reserved of memory
-	ponged   [smallPong]byte
+	frame    frame           // what is left of the one being read
+	skipping bool            // the message that frame is of
+	broken   bool            // the peer has violated the protocol
+	held     int             // what is reserved of memory
+	ponged   [smallPong]byte // memory for the payload of a pong
 
 	// Owned by the writer.
 	batch   *[]byte // what is put together; nil when nothing is
@@ -219,7 +219,8 @@ func (s *Socket) resume() error {
 }
 
 // writeFrame adds one WebSocket frame to the batch, or several if it is a large message, and hands over
-// what is full. The payload is not changed, and not kept. The opcodes are those of RFC 6455, section 5.2.
+// what is full. The payload is not changed, and not kept; only that of a message may be large. The opcodes
+// are those of RFC 6455, section 5.2.
 func (s *Socket) writeFrame(opcode byte, payload []byte) error {
 	if len(payload) > fragmentSize {
 		return s.writeLarge(payload)
@@ -259,7 +260,8 @@ func (s *Socket) writeLarge(message []byte) error {
 	}
 	for offset := 0; offset < len(message); {
 		end := min(offset+fragmentSize, len(message))
-		if len(*s.batch)+headerMax+end-offset > cap(*s.batch) {
+		full := len(*s.batch)+headerMax+end-offset > cap(*s.batch)
+		if full || offset == 0 && len(*s.batch) > batchSize { // what fails is written again
 			if err := s.handOver(); err != nil {
 				return err
 			}
@@ -276,7 +278,7 @@ func (s *Socket) writeLarge(message []byte) error {
 func (s *Socket) plain() bool { return s.conn == net.Conn(s.below) }
 
 // gathers reports whether large messages are handed over from where they are: they are not masked.
-func (s *Socket) gathers() bool { return !s.client && s.plain() && s.below.gather != nil }
+func (s *Socket) gathers() bool { return !s.client && s.plain() && s.below.gatherer() != nil }
 
 // maxGathered is how many fragments are handed over at once from where they are.
 const maxGathered = chunkSize / batchSize
@@ -303,7 +305,7 @@ func (s *Socket) gather(message []byte) error {
 		left, offset = s.fragments(all, message, offset)
 		left, sent = skip(left, sent), 0
 		for len(left) > 0 {
-			n, err := s.below.gather.TryGather(left)
+			n, err := s.below.gatherer().TryGather(left)
 			if err != nil {
 				return err
 			}
@@ -331,7 +333,7 @@ func (s *Socket) tryLarge(message []byte) (whole bool, err error) {
 	for _, piece := range first {
 		length += len(piece)
 	}
-	n, err := s.below.gather.TryGather(first)
+	n, err := s.below.gatherer().TryGather(first)
 	*s.batch = (*s.batch)[:0]
 	if err != nil || n == length && offset == len(message) {
 		return err == nil, err

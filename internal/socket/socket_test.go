@@ -1203,14 +1203,17 @@ func (*deaf) Ponged([]byte) {}
 func TestAMessageThatWaitedInTheBatchIsNotLost(t *testing.T) {
 	stale := func() bool { return true }
 	small := entry{Kind: outbox.Message, Frame: []byte("small")}
+	large := entry{Kind: outbox.Message, Frame: make([]byte, 20_000)}
 	for name, batch := range map[string][]entry{
 		"when a large one behind it fails":  {small, small, {Kind: outbox.Message, Frame: make([]byte, batchSize-5)}},
 		"when one behind it is not written": {small, {Kind: outbox.Message, Frame: []byte("goodbye"), Stale: stale}},
+		"when large ones are before it":     {large, large, large, small},
 		"when many behind it are not":       {{Frame: nil, Stale: stale}, small, {Stale: stale}, {Stale: stale}, small, {Stale: stale}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, client := range []bool{true, false} {
 				writeAndBreak(t, client, batch, 0)
+				writeAndBreak(t, client, batch, 45_000)
 			}
 		})
 	}
