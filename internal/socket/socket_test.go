@@ -1219,6 +1219,32 @@ func TestAMessageThatWaitedInTheBatchIsNotLost(t *testing.T) {
 	}
 }
 
+// A large message that was handed over whole is not written again when what follows it fails.
+func TestALargeMessageCountsAsWritten(t *testing.T) {
+	for _, client := range []bool{true, false} {
+		f := newFixture(t, client, unlimited, 1<<30)
+		large := entry{Kind: outbox.Message, Frame: payload(1, 50_000)}
+		f.conn.breakAfter(len(fragments(large.Frame, fragmentSize, client)))
+		written, err := WriteBatch(f.Socket, []entry{large, {Kind: outbox.Message, Frame: []byte("small")}})
+		require.ErrorIs(t, err, errBroken)
+		require.Equal(t, 1, written)
+	}
+}
+
+// What is put together is never more than there is memory for, which is used again.
+func TestABatchDoesNotGrow(t *testing.T) {
+	for _, client := range []bool{true, false} {
+		for size := fragmentSize - 200; size <= fragmentSize; size++ {
+			f := newFixture(t, client, unlimited, 1<<30)
+			f.conn.out.discards = true
+			require.NoError(t, f.writeFrame(binaryMessage, make([]byte, size)))
+			require.NoError(t, f.writeFrame(binaryMessage, make([]byte, 200_000)))
+			require.Contains(t, []int{batchSize, largeSize}, cap(*f.batch))
+			require.NoError(t, f.flush())
+		}
+	}
+}
+
 // What could not be written to a connection that broke must not turn up on another one.
 func TestABrokenConnectionLeavesNothingForOthers(t *testing.T) {
 	for range 100 {
