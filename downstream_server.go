@@ -696,7 +696,7 @@ func (a *agentConn) sweep(limits sweepLimits) {
 	case quiet >= limits.close:
 		a.dismiss(ending.Silent)
 	case quiet >= limits.ping:
-		a.sock.AwaitPong()
+		a.sock.PingSent()
 		_ = a.outbox.Try(entry{Kind: outbox.Ping})
 	}
 	if since := a.mute.Load(); since != 0 && !a.gateway && monotonic.Since(since) >= muteLimit {

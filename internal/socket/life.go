@@ -50,8 +50,8 @@ func (l *life) Await() <-chan struct{} {
 	return l.awaited
 }
 
-// AwaitPong notes that a ping is sent.
-func (l *life) AwaitPong() {
+// PingSent notes that a ping is sent.
+func (l *life) PingSent() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.unanswered = true
