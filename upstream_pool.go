@@ -758,6 +758,9 @@ func (l *link) Close() { l.sock.Close() }
 // failureReason is what stays the same when an attempt fails again in the same way: the text
 // of a network error holds a port that does not.
 func failureReason(err error) string {
+	if redirected, ok := errors.AsType[*socket.RedirectedError](err); ok {
+		return redirected.To + ": " + failureReason(redirected.Err)
+	}
 	if dns, ok := errors.AsType[*net.DNSError](err); ok {
 		return "lookup " + dns.Name
 	}

@@ -88,5 +88,16 @@ func (r *route) explain(err error) error {
 	if r.redirects == 0 {
 		return err
 	}
-	return fmt.Errorf("redirected to %s: %w", words(HostPort(r.at), r.secrets), err)
+	return &RedirectedError{To: words(HostPort(r.at), r.secrets), Err: err}
 }
+
+// RedirectedError is what went wrong at a place to which the server has redirected.
+type RedirectedError struct {
+	To  string // host and port
+	Err error
+}
+
+func (e *RedirectedError) Error() string { return "redirected to " + e.To + ": " + e.Err.Error() }
+
+// Unwrap returns what went wrong there.
+func (e *RedirectedError) Unwrap() error { return e.Err }
