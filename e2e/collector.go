@@ -124,14 +124,18 @@ type Gateway struct {
 	scheme  string
 }
 
-// gatewayConfig is a gateway in front of the server at url.
+// gatewayConfig is a gateway in front of the server at url. It has a name that its tests know.
 func gatewayConfig(url, listen string) config {
 	c := newConfig()
+	c.set(instanceID, gatewayName)
 	c.set("service::extensions", []any{"opampgateway"})
 	c.gateway("server::endpoint", url)
 	c.gateway("listener::endpoint", listen)
 	return c
 }
+
+// instanceID is where the identity of a collector is configured, with which its links' names begin.
+const instanceID, gatewayName = "service::telemetry::resource::service.instance.id", "gateway"
 
 // allowGateways has a gateway let other gateways connect to it.
 func allowGateways(c config) { c.gateway("agents::allow_gateways", true) }
