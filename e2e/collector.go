@@ -44,6 +44,11 @@ func (c config) set(path string, value any) {
 // gateway sets a key below extensions::opampgateway.
 func (c config) gateway(path string, value any) { c.set("extensions::opampgateway::"+path, value) }
 
+// identity tells the collector from all others.
+func (c config) identity(id string) {
+	c.set("service::telemetry::resource", map[string]any{"attributes": []any{map[string]any{"name": "service.instance.id", "value": id}}})
+}
+
 // metrics has the collector show its own metrics to Prometheus.
 func (c config) metrics(t *testing.T, address string) {
 	t.Helper()
@@ -127,15 +132,15 @@ type Gateway struct {
 // gatewayConfig is a gateway in front of the server at url. It has a name that its tests know.
 func gatewayConfig(url, listen string) config {
 	c := newConfig()
-	c.set(instanceID, gatewayName)
+	c.identity(gatewayName)
 	c.set("service::extensions", []any{"opampgateway"})
 	c.gateway("server::endpoint", url)
 	c.gateway("listener::endpoint", listen)
 	return c
 }
 
-// instanceID is where the identity of a collector is configured, with which its links' names begin.
-const instanceID, gatewayName = "service::telemetry::resource::service.instance.id", "gateway"
+// gatewayName is the identity of most gateways, with which the names of their links begin.
+const gatewayName = "gateway"
 
 // allowGateways has a gateway let other gateways connect to it.
 func allowGateways(c config) { c.gateway("agents::allow_gateways", true) }

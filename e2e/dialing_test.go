@@ -19,9 +19,11 @@ func TestGatewaysIntroduceThemselves(t *testing.T) {
 		want string // the links' names, without their numbers
 	}{
 		"by default":                     {func(c config) { c.set("service::telemetry::resource", map[string]any{}) }, `[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}`},
-		"by the collector's instance ID": {func(c config) { c.set(instanceID, "site-7") }, "site-7"},
-		"without an instance ID":         {func(c config) { c.set(instanceID, nil) }, `[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}`},
-		"by an agent ID":                 {func(c config) { c.gateway("server::agent_id", "edge-7") }, "edge-7"},
+		"by the collector's instance ID": {func(c config) { c.identity("site-7") }, "site-7"},
+		"without an instance ID": {func(c config) {
+			c.set("service::telemetry::resource", map[string]any{"service.instance.id": nil})
+		}, `[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}`},
+		"by an agent ID": {func(c config) { c.gateway("server::agent_id", "edge-7") }, "edge-7"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
