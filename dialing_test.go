@@ -154,6 +154,18 @@ func TestLinksDialApart(t *testing.T) {
 	})
 }
 
+// TestFirstTurns has each link begin with the next address, and not each gateway with the same.
+func TestFirstTurns(t *testing.T) {
+	begins := map[int]bool{}
+	for range 100 {
+		turns := firstTurns(3)
+		require.Equal(t, []int{turns[0], turns[0] + 1, turns[0] + 2}, turns)
+		require.GreaterOrEqual(t, turns[0], 0)
+		begins[turns[0]%5] = true
+	}
+	require.Len(t, begins, 5)
+}
+
 // TestRedirect follows where the server sends a link, with headers that are only for the endpoint's host.
 func TestRedirect(t *testing.T) {
 	const secret = "s3cret"

@@ -88,7 +88,7 @@ type upstreamPool struct {
 	requestPrefix [16]byte           // of the request_uid of our questions
 	netDial       dialFunc           // nil but in tests
 	pace          *pace              // of dialing
-	turns         []int              // by slot: how often it has dialed; each is the slot's own
+	turns         []int              // by slot: of its next attempt, see socket.DialInTurn; each is the slot's own
 	status        func(err error)    // told why there is no link, and with nil that there is one
 	ctx           context.Context    // ends when the gateway has nothing more to do
 	stop          context.CancelFunc // ends dialing; what lives goes on
@@ -126,7 +126,7 @@ func newUpstreamPool(ctx context.Context, cfg *Config, set extension.Settings, t
 	p := &upstreamPool{
 		cfg: cfg, tel: tel, router: r, memory: budget, server: questions.NewServer(),
 		endpoint: endpoint, name: gatewayName(cfg, set.TelemetrySettings), headers: headers, elsewhere: elsewhere,
-		tls: tlsConfig, pace: newPace(cfg.Server.Connections), turns: make([]int, cfg.Server.Connections), status: status,
+		tls: tlsConfig, pace: newPace(cfg.Server.Connections), turns: firstTurns(cfg.Server.Connections), status: status,
 		live: make([]*link, cfg.Server.Connections), changed: make(chan struct{}), back: make(chan struct{}),
 		report: make(chan struct{}, 1), failure: errNoLink,
 	}
@@ -249,7 +249,7 @@ func (p *upstreamPool) dial(slot int) (l *link, retryAfter time.Duration, err er
 	elsewhere.Set(connectionIDHeader, p.linkName(slot))
 	netDial := p.netDial
 	if netDial == nil {
-		netDial = socket.DialInTurn(slot + p.turns[slot])
+		netDial = socket.DialInTurn(p.turns[slot])
 		p.turns[slot]++
 	}
 	dialer := socket.Dialer{NetDial: netDial, TLS: p.tls, ReadBufferSize: linkReadBuffer, Elsewhere: elsewhere}
@@ -572,10 +572,9 @@ func (p *upstreamPool) finish(ctx, drained context.Context) {
 // link is one WebSocket to the server.
 type link struct {
 	// Set once.
-	pool *upstreamPool
-	slot int
-	// redirected tells the log where the server has sent us.
-	redirected zap.Field
+	pool       *upstreamPool
+	slot       int
+	redirected zap.Field // where the server has sent us
 	sock       *socket.Socket
 	outbox     *outbox.Outbox[*agentConn]
 	ended      chan struct{} // closed when it is not live any more

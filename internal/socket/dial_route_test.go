@@ -173,27 +173,33 @@ func TestARedirectIsNotFollowedForEver(t *testing.T) {
 		asked     int
 	}{
 		"in a circle": {
-			map[string]string{"http://one.example/": "http://two.example/", "http://two.example/": "http://one.example/"}, "ws://one.example",
+			map[string]string{"http://one.example/": "http://two.example/", "http://two.example/": "http://one.example/"},
+			"ws://one.example",
 			"redirected to two.example:80: server answered 302 Found to http://one.example/, which is not followed: there were 3 before", 4,
 		},
 		"out of TLS": {
-			map[string]string{"https://one.example/": "http://one.example:443/"}, "wss://one.example",
+			map[string]string{"https://one.example/": "http://one.example:443/"},
+			"wss://one.example",
 			"server answered 302 Found to http://one.example:443/, which is not followed: it is without TLS", 1,
 		},
 		"into TLS and out of it": {
-			map[string]string{"http://one.example/": "wss://two.example/", "https://two.example/": "ws://one.example/"}, "ws://one.example",
+			map[string]string{"http://one.example/": "wss://two.example/", "https://two.example/": "ws://one.example/"},
+			"ws://one.example",
 			"redirected to two.example:443: server answered 302 Found to ws://one.example/, which is not followed: it is without TLS", 2,
 		},
 		"to a file": {
-			map[string]string{"http://one.example/": "file:///etc/passwd"}, "ws://one.example",
+			map[string]string{"http://one.example/": "file:///etc/passwd"},
+			"ws://one.example",
 			"server answered 302 Found to file:///etc/passwd, which is not followed: it is no place for a WebSocket", 1,
 		},
 		"to no host": {
-			map[string]string{"http://one.example/": "http:///x"}, "ws://one.example",
+			map[string]string{"http://one.example/": "http:///x"},
+			"ws://one.example",
 			"server answered 302 Found to http:///x, which is not followed: it is no place for a WebSocket", 1,
 		},
 		"as somebody": {
-			map[string]string{"http://one.example/": "http://me:hidden-password@one.example/"}, "ws://one.example",
+			map[string]string{"http://one.example/": "http://me:hidden-password@one.example/"},
+			"ws://one.example",
 			"server answered 302 Found to http://one.example/, which is not followed: it holds a user", 1,
 		},
 	} {

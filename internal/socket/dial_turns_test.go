@@ -162,10 +162,11 @@ func TestTheFirstAnswerIsTaken(t *testing.T) {
 }
 
 func TestWhenNoAddressAnswers(t *testing.T) {
-	both := func(answers ...func(context.Context) (net.Conn, error)) *names {
+	type answer = func(context.Context) (net.Conn, error)
+	both := func(one, another answer) *names {
 		return &names{
 			addresses: []string{"10.0.0.1", "10.0.0.2"},
-			answers:   map[string]func(context.Context) (net.Conn, error){"10.0.0.1": answers[0], "10.0.0.2": answers[1]},
+			answers:   map[string]answer{"10.0.0.1": one, "10.0.0.2": another},
 		}
 	}
 	synctest.Test(t, func(t *testing.T) {
