@@ -21,7 +21,7 @@ type route struct {
 	endpoint  *url.URL // where it began
 	at        *url.URL
 	redirects int
-	elsewhere bool        // another host has been among them, which may have chosen those after it
+	elsewhere bool        // another host has been among the places, and may have chosen those after it
 	headers   http.Header // for who is there
 	secrets   []string    // see secretsOf; of all places
 }
@@ -57,17 +57,20 @@ func (r *route) follow(location *url.URL) (problem string) {
 	}
 	r.at = next
 	r.redirects++
-	if !r.elsewhere && !strings.EqualFold(HostPort(next), HostPort(r.endpoint)) {
+	if !r.home() {
 		r.elsewhere, r.headers = true, r.Elsewhere
 	}
 	r.secrets = append(r.secrets, secretsOf(next, r.headers)...)
 	return ""
 }
 
+// home reports whether we are at the endpoint's host and port.
+func (r *route) home() bool { return strings.EqualFold(HostPort(r.at), HostPort(r.endpoint)) }
+
 // tls returns how TLS begins where we are. The name that a certificate has to have instead of the host's is
 // that of the endpoint's only.
 func (r *route) tls() *tls.Config {
-	if !r.elsewhere || r.TLS == nil {
+	if r.TLS == nil || r.home() {
 		return r.TLS
 	}
 	config := r.TLS.Clone()

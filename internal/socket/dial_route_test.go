@@ -66,6 +66,10 @@ func (w *world) ServeHTTP(response http.ResponseWriter, r *http.Request) {
 		_, _ = response.Write([]byte("<a href>see there</a>"))
 		return
 	}
+	if r.Header.Get("Authorization") == "" && r.URL.Path == "/closed" {
+		http.Error(response, "not for "+r.URL.RawQuery, http.StatusForbidden)
+		return
+	}
 	if ws, err := (&websocket.Upgrader{}).Upgrade(response, r, nil); err == nil {
 		ws.Close()
 	}
@@ -231,6 +235,15 @@ func TestErrorsBehindARedirect(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, "ws://two.example/…", place)
 
+	// Those who send us on may have secrets, too; and who has been elsewhere has no headers any more.
+	for _, last := range []string{"http://two.example/closed?token=hidden-other", "http://one.example/closed?token=hidden-other"} {
+		w.locations = map[string]string{"http://one.example/": "http://two.example/", "http://two.example/": last}
+		_, _, err = w.dial(t, "ws://one.example/")
+		require.EqualError(t, err, "redirected to "+parseURL(t, last).Host+":80: server answered 403 Forbidden: not for…")
+		require.ErrorAs(t, err, &answered)
+		require.True(t, answered.Withheld)
+	}
+
 	w.locations = map[string]string{"http://one.example/": "http://hidden-key.two.example/"}
 	inner := w.NetDial
 	w.NetDial = func(ctx context.Context, network, address string) (net.Conn, error) {
@@ -251,14 +264,17 @@ func TestErrorsBehindARedirect(t *testing.T) {
 
 // A certificate may have another name than the endpoint's host, but only there.
 func TestServerNameIsOfTheEndpoint(t *testing.T) {
-	for location, want := range map[string]string{"wss://one.example/new": "internal", "wss://two.example/new": "two.example"} {
-		w := newWorld(t, map[string]string{"https://one.example/": location})
-		w.TLS.ServerName = "internal"
-		asked, _, err := w.dial(t, "wss://one.example/")
-		require.NoError(t, err)
-		require.Equal(t, "internal", asked[0].TLS.ServerName)
-		require.Equal(t, want, asked[1].TLS.ServerName)
+	w := newWorld(t, map[string]string{
+		"https://one.example/": "/new", "https://one.example/new": "wss://two.example/", "https://two.example/": "wss://one.example/end",
+	})
+	w.TLS.ServerName = "internal"
+	asked, _, err := w.dial(t, "wss://one.example/")
+	require.NoError(t, err)
+	var names []string
+	for _, r := range asked {
+		names = append(names, r.TLS.ServerName)
 	}
+	require.Equal(t, []string{"internal", "internal", "two.example", "internal"}, names)
 }
 
 // Only the server redirects, not who stands before it.
