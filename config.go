@@ -3,15 +3,12 @@ package opampgateway
 import (
 	"errors"
 	"fmt"
-	"net/http"
 	"net/url"
-	"strings"
 	"time"
 
 	"go.opentelemetry.io/collector/component"
 	"go.opentelemetry.io/collector/config/confighttp"
 	"go.opentelemetry.io/collector/config/confignet"
-	"go.opentelemetry.io/collector/config/configopaque"
 	"go.opentelemetry.io/collector/config/configretry"
 	"go.opentelemetry.io/collector/config/configtls"
 	"golang.org/x/net/http/httpguts"
@@ -47,8 +44,8 @@ type ServerConfig struct {
 	// Endpoint is the server's URL, ws:// or wss://.
 	Endpoint string `mapstructure:"endpoint"`
 
-	// Headers are sent with the upgrade request of every link.
-	Headers configopaque.MapList `mapstructure:"headers,omitempty"`
+	// Headers are sent with the upgrade request of every link, to the endpoint's host only.
+	Headers Headers `mapstructure:"headers,omitempty"`
 
 	// TLS applies to a wss:// endpoint.
 	TLS configtls.ClientConfig `mapstructure:"tls,omitempty"`
@@ -56,7 +53,8 @@ type ServerConfig struct {
 	// Connections is the number of links kept to the server.
 	Connections int `mapstructure:"connections"`
 
-	// AgentID, when set, comes first in the name by which each link announces itself to the server.
+	// AgentID comes first in the name by which each link announces itself to the server. Without it the
+	// collector's service.instance.id does.
 	AgentID string `mapstructure:"agent_id,omitempty"`
 
 	// Retry is the back-off between attempts to dial a link; the gateway never gives up.
@@ -268,21 +266,10 @@ func (c *ServerConfig) validateEndpoint() error {
 }
 
 func (c *ServerConfig) validateHeaders() error {
-	var errs []error
-	for name, value := range c.Headers.Iter {
-		canonical := http.CanonicalHeaderKey(name)
-		switch {
-		case !httpguts.ValidHeaderFieldName(name):
-			errs = append(errs, fmt.Errorf("headers: %q is not a header name", name))
-		case !httpguts.ValidHeaderFieldValue(string(value)):
-			errs = append(errs, fmt.Errorf("headers: the value of %q cannot be sent in a header", name))
-		case canonical == "Connection", canonical == "Upgrade", strings.HasPrefix(canonical, "Sec-Websocket-"):
-			errs = append(errs, fmt.Errorf("headers: %q is reserved, the WebSocket handshake sets it", name))
-		case canonical == connectionIDHeader:
-			errs = append(errs, fmt.Errorf("headers: %q is reserved, the gateway sets it; see agent_id", name))
-		}
+	if err := c.Headers.validate(); err != nil {
+		return fmt.Errorf("headers: %w", err)
 	}
-	return errors.Join(errs...)
+	return nil
 }
 
 // Validate reports every mistake below agents.

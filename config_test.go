@@ -2,7 +2,9 @@ package opampgateway
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -98,17 +100,7 @@ func TestConfigEveryKey(t *testing.T) {
 
 // TestConfigOfProduct loads the example of the product's description, as it stands there.
 func TestConfigOfProduct(t *testing.T) {
-	resolver, err := confmap.NewResolver(confmap.ResolverSettings{
-		URIs: []string{"file:testdata/product.yaml"},
-		ProviderFactories: []confmap.ProviderFactory{
-			confmap.NewProviderFactory(func(confmap.ProviderSettings) confmap.Provider { return fileProvider{} }),
-			confmap.NewProviderFactory(func(confmap.ProviderSettings) confmap.Provider { return envProvider{} }),
-		},
-	})
-	require.NoError(t, err)
-	conf, err := resolver.Resolve(t.Context())
-	require.NoError(t, err)
-	conf, err = conf.Sub("extensions::opampgateway")
+	conf, err := resolve(t, "testdata/product.yaml").Sub("extensions::opampgateway")
 	require.NoError(t, err)
 	cfg, err := load(conf)
 	require.NoError(t, err)
@@ -121,6 +113,22 @@ func TestConfigOfProduct(t *testing.T) {
 	require.Equal(t, "0.0.0.0:4320", cfg.Listener.NetAddr.Endpoint)
 	require.Equal(t, "/etc/otel/server.crt", cfg.Listener.TLS.Get().CertFile)
 	require.Equal(t, "/etc/otel/server.key", cfg.Listener.TLS.Get().KeyFile)
+}
+
+// resolve reads a file as a collector does.
+func resolve(t *testing.T, file string) *confmap.Conf {
+	t.Helper()
+	resolver, err := confmap.NewResolver(confmap.ResolverSettings{
+		URIs: []string{"file:" + file},
+		ProviderFactories: []confmap.ProviderFactory{
+			confmap.NewProviderFactory(func(confmap.ProviderSettings) confmap.Provider { return fileProvider{} }),
+			confmap.NewProviderFactory(func(confmap.ProviderSettings) confmap.Provider { return envProvider{} }),
+		},
+	})
+	require.NoError(t, err)
+	conf, err := resolver.Resolve(t.Context())
+	require.NoError(t, err)
+	return conf
 }
 
 // fileProvider and envProvider are of what a collector has for file: and ${env:…} just what is needed.
@@ -141,10 +149,15 @@ type envProvider struct{}
 func (envProvider) Scheme() string                 { return "env" }
 func (envProvider) Shutdown(context.Context) error { return nil }
 func (envProvider) Retrieve(_ context.Context, uri string, _ confmap.WatcherFunc) (*confmap.Retrieved, error) {
-	if uri != "env:OPAMP_SECRET_KEY" {
-		return nil, fmt.Errorf("unexpected %s", uri)
+	switch uri {
+	case "env:OPAMP_SECRET_KEY":
+		return confmap.NewRetrieved("from the environment")
+	case "env:NUMBER":
+		return confmap.NewRetrievedFromYAML([]byte("0123"))
+	case "env:LIST":
+		return confmap.NewRetrievedFromYAML([]byte("[a, b]"))
 	}
-	return confmap.NewRetrieved("from the environment")
+	return nil, fmt.Errorf("unexpected %s", uri)
 }
 
 // TestConfigOfReadme loads the examples in the papers.
@@ -225,6 +238,20 @@ func TestConfigMistakes(t *testing.T) {
 		{"reserved header of gateways", server("headers", m{"x-opamp-gateway-connection-id": secret}), []string{"server", "headers", "x-opamp-gateway-connection-id", "agent_id"}},
 		{"header that is no name", server("headers", m{"Author ization": secret}), []string{"server", "headers", "Author ization"}},
 		{"header with a line feed", server("headers", m{"Authorization": secret + "\n"}), []string{"server", "headers", "Authorization"}},
+		{"header with a line feed in a list", server("headers", m{"X-Team": []string{"a", secret + "\n"}}), []string{"server", "headers", "X-Team", "cannot be sent"}},
+		{"header without any value", server("headers", m{"X-Team": []string{}}), []string{"server", "headers", "X-Team", "no value"}},
+		{"header that is a number", server("headers", m{"X-Team": 4711}), []string{"server", "headers", "text, or a list of texts"}},
+		{"header that is a list of lists", server("headers", m{"X-Team": []any{"a", []any{secret}}}), []string{"server", "headers", "text, or a list of texts"}},
+		{"header that is a map", server("headers", m{"X-Team": m{"is": secret}}), []string{"server", "headers", "text, or a list of texts"}},
+		{"header twice", server("headers", m{"X-Team": secret, "x-team": secret}), []string{"server", "headers", "x-team", "twice"}},
+		{"two hosts", server("headers", m{"Host": []string{"a", "b"}}), []string{"server", "headers", "Host", "one value"}},
+		{"two user agents", server("headers", m{"user-agent": []string{"a", "b"}}), []string{"server", "headers", "user-agent", "one value"}},
+		{"header entry twice", server("headers", []any{m{"name": "X-Team", "value": "a"}, m{"name": "X-Team", "value": "b"}}), []string{"server", "headers", "X-Team", "twice"}},
+		{"header entry without a name", server("headers", []any{m{"value": secret}}), []string{"server", "headers", `""`, "not a header name"}},
+		{"header entry with another key", server("headers", []any{m{"name": "X-Team", "values": secret}}), []string{"server", "headers", "values", "name and value"}},
+		{"header entry that is a number", server("headers", []any{m{"name": "X-Team", "value": 4711}}), []string{"server", "headers", "text, or a list of texts"}},
+		{"reserved header in an entry", server("headers", []any{m{"name": "upgrade", "value": []string{secret}}}), []string{"server", "headers", "upgrade", "reserved"}},
+		{"two mistakes in headers", server("headers", m{"Upgrade": secret, "a b": secret}), []string{"Upgrade", "a b"}},
 		{"retry switched off", server("retry", m{"enabled": false}), []string{"server", "retry::enabled", "never gives up"}},
 		{"retry that gives up", server("retry", m{"max_elapsed_time": "10m"}), []string{"server", "retry::max_elapsed_time", "never gives up", "10m"}},
 		{"retry without delay", server("retry", m{"initial_interval": 0}), []string{"server", "retry::initial_interval"}},
@@ -294,6 +321,7 @@ func TestConfigMistakes(t *testing.T) {
 			"upper case":           server("endpoint", "WSS://LOCALHOST"),
 			"ask":                  server("agent_admission", "ask"),
 			"empty headers":        server("headers", m{}),
+			"no headers":           server("headers", nil),
 			"least":                agents("max_instance_uids", 1),
 			"most":                 {"server": m{"endpoint": "ws://localhost", "connections": 64}, "agents": m{"max_request_headers": 1000, "max_request_header_size": 65536, "max_instance_uids": 100_000, "max_connections": 1_000_000}},
 			"write_timeout":        agents("write_timeout", "1s"),
@@ -306,19 +334,68 @@ func TestConfigMistakes(t *testing.T) {
 	})
 }
 
+// TestConfigHeaders takes one value or several, in both shapes that the collector has for headers.
+func TestConfigHeaders(t *testing.T) {
+	want := http.Header{"Authorization": {"a, b"}, "X-Empty": {""}, "X-Number": {"0123"}, "X-List": {"[a, b]"}, "X-Team": {"a", "b"}, "X-One": {"c"}}
+	for name, text := range map[string]string{
+		"map": `
+authorization: a, b
+X-Empty:
+X-Number: ${env:NUMBER}
+X-List: ${env:LIST}
+X-Team: [a, b]
+X-One: [c]
+`,
+		"list": `
+- {name: authorization, value: "a, b"}
+- {name: X-Empty}
+- {name: X-Number, value: "${env:NUMBER}"}
+- {name: X-List, value: "${env:LIST}"}
+- {name: X-Team, value: [a, b]}
+- {name: X-One, value: [c]}
+`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "config.yaml")
+			text = "server:\n  endpoint: ws://localhost\n  headers:" + strings.ReplaceAll(text, "\n", "\n    ")
+			require.NoError(t, os.WriteFile(file, []byte(text), 0o600))
+			cfg, err := load(resolve(t, file))
+			require.NoError(t, err)
+			got := http.Header{"X-Team": {"of before"}, "User-Agent": {"gateway"}}
+			cfg.Server.Headers.addTo(got)
+			require.Equal(t, []string{"gateway"}, got["User-Agent"])
+			delete(got, "User-Agent")
+			require.Equal(t, want, got)
+
+			// What a collector tells of its configuration it can take, too, and it has the same shape.
+			conf := confmap.New()
+			require.NoError(t, conf.Marshal(cfg))
+			told, err := load(conf)
+			require.NoError(t, err)
+			require.Len(t, told.Server.Headers, len(cfg.Server.Headers))
+			team, ok := told.Server.Headers.Get("X-Team")
+			require.True(t, ok)
+			require.Equal(t, configopaque.String("[REDACTED]"), team)
+		})
+	}
+}
+
 // TestConfigHidesHeaders shows a configuration in all ways there are.
 func TestConfigHidesHeaders(t *testing.T) {
 	cfg := example(t, "every_key")
 	conf := confmap.New()
 	require.NoError(t, conf.Marshal(cfg))
+	inJSON, err := json.Marshal(cfg.Server)
+	require.NoError(t, err)
 	dumps := []string{
 		fmt.Sprint(conf.ToStringMap()), fmt.Sprintf("%v", cfg), fmt.Sprintf("%+v", *cfg), fmt.Sprintf("%s", cfg.Server.Headers),
-		fmt.Sprint(zap.Any("config", cfg)),
+		fmt.Sprint(zap.Any("config", cfg)), fmt.Sprintf("%#v", cfg.Server.Headers), string(inJSON),
 	}
 	require.Contains(t, dumps[0], "[REDACTED]")
 	for _, dump := range dumps {
 		require.NotContains(t, dump, "0123456789")
 		require.NotContains(t, dump, "north")
+		require.NotContains(t, dump, "east")
 	}
 }
 

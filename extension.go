@@ -148,14 +148,12 @@ func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel 
 	g := &gateway{cfg: cfg, memory: memory.New(int64(cfg.MaxBufferedSize), cfg.MaxMessageSize), cancel: cancel}
 	g.router = newRouter(g.memory)
 	var err error
-	g.pool, err = newUpstreamPool(ctx, cfg, set.BuildInfo, set.Logger, tel, g.router, g.memory, func(err error) { reportLink(host, err) })
+	g.pool, err = newUpstreamPool(ctx, cfg, set, tel, g.router, g.memory, func(err error) { reportLink(host, err) })
 	if err != nil {
 		cancel()
 		return nil, err
 	}
-	if dial != nil {
-		g.pool.netDial = dial
-	}
+	g.pool.netDial = dial
 	g.server = newDownstreamServer(background, cfg, set.Logger, tel, g.router, g.pool, g.memory)
 	if err := g.server.prepare(ctx, host, set.TelemetrySettings, listener); err != nil {
 		cancel()

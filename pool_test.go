@@ -10,7 +10,6 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"go.opentelemetry.io/collector/component/componentstatus"
-	"go.opentelemetry.io/collector/config/configopaque"
 	"go.uber.org/zap"
 
 	"github.com/opampgateway/opampgateway/internal/gatewaytest"
@@ -31,10 +30,10 @@ func TestLinks(t *testing.T) {
 
 	t.Run("by default", func(t *testing.T) {
 		play(t, func(t *testing.T, s *stage) {
-			require.Equal(t, []string{"upstream-0", "upstream-1", "upstream-2"}, names(s, 3))
+			require.Equal(t, []string{"gateway/upstream-0", "gateway/upstream-1", "gateway/upstream-2"}, names(s, 3))
 			for _, upgrade := range s.server.Upgrades() {
 				require.Equal(t, "/v1/opamp", upgrade.Path)
-				require.Equal(t, fmt.Sprintf("opampgateway otelcol-test/1.2.3 (%s/%s)", runtime.GOOS, runtime.GOARCH), upgrade.Header.Get("User-Agent"))
+				require.Equal(t, fmt.Sprintf("opamp-gateway/dev otelcol-test/1.2.3 (%s/%s)", runtime.GOOS, runtime.GOARCH), upgrade.Header.Get("User-Agent"))
 				require.Empty(t, upgrade.Header.Get("Origin"))
 			}
 			time.Sleep(time.Hour)
@@ -54,7 +53,9 @@ func TestLinks(t *testing.T) {
 			}
 		}, connections(5), func(cfg *Config) {
 			cfg.Server.AgentID = "gw-7"
-			cfg.Server.Headers = configopaque.MapList{{Name: "authorization", Value: "Secret-Key 123"}, {Name: "user-agent", Value: "mine"}, {Name: "x-custom", Value: "a"}}
+			cfg.Server.Headers.Set("authorization", "Secret-Key 123")
+			cfg.Server.Headers.Set("user-agent", "mine")
+			cfg.Server.Headers.Set("x-custom", "a")
 		})
 	})
 }
@@ -108,7 +109,7 @@ func TestDialing(t *testing.T) {
 			time.Sleep(10 * time.Minute)
 			synctest.Wait()
 			gaps := map[time.Duration]bool{}
-			times := attempts["upstream-0"]
+			times := attempts["gateway/upstream-0"]
 			for i := 1; i < len(times); i++ {
 				gap := times[i].Sub(times[i-1])
 				require.GreaterOrEqual(t, gap, 250*time.Millisecond)
@@ -173,7 +174,7 @@ func TestDialing(t *testing.T) {
 			require.Contains(t, told[1].ContextMap()["error"], "403")
 			require.Equal(t, "localhost", told[0].ContextMap()["server.address"])
 			require.EqualValues(t, 9000, told[0].ContextMap()["server.port"])
-			require.Equal(t, "upstream-0", told[0].ContextMap()["link"])
+			require.Equal(t, "gateway/upstream-0", told[0].ContextMap()["link"])
 		})
 	})
 }
@@ -339,7 +340,7 @@ func TestSpread(t *testing.T) {
 			s.server.WantLinks(3)
 			synctest.Wait()
 			for i := range 5 {
-				require.Equal(t, "upstream-1", s.linkOf(s.connect(fmt.Sprint("another agent ", i))).Name)
+				require.Equal(t, "gateway/upstream-1", s.linkOf(s.connect(fmt.Sprint("another agent ", i))).Name)
 			}
 			s.wantSpread(15, 0)
 		})

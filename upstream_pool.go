@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"runtime"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -19,7 +18,7 @@ import (
 	"github.com/cenkalti/backoff/v7"
 	"github.com/gorilla/websocket"
 	"github.com/open-telemetry/opamp-go/protobufs"
-	"go.opentelemetry.io/collector/component"
+	"go.opentelemetry.io/collector/extension"
 	"go.uber.org/zap"
 	"google.golang.org/protobuf/proto"
 
@@ -83,10 +82,14 @@ type upstreamPool struct {
 	router        *router
 	memory        *memory.Budget
 	endpoint      *url.URL
+	name          string // comes first in those of the links
 	headers       http.Header
+	elsewhere     http.Header // for hosts to which the server redirects
 	tls           *tls.Config
-	requestPrefix [16]byte // of the request_uid of our questions
-	netDial       func(ctx context.Context, network, address string) (net.Conn, error)
+	requestPrefix [16]byte           // of the request_uid of our questions
+	netDial       dialFunc           // nil but in tests
+	pace          *pace              // of dialing
+	turns         []int              // by slot: of its next attempt, see socket.DialInTurn; each is the slot's own
 	status        func(err error)    // told why there is no link, and with nil that there is one
 	ctx           context.Context    // ends when the gateway has nothing more to do
 	stop          context.CancelFunc // ends dialing; what lives goes on
@@ -96,7 +99,7 @@ type upstreamPool struct {
 	server        *questions.Server // whether it can be asked
 	suspicion     *suspicion.Book   // whose messages the server may have ended links for
 	trials        outbox.Trials
-	asked         atomic.Uint64     // questions of ours
+	asked         atomic.Uint64 // questions of ours
 
 	// mu guards which links are live and who is attached to them. It is taken when
 	// connections come and go, never for a frame.
@@ -111,7 +114,7 @@ type upstreamPool struct {
 	stated  []*capabilities
 }
 
-func newUpstreamPool(ctx context.Context, cfg *Config, build component.BuildInfo, log *zap.Logger, tel *telemetry.Telemetry, r *router, budget *memory.Budget, status func(error)) (*upstreamPool, error) {
+func newUpstreamPool(ctx context.Context, cfg *Config, set extension.Settings, tel *telemetry.Telemetry, r *router, budget *memory.Budget, status func(error)) (*upstreamPool, error) {
 	tlsConfig, err := cfg.Server.TLS.LoadTLSConfig(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("server::tls: %w", err)
@@ -120,20 +123,19 @@ func newUpstreamPool(ctx context.Context, cfg *Config, build component.BuildInfo
 	if err != nil {
 		return nil, errors.New("server::endpoint: is not a URL") // Validate says more
 	}
-	headers := http.Header{}
-	headers.Set("User-Agent", fmt.Sprintf("opampgateway %s/%s (%s/%s)", build.Command, build.Version, runtime.GOOS, runtime.GOARCH))
-	for name, value := range cfg.Server.Headers.Iter {
-		headers.Set(name, string(value))
-	}
+	elsewhere := http.Header{"User-Agent": {userAgent(set.BuildInfo)}}
+	headers := elsewhere.Clone()
+	cfg.Server.Headers.addTo(headers)
 	p := &upstreamPool{
 		cfg: cfg, tel: tel, router: r, memory: budget, server: questions.NewServer(), suspicion: suspicion.NewBook(),
-		endpoint: endpoint, headers: headers, tls: tlsConfig, netDial: (&net.Dialer{}).DialContext, status: status,
+		endpoint: endpoint, name: gatewayName(cfg, set.TelemetrySettings), headers: headers, elsewhere: elsewhere,
+		tls: tlsConfig, pace: newPace(cfg.Server.Connections), turns: firstTurns(cfg.Server.Connections), status: status,
 		live: make([]*link, cfg.Server.Connections), changed: make(chan struct{}), back: make(chan struct{}),
 		report: make(chan struct{}, 1), failure: errNoLink,
 	}
 	_, _ = rand.Read(p.requestPrefix[:])                // it never fails
 	p.requestPrefix[6] = 0x80 | p.requestPrefix[6]&0x0f // version 8
-	p.log = log.With(telemetry.Peer("server", socket.HostPort(endpoint)), zap.String("url.full", socket.Place(endpoint)))
+	p.log = set.Logger.With(telemetry.Peer("server", socket.HostPort(endpoint)), zap.String("url.full", socket.Place(endpoint)))
 	p.events = sampled(p.log)
 	return p, nil
 }
@@ -215,7 +217,7 @@ func (p *upstreamPool) keep(slot int) {
 			l.outbox.Abort()
 			return
 		}
-		log.Info("connected to the server")
+		log.Info("connected to the server", l.redirected)
 		err = l.read()
 		p.linkDown(l, err)
 		switch {
@@ -236,33 +238,31 @@ func (p *upstreamPool) keep(slot int) {
 }
 
 // linkName is how the link of a slot announces itself to the server.
-func (p *upstreamPool) linkName(slot int) string {
-	name := "upstream-" + strconv.Itoa(slot)
-	if id := p.cfg.Server.AgentID; id != "" {
-		name = id + "/" + name
-	}
-	return name
-}
+func (p *upstreamPool) linkName(slot int) string { return p.name + "/upstream-" + strconv.Itoa(slot) }
 
-// dial connects one link. An error comes with how long the server asks to be left alone.
+// dial connects one link, once it is its turn. An error comes with how long the server asks to be left alone.
 func (p *upstreamPool) dial(slot int) (l *link, retryAfter time.Duration, err error) {
+	if err := sleep(p.dialing, p.pace.next()); err != nil {
+		return nil, 0, err
+	}
 	ctx, cancel := context.WithTimeout(p.dialing, dialTimeout)
 	defer cancel()
-	headers := p.headers.Clone()
+	headers, elsewhere := p.headers.Clone(), p.elsewhere.Clone()
 	headers.Set(connectionIDHeader, p.linkName(slot))
-	dialer := socket.Dialer{NetDial: p.netDial, TLS: p.tls, ReadBufferSize: linkReadBuffer}
-	conn, in, err := dialer.Dial(ctx, p.endpoint, headers)
-	if err != nil {
-		answer, answered := errors.AsType[*socket.HandshakeError](err)
-		if !answered {
-			return nil, 0, err
-		}
-		if answer.Proxy == "" && (answer.StatusCode == http.StatusUnauthorized || answer.StatusCode == http.StatusForbidden) {
-			err = fmt.Errorf("%w: it does not take the gateway's own credentials, see server::headers", err)
-		}
-		return nil, parseRetryAfter(answer.RetryAfter), err
+	elsewhere.Set(connectionIDHeader, p.linkName(slot))
+	netDial := p.netDial
+	if netDial == nil {
+		netDial = socket.DialInTurn(p.turns[slot])
+		p.turns[slot]++
 	}
-	return newLink(p, slot, conn, in), 0, nil
+	dialer := socket.Dialer{NetDial: netDial, TLS: p.tls, ReadBufferSize: linkReadBuffer, Elsewhere: elsewhere}
+	conn, in, place, err := dialer.Dial(ctx, p.endpoint, headers)
+	if err != nil {
+		return nil, askedToWait(err), p.explainDial(err)
+	}
+	l = newLink(p, slot, conn, in)
+	l.redirected = redirectedTo(place)
+	return l, 0, nil
 }
 
 // reportLocked has the status told if it has changed, with the reason if there is no link.
@@ -588,12 +588,13 @@ func (p *upstreamPool) finish(ctx, drained context.Context) {
 // link is one WebSocket to the server.
 type link struct {
 	// Set once.
-	pool   *upstreamPool
-	slot   int
-	sock   *socket.Socket
-	outbox *outbox.Link[*claim]
-	ended  chan struct{} // closed when it is not live any more
-	book   *questions.Book[*asker]
+	pool       *upstreamPool
+	slot       int
+	redirected zap.Field // where the server has sent us
+	sock       *socket.Socket
+	outbox     *outbox.Link[*claim]
+	ended      chan struct{} // closed when it is not live any more
+	book       *questions.Book[*asker]
 	// To be read once ended is closed.
 	unwritten map[*agentConn][]entry // what of each agent was not written
 	late      bool                   // the server may notice the end late
@@ -794,6 +795,9 @@ func (l *link) Close() { l.sock.Close() }
 // failureReason is what stays the same when an attempt fails again in the same way: the text
 // of a network error holds a port that does not.
 func failureReason(err error) string {
+	if redirected, ok := errors.AsType[*socket.RedirectedError](err); ok {
+		return redirected.To + ": " + failureReason(redirected.Err)
+	}
 	if dns, ok := errors.AsType[*net.DNSError](err); ok {
 		return "lookup " + dns.Name
 	}

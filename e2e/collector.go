@@ -44,6 +44,11 @@ func (c config) set(path string, value any) {
 // gateway sets a key below extensions::opampgateway.
 func (c config) gateway(path string, value any) { c.set("extensions::opampgateway::"+path, value) }
 
+// identity tells the collector from all others.
+func (c config) identity(id string) {
+	c.set("service::telemetry::resource", map[string]any{"attributes": []any{map[string]any{"name": "service.instance.id", "value": id}}})
+}
+
 // metrics has the collector show its own metrics to Prometheus.
 func (c config) metrics(t *testing.T, address string) {
 	t.Helper()
@@ -124,14 +129,18 @@ type Gateway struct {
 	scheme  string
 }
 
-// gatewayConfig is a gateway in front of the server at url.
+// gatewayConfig is a gateway in front of the server at url. It has a name that its tests know.
 func gatewayConfig(url, listen string) config {
 	c := newConfig()
+	c.identity(gatewayName)
 	c.set("service::extensions", []any{"opampgateway"})
 	c.gateway("server::endpoint", url)
 	c.gateway("listener::endpoint", listen)
 	return c
 }
+
+// gatewayName is the identity of most gateways, with which the names of their links begin.
+const gatewayName = "gateway"
 
 // allowGateways has a gateway let other gateways connect to it.
 func allowGateways(c config) { c.gateway("agents::allow_gateways", true) }

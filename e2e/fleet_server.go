@@ -168,7 +168,7 @@ func (s *FleetServer) stop() {
 
 // ServeHTTP takes a link. It is its reader.
 func (s *FleetServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	name := r.Header.Get(connectionIDHeader)
+	name := linkName(r.Header)
 	s.mu.Lock()
 	nth := 0
 	for _, d := range s.dials {

@@ -18,7 +18,7 @@ func TestManyAgents(t *testing.T) {
 	links := []string{"edge-7/upstream-0", "edge-7/upstream-1", "edge-7/upstream-2"}
 	server.wantLinks(t, links...)
 	gateway.wantLinks(t, 3)
-	require.Contains(t, server.linkHeaders(links[0]).Get("User-Agent"), "opampgateway otelcol-opampgateway/")
+	require.Contains(t, server.linkHeaders(links[0]).Get("User-Agent"), " otelcol-opampgateway/")
 
 	agents := startAgents(t, 30, gateway.url(), agentOptions{})
 	for _, a := range agents {

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -159,7 +160,7 @@ func (s *Server) url() string {
 }
 
 func (s *Server) connecting(r *http.Request) types.ConnectionResponse {
-	l := &serverLink{name: r.Header.Get(connectionIDHeader), headers: r.Header.Clone(), tls: r.TLS}
+	l := &serverLink{name: linkName(r.Header), headers: r.Header.Clone(), tls: r.TLS}
 	if l.name == "" { // an agent that came directly
 		if v := s.judge(r.Header); v.refusal != 0 {
 			return types.ConnectionResponse{HTTPStatusCode: v.refusal, HTTPResponseHeader: v.headers}
@@ -192,6 +193,11 @@ func (s *Server) connecting(r *http.Request) types.ConnectionResponse {
 			}
 		},
 	}}
+}
+
+// linkName is how a link announced itself, as tests write it: without the name that most gateways have.
+func linkName(headers http.Header) string {
+	return strings.TrimPrefix(headers.Get(connectionIDHeader), gatewayName+"/")
 }
 
 func (s *Server) judge(headers http.Header) verdict {

@@ -319,7 +319,7 @@ func TestLetIn(t *testing.T) {
 			require.Equal(t, "hello", string(b))
 		}
 		require.NotPanics(t, func() {
-			socket.New(conn, socket.InputOf(conn), false, 1, time.Minute, nil, nil).Close()
+			socket.New(conn, socket.InputOf(conn), false, 1, time.Minute, nil).Close()
 		})
 		require.Error(t, conn.Close(), "it is closed already")
 		require.Zero(t, h.door.Open(), "counted once")

@@ -38,6 +38,10 @@ type HandshakeError struct {
 	Reason string
 	// Location is where the server sends us, without its query.
 	Location string
+	// Withheld tells that a redirect has led to another host, which did not get what is for the endpoint's.
+	Withheld bool
+
+	next *url.URL // the whole Location, if its status is one of a redirect
 }
 
 func (e *HandshakeError) Error() string {
@@ -71,6 +75,9 @@ func newHandshakeError(response *http.Response, proxy string, secrets []string) 
 	}
 	if location, err := url.Parse(response.Header.Get("Location")); err == nil && response.StatusCode/100 == 3 {
 		e.Location = words(Place(location), secrets)
+		if isRedirect(response.StatusCode) && response.Header.Get("Location") != "" {
+			e.next = location
+		}
 	}
 	body, _ := io.ReadAll(io.LimitReader(response.Body, maxBody)) // what has come is enough
 	for line := range strings.Lines(withoutTags(string(body))) {

@@ -26,12 +26,36 @@ type Dialer struct {
 	TLS *tls.Config
 	// ReadBufferSize is in bytes.
 	ReadBufferSize int
+	// Elsewhere are the headers for any other host than the endpoint's, to which it may redirect.
+	Elsewhere http.Header
 }
 
-// Dial connects and shakes hands, through the proxy that the environment names. It returns what New
-// takes over. An error is a *HandshakeError if the server, or the proxy, has answered something else
-// than yes. No error tells what is secret in the endpoint, a proxy's URL, or the headers.
-func (d *Dialer) Dial(ctx context.Context, endpoint *url.URL, headers http.Header) (conn net.Conn, in *bufio.Reader, err error) {
+// Dial connects and shakes hands, through the proxy that the environment names, with whom the endpoint
+// redirects to. It returns what New takes over, and where that is if it is not the endpoint. An error is a
+// *HandshakeError if a server, or the proxy, has answered something else than yes, and ErrRedirect if it
+// redirects where we do not go. No error, nor the place, tells what is secret in the endpoint, a proxy's
+// URL, or the headers.
+func (d *Dialer) Dial(ctx context.Context, endpoint *url.URL, headers http.Header) (conn net.Conn, in *bufio.Reader, place string, err error) {
+	r := route{Dialer: d, endpoint: endpoint, at: endpoint, headers: headers, secrets: secretsOf(endpoint, headers)}
+	for {
+		conn, in, err = r.dial(ctx)
+		if err == nil {
+			return conn, in, r.place(), nil
+		}
+		answered := (*HandshakeError)(nil)
+		if !errors.As(err, &answered) || answered.Proxy != "" || answered.next == nil {
+			return nil, nil, "", r.explain(err)
+		}
+		if problem := r.follow(answered.next); problem != "" {
+			answered.Reason = "" // a page with a link
+			return nil, nil, "", r.explain(fmt.Errorf("%w, %w: %s", answered, ErrRedirect, problem))
+		}
+	}
+}
+
+// dial is Dial without following a redirect.
+func (r *route) dial(ctx context.Context) (conn net.Conn, in *bufio.Reader, err error) {
+	d, endpoint := r.Dialer, r.at
 	secure := endpoint.Scheme == "wss"
 	through, err := http.ProxyFromEnvironment(&http.Request{URL: withScheme(endpoint, "http", secure)})
 	if err != nil { // which may quote the proxy's URL
@@ -46,6 +70,7 @@ func (d *Dialer) Dial(ctx context.Context, endpoint *url.URL, headers http.Heade
 	if err != nil {
 		return nil, nil, err
 	}
+	LimitUnsent(conn)
 	raw := Wrap(conn)
 	conn = raw
 	stop := context.AfterFunc(ctx, func() { raw.Close() })
@@ -57,16 +82,17 @@ func (d *Dialer) Dial(ctx context.Context, endpoint *url.URL, headers http.Heade
 		}
 	}()
 	if secure {
-		if conn, err = d.startTLS(ctx, raw, endpoint.Hostname()); err != nil {
+		if conn, err = startTLS(ctx, raw, r.tls(), endpoint.Hostname()); err != nil {
 			return nil, nil, explainTLS(err, "server", "ws://", "wss://")
 		}
 	}
 	in = bufio.NewReaderSize(conn, d.ReadBufferSize)
-	return conn, in, d.shakeHands(ctx, conn, in, endpoint, headers)
+	return conn, in, r.shakeHands(ctx, conn, in)
 }
 
 // shakeHands asks for a WebSocket. What follows the answer is left in in.
-func (d *Dialer) shakeHands(ctx context.Context, conn net.Conn, in *bufio.Reader, endpoint *url.URL, headers http.Header) error {
+func (r *route) shakeHands(ctx context.Context, conn net.Conn, in *bufio.Reader) error {
+	endpoint := r.at
 	heard := &answer{in: in}
 	dialer := websocket.Dialer{
 		NetDialContext: func(context.Context, string, string) (net.Conn, error) { return handshaking{conn, heard}, nil },
@@ -77,22 +103,22 @@ func (d *Dialer) shakeHands(ctx context.Context, conn net.Conn, in *bufio.Reader
 	// need not end the process for it. TLS has agreed on its algorithms by now.
 	fips140.WithoutEnforcement(func() {
 		// TLS is done; the scheme says no more than that.
-		_, response, err = dialer.DialContext(ctx, withScheme(endpoint, "ws", false).String(), headers)
+		_, response, err = dialer.DialContext(ctx, withScheme(endpoint, "ws", false).String(), r.headers)
 	})
-	secrets := secretsOf(endpoint, headers)
 	switch {
 	case err == nil && response.Header.Get("Sec-Websocket-Extensions") != "":
 		return errors.New("server uses an extension of WebSocket that was not asked for")
 	case err == nil:
 		return nil
 	case errors.Is(err, websocket.ErrBadHandshake):
-		refusal := newHandshakeError(response, "", secrets)
+		refusal := newHandshakeError(response, "", r.secrets)
+		refusal.Withheld = r.elsewhere
 		if endpoint.Scheme == "ws" && refusal.StatusCode == http.StatusBadRequest && strings.Contains(refusal.Reason, "HTTPS") {
 			refusal.Reason += " (it seems to want wss://)" // what servers with TLS say to who has none
 		}
 		return refusal
 	}
-	return heard.explain(err, "server", "wss://", secrets)
+	return heard.explain(err, "server", "wss://", r.secrets)
 }
 
 // handshaking is a connection of which gorilla reads the server's answer byte by byte, so that
@@ -107,8 +133,8 @@ func (h handshaking) Read(b []byte) (int, error) { return h.heard.Read(b[:min(1,
 // Close leaves the connection to Dial.
 func (h handshaking) Close() error { return nil }
 
-func (d *Dialer) startTLS(ctx context.Context, conn net.Conn, host string) (net.Conn, error) {
-	config := d.TLS.Clone()
+func startTLS(ctx context.Context, conn net.Conn, config *tls.Config, host string) (net.Conn, error) {
+	config = config.Clone()
 	if config == nil {
 		config = &tls.Config{}
 	}
@@ -154,7 +180,7 @@ func (d *Dialer) tunnel(ctx context.Context, conn net.Conn, through *url.URL, ad
 	who := proxyAt(through)
 	if through.Scheme == "https" {
 		var err error
-		if conn, err = d.startTLS(ctx, conn, through.Hostname()); err != nil {
+		if conn, err = startTLS(ctx, conn, d.TLS, through.Hostname()); err != nil {
 			return nil, explainTLS(err, who, "http://", "https://")
 		}
 	}

@@ -69,7 +69,7 @@ func dialed(tb testing.TB, d *Dialer, endpoint string, headers http.Header) erro
 	tb.Helper()
 	ctx, cancel := context.WithTimeout(tb.Context(), 5*time.Second)
 	defer cancel()
-	conn, in, err := d.Dial(ctx, parseURL(tb, endpoint), headers)
+	conn, in, _, err := d.Dial(ctx, parseURL(tb, endpoint), headers)
 	require.Error(tb, err)
 	require.Nil(tb, conn)
 	require.Nil(tb, in)
@@ -106,7 +106,7 @@ func TestWhatFollowsTheAnswerIsRead(t *testing.T) {
 						ReadBufferSize: 4 << 10,
 					}
 					ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-					conn, in, err := d.Dial(ctx, parseURL(t, scheme+"://server/v1/opamp?key=secret"), http.Header{"Authorization": {"x"}})
+					conn, in, _, err := d.Dial(ctx, parseURL(t, scheme+"://server/v1/opamp?key=secret"), http.Header{"Authorization": {"x"}})
 					require.NoError(t, err)
 					cancel() // it was for the handshake
 					synctest.Wait()
@@ -163,15 +163,15 @@ func TestARefusalOfTheServerIsTold(t *testing.T) {
 			"server answered 503 Service Unavailable",
 			HandshakeError{Status: "503 Service Unavailable", StatusCode: 503, RetryAfter: "120"},
 		},
-		"elsewhere": {
-			"HTTP/1.1 307 Temporary Redirect\r\nLocation: https://user:hidden@other.example/v1/opamp?key=hidden#hidden\r\nContent-Length: 0\r\n\r\n",
-			"server answered 307 Temporary Redirect to https://other.example/v1/opamp",
-			HandshakeError{Status: "307 Temporary Redirect", StatusCode: 307, Location: "https://other.example/v1/opamp"},
+		"a choice of places": {
+			"HTTP/1.1 300 Multiple Choices\r\nLocation: https://user:hidden@other.example/v1/opamp?key=hidden#hidden\r\nContent-Length: 0\r\n\r\n",
+			"server answered 300 Multiple Choices to https://other.example/v1/opamp",
+			HandshakeError{Status: "300 Multiple Choices", StatusCode: 300, Location: "https://other.example/v1/opamp"},
 		},
-		"elsewhere on the same server": {
-			"HTTP/1.1 301 Moved Permanently\r\nLocation: /v2\r\nContent-Length: 0\r\n\r\n",
-			"server answered 301 Moved Permanently to /v2",
-			HandshakeError{Status: "301 Moved Permanently", StatusCode: 301, Location: "/v2"},
+		"elsewhere, but nowhere": {
+			"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n",
+			"server answered 302 Found",
+			HandshakeError{Status: "302 Found", StatusCode: 302},
 		},
 		"a location that is none": {
 			"HTTP/1.1 301 Moved Permanently\r\nLocation: http://user:hidden@[\r\nContent-Length: 0\r\n\r\n",
@@ -416,7 +416,7 @@ func TestAProxyOfTheEnvironmentIsUsed(t *testing.T) {
 			_, _ = upgrader.Upgrade(&hijacked{conn: far, in: in}, request, nil)
 		}
 	}()
-	conn, _, err := d.Dial(t.Context(), parseURL(t, "ws://server.example/"), nil)
+	conn, _, _, err := d.Dial(t.Context(), parseURL(t, "ws://server.example/"), nil)
 	require.NoError(t, err)
 	conn.Close()
 }
@@ -451,7 +451,7 @@ func TestHandshakeUnderFIPS140(t *testing.T) {
 	secure.StartTLS()
 	for scheme, server := range map[string]*httptest.Server{"ws": plain, "wss": secure} {
 		d := &Dialer{NetDial: (&net.Dialer{}).DialContext, TLS: &tls.Config{RootCAs: roots}, ReadBufferSize: 4 << 10}
-		conn, in, err := d.Dial(t.Context(), parseURL(t, scheme+"://"+server.Listener.Addr().String()), nil)
+		conn, in, _, err := d.Dial(t.Context(), parseURL(t, scheme+"://"+server.Listener.Addr().String()), nil)
 		require.NoError(t, err)
 		s := New(conn, in, true, unlimited, writeTimeout, &counted{})
 		message, err := s.Read()
