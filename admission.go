@@ -340,10 +340,14 @@ type verdict struct {
 	err    error
 }
 
-// admit attaches a new agent to a link and asks the server about it; on another link, once, if that one ends: it
-// may have because of the question.
+// endsTogether is within what time links end together: because of one thing, whatever was asked on each.
+const endsTogether = time.Second
+
+// admit attaches a new agent to a link and asks the server about it; on another link if that one ends, but not again if
+// that ends, too: it may be because of the question.
 func (p *upstreamPool) admit(ctx context.Context, a *agentConn) (connect.Result, error) {
-	for ended := 0; ; ended++ {
+	var ended time.Time // when a link did for the first time
+	for {
 		l, err := p.attach(ctx, a, nil, time.Time{})
 		if err != nil {
 			return connect.Result{}, err
@@ -352,10 +356,14 @@ func (p *upstreamPool) admit(ctx context.Context, a *agentConn) (connect.Result,
 			return connect.Result{Accept: true}, nil
 		}
 		result, err := l.ask(ctx, a, questions.ClassNewcomer, p.cfg.Server.AdmissionTimeout)
-		if !errors.Is(err, questions.ErrEnded) {
+		switch {
+		case !errors.Is(err, questions.ErrEnded):
 			return result, err
-		}
-		if ended > 0 && p.server.Answered() { // otherwise the book finds out that the server cannot be asked
+		case ended.IsZero():
+			ended = time.Now()
+		case time.Since(ended) < endsTogether:
+			_ = sleep(ctx, endsTogether)
+		case p.server.Answered(): // otherwise the book finds out that the server cannot be asked
 			return connect.Result{}, errNoLink
 		}
 	}

@@ -423,15 +423,15 @@ func TestServerEndsAtQuestions(t *testing.T) {
 			s.introduce("alice")
 			ends := 0
 			s.server.OnConnect(func(q *gatewaytest.Question) {
-				if q.Who() == "bob" && ends < 2 {
+				if q.Who() == "bob" && ends < 3 {
 					ends++
 					q.Link.HangUp()
 					return
 				}
 				q.Accept()
 			})
-			s.wantTurnedAway(s.knock("bob")) // one question costs two links at most
-			require.Equal(t, 2, ends)
+			s.wantTurnedAway(s.knock("bob")) // two links that end together may end for something else, the next not
+			require.Equal(t, 3, ends)
 			time.Sleep(time.Second)
 			s.wantLetIn(s.knock("bob"))
 			require.Empty(t, s.logged(zap.WarnLevel, "server::agent_admission"))
