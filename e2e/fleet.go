@@ -44,7 +44,7 @@ type Fleet struct {
 type fleetOptions struct {
 	// state is what an agent says of itself, besides its uid, when it connects first and when it
 	// is asked; nil for its name.
-	state func() *protobufs.AgentToServer
+	state *protobufs.AgentToServer
 	// timed has agents note how long the server, which echoes, takes to answer each message.
 	timed bool
 	// writeBuffer is what an agent's system takes of what it says, in bytes; 0 for the usual megabytes.
@@ -237,7 +237,7 @@ func (a *FleetAgent) take(frame []byte) {
 func (a *FleetAgent) state() {
 	a.stating.Store(false)
 	if state := a.fleet.opts.state; state != nil {
-		a.say(state())
+		a.say(proto.Clone(state).(*protobufs.AgentToServer))
 		return
 	}
 	a.say(&protobufs.AgentToServer{

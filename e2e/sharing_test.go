@@ -282,6 +282,12 @@ func TestFloodBehindLowerGateway(t *testing.T) {
 	if p99 := waitedBelow.quantile(0.99); p99 >= 2*waitLimit { // two windows stand before it
 		t.Errorf("agents beside the flooding one had to wait: %s", waitedBelow)
 	}
+	if lost := lower.log.with("lost connection to the server"); len(lost) > 0 {
+		t.Errorf("the gateway below has lost its link: %s", lost)
+	}
+	if t.Failed() {
+		return
+	}
 	stopFlood()
 	for _, stop := range stops {
 		stop()
@@ -294,6 +300,7 @@ func TestFloodBehindLowerGateway(t *testing.T) {
 	for _, f := range []*Fleet{flooder, above, below} {
 		f.wantBlameless(t)
 	}
+	require.Empty(t, lower.log.with("lost connection to the server"))
 	wantUnlost(t, server, metrics, 1)
 }
 
