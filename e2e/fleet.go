@@ -164,7 +164,7 @@ func (a *FleetAgent) dial() (*websocket.Conn, refusal) {
 		return nil, refusal{err: a.fleet.ctx.Err()}
 	}
 	dialer := websocket.Dialer{
-		HandshakeTimeout: upgradeTimeout, ReadBufferSize: 1 << 10, WriteBufferSize: 1 << 10, WriteBufferPool: &smallBuffers,
+		HandshakeTimeout: upgradeTimeout, ReadBufferSize: 1 << 10, WriteBufferSize: 4 << 10, WriteBufferPool: &smallBuffers,
 		NetDialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
 			conn, err := (&net.Dialer{}).DialContext(ctx, network, address)
 			if err != nil {

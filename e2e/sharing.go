@@ -293,6 +293,7 @@ func (f *Fleet) wantBlameless(t *testing.T) {
 // many messages were repeated or missing meanwhile. Nobody must be talking any more.
 func (s *FleetServer) wantRepaired(t *testing.T, f *Fleet) (repeated, missing uint64) {
 	t.Helper()
+	s.wantReachable(t, f.agents, ceiling) // those of the last link that was lost are asked only now
 	s.wantHeard(t, f.agents, ceiling)
 	eventually(t, func() string {
 		for _, a := range f.agents {
