@@ -432,3 +432,34 @@ func TestServersThatDropPings(t *testing.T) {
 		})
 	}
 }
+
+// The server is far away, and then farther. Much can be on the way at the same time, as without the
+// acknowledgements that the gateway waits for. In windows of the size that a near server gets, it
+// would take half a minute.
+func TestLongRoundTrip(t *testing.T) {
+	t.Parallel()
+	const agents, each, roundTrip = 30, 1000, 100 * time.Millisecond
+	server := startFleetServer(t, fleetServerOptions{echoes: true})
+	way := openLongWay(t, server.address, roundTrip/2)
+	metrics, showMetrics := withMetrics(t)
+	gateway := startGateway(t, way.url(), showMetrics)
+	gateway.wantLinks(t, 3)
+	fleet := timedFleet(t, agents, server, gateway)
+	for _, rtt := range []time.Duration{roundTrip, 3 * roundTrip} {
+		way.oneWay.Store(int64(rtt / 2))
+		alone := time.Now()
+		fleet.sayAll(1, 0)
+		server.wantHeard(t, fleet.agents, ceiling)
+		t.Logf("one message of each was heard after %s", time.Since(alone).Round(time.Millisecond))
+		start := time.Now()
+		fleet.sayAll(each, 0)
+		server.wantHeard(t, fleet.agents, ceiling)
+		took := time.Since(start)
+		t.Logf("over a round trip of %s %d messages were heard in %s; %d pings so far", rtt, agents*each, took.Round(time.Millisecond), server.pings())
+		require.Less(t, took, 12*time.Second, "%d messages over a round trip of %s", agents*each, rtt)
+	}
+	repeated, missing := server.wantHistory(t, fleet.agents)
+	require.Zero(t, repeated+missing, "messages repeated or missing")
+	fleet.wantBlameless(t)
+	wantUnlost(t, server, metrics, 3)
+}
