@@ -139,9 +139,9 @@ func TestFloodingAgents(t *testing.T) {
 				gateway.wantLog(t, a.uid.String())
 			}
 
+			slow.each.Store(0)
 			stopFlood()
 			stopTalk()
-			slow.each.Store(0)
 			all := slices.Concat(flooders.agents, others.agents)
 			server.wantHeard(t, all, ceiling)
 			repeated, missing := server.wantHistory(t, all)
@@ -291,11 +291,11 @@ func TestFloodBehindLowerGateway(t *testing.T) {
 	if t.Failed() {
 		return
 	}
+	slow.each.Store(0)
 	stopFlood()
 	for _, stop := range stops {
 		stop()
 	}
-	slow.each.Store(0)
 	all := slices.Concat(flooder.agents, above.agents, below.agents)
 	server.wantHeard(t, all, ceiling)
 	repeated, missing := server.wantHistory(t, all)
