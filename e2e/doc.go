@@ -19,6 +19,9 @@
 //	bystanders.go    agents that are to notice nothing of what happens to others
 //	fleet.go         thousands of such agents, which number what they say and come back when closed
 //	fleet_server.go  a server that bears those, and keeps a record of all that it hears
+//	sharing.go       what agents on one link do to each other, and servers at it
+//	frame_limit.go   peers and proxies that take WebSocket frames of some size only
+//	long_way.go      a long way to the server
 //	fault/           a line that does to TCP connections what networks do
 //	certs.go         certificates
 //	wait.go          waiting for what has to happen; no test sleeps

@@ -34,10 +34,23 @@ const (
 // what it says, says who it is when asked, and comes back when its connection ends.
 type Fleet struct {
 	url    string
+	opts   fleetOptions
 	agents []*FleetAgent
 	ctx    context.Context // ends with the test
 	turns  chan struct{}   // holds a token per agent that may dial at the same time
 	work   sync.WaitGroup
+}
+
+type fleetOptions struct {
+	// state is what an agent says of itself, besides its uid, when it connects first and when it
+	// is asked; nil for its name.
+	state *protobufs.AgentToServer
+	// timed has agents note how long the server, which echoes, takes to answer each message.
+	timed bool
+	// writeBuffer is what an agent's system takes of what it says, in bytes; 0 for the usual megabytes.
+	writeBuffer int
+	// frameLimit is the largest WebSocket frame that an agent takes; 0 is any.
+	frameLimit int
 }
 
 // FleetAgent is one of a fleet.
@@ -60,6 +73,9 @@ type FleetAgent struct {
 	heard    []uint64 // numbers of the server's pushes, in the order in which they came
 	asked    int      // messages that asked for its full state
 	strays   []string // what was not for it
+	told     []*protobufs.ServerErrorResponse
+	waiting  map[uint64]time.Time // for which answers, and since when, if it is timed
+	answers  []echoed
 }
 
 // ending is how a connection of an agent ended.
@@ -79,14 +95,19 @@ type refusal struct {
 // startFleet starts n agents that keep connecting, so many at a time, until the end of the test.
 func startFleet(t *testing.T, n int, url string, atOnce int) *Fleet {
 	t.Helper()
+	return startFleetOf(t, n, url, atOnce, fleetOptions{})
+}
+
+func startFleetOf(t *testing.T, n int, url string, atOnce int, opts fleetOptions) *Fleet {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	f := &Fleet{url: url, ctx: ctx, turns: make(chan struct{}, atOnce)}
+	f := &Fleet{url: url, opts: opts, ctx: ctx, turns: make(chan struct{}, atOnce)}
 	t.Cleanup(func() {
 		cancel()
 		f.work.Wait()
 	})
 	for range n {
-		a := &FleetAgent{fleet: f, uid: uuid.New()}
+		a := &FleetAgent{fleet: f, uid: uuid.New(), waiting: map[uint64]time.Time{}}
 		f.agents = append(f.agents, a)
 		f.work.Go(a.live)
 	}
@@ -143,11 +164,18 @@ func (a *FleetAgent) dial() (*websocket.Conn, refusal) {
 		return nil, refusal{err: a.fleet.ctx.Err()}
 	}
 	dialer := websocket.Dialer{
-		HandshakeTimeout: upgradeTimeout, ReadBufferSize: 1 << 10, WriteBufferSize: 1 << 10, WriteBufferPool: &smallBuffers,
+		HandshakeTimeout: upgradeTimeout, ReadBufferSize: 1 << 10, WriteBufferSize: 4 << 10, WriteBufferPool: &smallBuffers,
 		NetDialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
 			conn, err := (&net.Dialer{}).DialContext(ctx, network, address)
-			if err == nil {
-				context.AfterFunc(a.fleet.ctx, func() { conn.Close() })
+			if err != nil {
+				return nil, err
+			}
+			context.AfterFunc(a.fleet.ctx, func() { conn.Close() })
+			if size := a.fleet.opts.writeBuffer; size > 0 {
+				err = conn.(*net.TCPConn).SetWriteBuffer(size)
+			}
+			if limit := a.fleet.opts.frameLimit; limit > 0 {
+				conn = limitFrames(conn, limit)
 			}
 			return conn, err
 		},
@@ -190,6 +218,10 @@ func (a *FleetAgent) take(frame []byte) {
 	switch data := m.GetCustomMessage().GetData(); {
 	case err != nil || !bytes.Equal(m.GetInstanceUid(), a.uid[:]):
 		a.strays = append(a.strays, fmt.Sprintf("%v %v", &m, err))
+	case m.GetErrorResponse() != nil:
+		a.told = append(a.told, m.GetErrorResponse())
+	case m.GetCustomMessage().GetType() == echo && len(data) >= 8:
+		a.hearLocked(binary.BigEndian.Uint64(data), data[8:])
 	case m.GetCustomMessage().GetCapability() == chat && len(data) >= 8:
 		a.heard = append(a.heard, binary.BigEndian.Uint64(data))
 	case fullState:
@@ -204,6 +236,10 @@ func (a *FleetAgent) take(frame []byte) {
 // state says who the agent is, in full.
 func (a *FleetAgent) state() {
 	a.stating.Store(false)
+	if state := a.fleet.opts.state; state != nil {
+		a.say(proto.Clone(state).(*protobufs.AgentToServer))
+		return
+	}
 	a.say(&protobufs.AgentToServer{
 		AgentDescription: &protobufs.AgentDescription{IdentifyingAttributes: []*protobufs.KeyValue{{
 			Key:   "service.name",
@@ -227,6 +263,11 @@ func (a *FleetAgent) say(m *protobufs.AgentToServer) bool {
 		return false
 	}
 	m.InstanceUid, m.SequenceNum, m.Capabilities = a.uid[:], a.number.Add(1), 1
+	if a.fleet != nil && a.fleet.opts.timed {
+		a.mu.Lock()
+		a.waiting[m.GetSequenceNum()] = time.Now()
+		a.mu.Unlock()
+	}
 	frame, err := proto.MarshalOptions{}.MarshalAppend([]byte{0}, m)
 	if err != nil {
 		panic("an agent's message cannot be marshalled: " + err.Error()) // it is made here

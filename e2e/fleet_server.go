@@ -52,6 +52,21 @@ type fleetServerOptions struct {
 	// takeLink answers a link's upgrade request, of which nth is how many of that name came
 	// before; nil takes all.
 	takeLink func(name string, nth int) linkAnswer
+	// heeds says what it does about a message of an agent, of so many bytes. It is called by the
+	// reader of the message's link, and may take its time; nil answers all.
+	heeds func(uid uuid.UUID, m *protobufs.AgentToServer, size int) response
+	// readLimit is the largest message that it takes, in bytes; 0 is any. At a larger one it
+	// closes the link with 1009 and reads no further.
+	readLimit int64
+	// frameLimit is the largest WebSocket frame that it, or a proxy before it, takes; 0 is any.
+	frameLimit int
+	// pongWithin is how long it waits for the answer to a ping before it ends the link; 0 is for ever,
+	// without a ping.
+	pongWithin time.Duration
+	// answersPing says whether it answers the nth ping of a link; nil answers all.
+	answersPing func(nth int) bool
+	// echoes has its answers tell what they answer: a number, and what was in a custom message.
+	echoes bool
 }
 
 // linkAnswer is what happens to a link. Its zero value is a link that is taken.
@@ -85,6 +100,8 @@ type FleetLink struct {
 	spoke      map[uuid.UUID]bool
 	asking     int // questions in flight
 	mostAsking int
+	pings      int   // that it has heard
+	end        error // of its reader; nil while it reads
 }
 
 // answer is what a question is answered.
@@ -139,6 +156,9 @@ func (s *FleetServer) start(t *testing.T) {
 	})
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.opts.frameLimit > 0 {
+		listener = &frameLimitListener{listener, s.opts.frameLimit}
+	}
 	s.http = &http.Server{Handler: s, ReadHeaderTimeout: ceiling}
 	s.gone = make(chan struct{})
 	for _, k := range s.records {
@@ -212,10 +232,11 @@ func (s *FleetServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mu.Unlock()
 	defer s.work.Done()
 	s.work.Go(l.answerAll)
-	l.readAll(gone)
+	l.heedPings()
+	end := l.readAll(gone)
 	close(l.ended)
 	s.mu.Lock()
-	l.open = false
+	l.open, l.end = false, end
 	s.mu.Unlock()
 	if s.opts.forgetAfter > 0 {
 		s.work.Go(func() { s.forget(l, gone) })
@@ -237,8 +258,8 @@ func (s *FleetServer) forget(l *FleetLink, gone <-chan struct{}) {
 	}
 }
 
-// readAll ends with the link.
-func (l *FleetLink) readAll(gone <-chan struct{}) {
+// readAll ends with the link, and returns why that ended.
+func (l *FleetLink) readAll(gone <-chan struct{}) error {
 	for {
 		l.server.mu.Lock()
 		resume := l.server.resume
@@ -247,12 +268,12 @@ func (l *FleetLink) readAll(gone <-chan struct{}) {
 			select {
 			case <-resume:
 			case <-gone:
-				return
+				return errors.New("the server is gone")
 			}
 		}
 		_, frame, err := l.ws.ReadMessage()
 		if err != nil {
-			return
+			return err
 		}
 		var m protobufs.AgentToServer
 		err = proto.Unmarshal(frame[1:], &m) // behind the header
@@ -261,13 +282,22 @@ func (l *FleetLink) readAll(gone <-chan struct{}) {
 		case m.GetCustomMessage().GetCapability() == gatewayCapability:
 			err = l.question(m.GetCustomMessage().GetData())
 		default:
-			err = l.message(&m, len(frame))
+			var does response
+			if heeds := l.server.opts.heeds; heeds != nil {
+				uid, _ := uuid.FromBytes(m.GetInstanceUid()) // whether it is one is seen below
+				does = heeds(uid, &m, len(frame))
+			}
+			if does.end != nil {
+				does.end(l)
+				return errEndedAtMessage
+			}
+			err = l.message(&m, len(frame), does.silent)
 		}
 		if err != nil {
 			l.server.mu.Lock()
 			l.server.wrong = append(l.server.wrong, fmt.Sprintf("%v: %v", err, &m))
 			l.server.mu.Unlock()
-			return
+			return err
 		}
 	}
 }
@@ -279,16 +309,19 @@ func (l *FleetLink) question(data []byte) error {
 		return err
 	}
 	uid, err := uuid.Parse(q.Headers.Get("Agent-ID"))
-	if err != nil {
+	isGateway := q.Headers.Get(connectionIDHeader) != "" // which is behind another, and has no uid
+	if err != nil && !isGateway {
 		return err
 	}
 	s := l.server
 	s.mu.Lock()
 	l.asking++
 	l.mostAsking = max(l.mostAsking, l.asking)
-	s.recordLocked(uid).asked++
 	s.connects++
-	l.introduced[uid] = s.connects
+	if !isGateway {
+		s.recordLocked(uid).asked++
+		l.introduced[uid] = s.connects
+	}
 	s.mu.Unlock()
 	result, err := json.Marshal(map[string]any{"request_uid": q.RequestUID, "accept": true, "http_status_code": 0, "response_headers": nil})
 	if err != nil {
@@ -337,8 +370,9 @@ func (l *FleetLink) answerAll() {
 	}
 }
 
-// message takes note of what an agent said, and replies, but to chat and a goodbye.
-func (l *FleetLink) message(m *protobufs.AgentToServer, size int) error {
+// message takes note of what an agent said, and replies unless it is to be silent, but to a
+// goodbye and, if it does not echo, to chat.
+func (l *FleetLink) message(m *protobufs.AgentToServer, size int, silent bool) error {
 	uid, err := uuid.FromBytes(m.GetInstanceUid())
 	if err != nil {
 		return err
@@ -364,7 +398,12 @@ func (l *FleetLink) message(m *protobufs.AgentToServer, size int) error {
 		reply.Flags = uint64(protobufs.ServerToAgentFlags_ServerToAgentFlags_ReportFullState)
 	}
 	s.mu.Unlock()
-	if m.GetAgentDisconnect() == nil && m.GetCustomMessage() == nil {
+	if s.opts.echoes {
+		reply.CustomMessage = &protobufs.CustomMessage{Capability: chat, Type: echo, Data: slices.Concat(
+			binary.BigEndian.AppendUint64(nil, m.GetSequenceNum()), m.GetCustomMessage().GetData(),
+		)}
+	}
+	if !silent && m.GetAgentDisconnect() == nil && (m.GetCustomMessage() == nil || s.opts.echoes) {
 		l.send(l.frame(reply))
 	}
 	return nil
@@ -529,8 +568,9 @@ func (s *FleetServer) wantHistory(t *testing.T, agents []*FleetAgent) (repeated,
 		history := s.record(a).said
 		slices.SortStableFunc(history, func(a, b said) int { return a.introduced - b.introduced })
 		for _, now := range history {
-			require.NotZero(t, now.introduced, "message %d of agent %s came on a link without its connect: %s", now.number, a.uid, s.story(a))
 			switch {
+			case now.introduced == 0:
+				t.Fatalf("message %d of agent %s came on a link without its connect: %s", now.number, a.uid, s.story(a))
 			case now.number == last.number+1:
 			case now.link == last.link:
 				t.Fatalf("message %d of agent %s follows %d on one link: %s", now.number, a.uid, last.number, s.story(a))
