@@ -38,7 +38,7 @@ func Skippable(err error) bool { return errors.Is(err, ErrText) || errors.Is(err
 
 const (
 	// batchSize is how much is put together before it is handed to the socket. Five times as much,
-	// for large messages, cost a busy gateway an eighth more.
+	// for large messages, cost a busy gateway about a fifth more.
 	batchSize = 16 << 10
 	// headerMax is the longest header of a frame that we write, and fragmentSize the longest payload:
 	// some proxies and clients take no longer ones. Both together fill a batch, and a record of TLS.
