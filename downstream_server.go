@@ -66,6 +66,7 @@ type downstreamServer struct {
 	cfg    *Config
 	log    *zap.Logger
 	events *zap.Logger // log for what may happen to many agents at once: only the first of each kind
+	names  *zap.Logger // the same for what names those who cause it
 	tel    *telemetry.Telemetry
 	router *router
 	pool   *upstreamPool
@@ -89,7 +90,7 @@ type downstreamServer struct {
 
 func newDownstreamServer(ctx context.Context, cfg *Config, log *zap.Logger, tel *telemetry.Telemetry, r *router, p *upstreamPool, budget *memory.Budget) *downstreamServer {
 	return &downstreamServer{
-		cfg: cfg, log: log, events: sampled(log), tel: tel, router: r, pool: p, memory: budget, ctx: ctx,
+		cfg: cfg, log: log, events: sampled(log), names: sampledTo(log, 50), tel: tel, router: r, pool: p, memory: budget, ctx: ctx,
 		agents: map[*agentConn]struct{}{},
 	}
 }
@@ -280,6 +281,7 @@ func (a *agentConn) start(conn net.Conn) {
 	s := a.server
 	a.memory = s.memory.NewReader(a)
 	a.mute.Store(monotonic.Now())
+	a.line.Shared = a.gateway
 	// A queue full of small messages may take some more than their bytes.
 	queueSize := s.cfg.Agents.MaxQueueSize
 	a.outbox = outbox.New(a, queueSize+queueSize/16, &s.memory.Down)

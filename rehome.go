@@ -101,7 +101,7 @@ func (p *upstreamPool) rehome(a *agentConn, from *link) {
 func (p *upstreamPool) resend(ctx context.Context, l *link, e *entry) bool {
 	a := e.Sender.agent
 	if err := p.judge(e); err != nil {
-		p.turnDown(e.Sender, err)
+		p.turnDown(e.Sender, reasonOf(err), err)
 		p.memory.Recycle(e.Frame)
 		return true
 	}

@@ -17,8 +17,11 @@ import (
 
 // sampled returns a logger that writes only the first few of each message in a while: for
 // what may happen to thousands of agents at once. The metrics have the numbers.
-func sampled(log *zap.Logger) *zap.Logger {
-	const while, first = 10 * time.Second, 5
+func sampled(log *zap.Logger) *zap.Logger { return sampledTo(log, 5) }
+
+// sampledTo is sampled for what names somebody, so that nearly always all are.
+func sampledTo(log *zap.Logger, first int) *zap.Logger {
+	const while = 10 * time.Second
 	return log.WithOptions(zap.WrapCore(func(core zapcore.Core) zapcore.Core {
 		return zapcore.NewSamplerWithOptions(core, while, first, 0)
 	}))

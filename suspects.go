@@ -50,12 +50,12 @@ func reasonOf(err error) telemetry.Reason {
 	if errors.Is(err, errServerLimit) {
 		return telemetry.ReasonServerLimit
 	}
-	return telemetry.ReasonServerEndsLink
+	return telemetry.ReasonAgentTurnedDown
 }
 
 // turnDown counts a message that is not relayed, and tells its agent why.
-func (p *upstreamPool) turnDown(c *claim, err error) {
-	p.tel.Fault(reasonOf(err))
+func (p *upstreamPool) turnDown(c *claim, reason telemetry.Reason, err error) {
+	p.tel.Fault(reason)
 	c.agent.sendOwn(c.format.BadRequest(c.route.uid.Bytes(), "opampgateway: "+err.Error()))
 }
 
@@ -80,7 +80,7 @@ func (p *upstreamPool) findCulprit(l *link, err error) {
 	p.log.Warn("server ends the connection when it reads a message of this agent, so the message is dropped, and what the agent says is turned down for a while",
 		c.agent.logged(zap.Stringer("agent", culprit.UID), zap.Int("bytes", culprit.Size), zap.Duration("for", turnedDown),
 			zap.String("link", p.linkName(l.slot)), zap.NamedError("server_said", err))...)
-	p.turnDown(c, errSuspect)
+	p.turnDown(c, telemetry.ReasonServerEndsLink, errSuspect)
 }
 
 // release asks those for their full state that are turned down no longer, and may have been by mistake.
@@ -151,7 +151,7 @@ func (a *agentConn) noteWait(began int64) {
 	}
 	if !f.named && lasts >= floodNamed {
 		f.named = true
-		a.server.events.Warn("agent says more than the server takes; it is read no faster than that, and nobody else slower",
+		a.server.names.Warn("agent says more than the server takes; it is read no faster than that, and nobody else slower",
 			a.logged(zap.Stringer("agent", a.uid), zap.Duration("for", lasts), zap.Duration("waited", f.waited))...)
 	}
 }

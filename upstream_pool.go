@@ -41,6 +41,8 @@ const (
 
 	// linkReadBuffer is what is read at once from a link, which many agents' frames share.
 	linkReadBuffer = 64 << 10
+	// dialReadBuffer is the same for the server's answer to the upgrade request.
+	dialReadBuffer = 4 << 10
 
 	// dialTimeout bounds one attempt to dial a link, handshakes included.
 	dialTimeout = 30 * time.Second
@@ -255,7 +257,7 @@ func (p *upstreamPool) dial(slot int) (l *link, retryAfter time.Duration, err er
 		netDial = socket.DialInTurn(p.turns[slot])
 		p.turns[slot]++
 	}
-	dialer := socket.Dialer{NetDial: netDial, TLS: p.tls, ReadBufferSize: linkReadBuffer, Elsewhere: elsewhere}
+	dialer := socket.Dialer{NetDial: netDial, TLS: p.tls, ReadBufferSize: dialReadBuffer, Elsewhere: elsewhere}
 	conn, in, place, err := dialer.Dial(ctx, p.endpoint, headers)
 	if err != nil {
 		return nil, askedToWait(err), p.explainDial(err)
@@ -616,7 +618,7 @@ func newLink(p *upstreamPool, slot int, conn net.Conn, in *bufio.Reader) *link {
 		pool: p, slot: slot, book: questions.NewBook[*asker](p.server), ended: make(chan struct{}),
 		unwritten: map[*agentConn][]entry{}, agents: map[*agentConn]struct{}{},
 	}
-	l.sock = socket.New(conn, in, true, p.cfg.MaxMessageSize, linkWriteTimeout, l)
+	l.sock = socket.New(conn, socket.LinkInput(conn, in, linkReadBuffer), true, p.cfg.MaxMessageSize, linkWriteTimeout, l)
 	share := memory.LinkShare(int64(p.cfg.MaxBufferedSize), p.cfg.Server.Connections)
 	l.outbox = outbox.NewLink(l, share, &p.memory.Up, &p.trials)
 	return l

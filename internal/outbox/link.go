@@ -314,7 +314,7 @@ func (o *Link[S]) fitsLocked(q *queue[S], e *Entry[S], weight int) bool {
 	if q.empty() {
 		return e.size() <= alwaysFits || o.size == 0 || len(o.crowd) == 0 && o.size+e.size() <= o.limit
 	}
-	return q.size+e.size() <= lineShare*weight && o.size+e.size() <= o.limit/2
+	return q.fits(e, weight) && o.size+e.size() <= o.limit/2
 }
 
 // addLocked has e wait in q.

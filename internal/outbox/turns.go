@@ -1,5 +1,11 @@
 package outbox
 
+import (
+	"time"
+
+	"github.com/opampgateway/opampgateway/internal/monotonic"
+)
+
 // Senders take turns by deficit round robin (Shreedhar and Varghese, 1995), those that had nothing
 // waiting first, as in fq_codel (RFC 8290, section 4.2).
 
@@ -11,6 +17,9 @@ const (
 	messageCost = 1 << 10
 	// lineShare is what one sender of weight 1 may have waiting, in bytes, or one message.
 	lineShare = 64 << 10
+	// sharedWait is about how long an entry waits in a shared line, in nanoseconds, while its sender is not held up by
+	// others; and sharedLeast how many may wait in any case.
+	sharedWait, sharedLeast = int64(50 * time.Millisecond), 16
 	// keptQueues is for how many senders that have nothing waiting an outbox keeps their queues, and keptPlaces
 	// how many entries' places each of these keeps at most.
 	keptQueues, keptPlaces = 256, 512
@@ -19,7 +28,13 @@ const (
 // Line is where the messages of one sender wait in a link's outbox. It takes next to nothing while
 // there are none. It is used with one outbox at a time, from one Abort to the next, and by one
 // goroutine at a time.
-type Line[S any] struct{ queue *queue[S] } // nil while nothing waits
+type Line[S any] struct {
+	// Shared says that many speak there, who take turns where they come from: so that it is their turns that
+	// count, no more waits than is written in a moment. Set once.
+	Shared bool
+
+	queue *queue[S] // nil while nothing waits
+}
 
 // queue is what one sender has waiting, and its place among the senders. Senders that lately had
 // something keep theirs for the rest of the round.
@@ -31,6 +46,11 @@ type queue[S any] struct {
 	size    int // of the entries, in bytes
 	left    int // of its turn; may be less than the next message costs, by any number of turns
 
+	// Of a shared line.
+	share int   // how many entries may wait
+	taken int   // how many were taken since
+	since int64 // of the monotonic clock
+
 	in         *list[S]
 	prev, next *queue[S]
 
@@ -39,6 +59,28 @@ type queue[S any] struct {
 	crowds  bool // it waits for room that all share
 	pending Entry[S]
 	decided chan error // buffered; sent to once for each wait
+}
+
+// fits reports whether e may wait behind what waits already.
+func (q *queue[S]) fits(e *Entry[S], weight int) bool {
+	if q.size+e.size() > lineShare*weight {
+		return false
+	}
+	return !q.line.Shared || len(q.entries)-q.head < max(q.share, sharedLeast)
+}
+
+// pace notes that an entry was taken out of a shared line.
+func (q *queue[S]) pace() {
+	q.taken++
+	now := monotonic.Now()
+	if q.since == 0 {
+		q.since = now
+	}
+	if lasts := now - q.since; lasts >= sharedWait {
+		q.share, q.taken, q.since = int(int64(q.taken)*sharedWait/lasts), 0, now
+	} else {
+		q.share = max(q.share, q.taken)
+	}
 }
 
 func (q *queue[S]) empty() bool { return q.head == len(q.entries) }
@@ -202,6 +244,9 @@ func (t *turns[S]) take(q *queue[S]) Entry[S] {
 	q.size -= e.size()
 	q.left -= cost(&e)
 	t.waiting--
+	if q.line.Shared {
+		q.pace()
+	}
 	if q.empty() || e.Trial || q.first().Trial {
 		q.in.remove(q)
 		t.file(q, &t.round)
@@ -212,6 +257,7 @@ func (t *turns[S]) take(q *queue[S]) Entry[S] {
 // forget gives up a queue that is in no list and in which nothing waits.
 func (t *turns[S]) forget(q *queue[S]) {
 	q.line.queue, q.line = nil, nil
+	q.share, q.taken, q.since = 0, 0, 0
 	if t.spares >= keptQueues {
 		return
 	}
