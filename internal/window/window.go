@@ -37,12 +37,11 @@ const (
 	longRoundTrip    = int64(20 * time.Millisecond)
 )
 
-// How long a message is to wait behind what is on its way, above the link's own round trip. Between low and
-// high nothing is changed.
+// How long a message is to wait behind what is on its way, above the link's own round trip: leastTarget, or half
+// of that round trip if it is more, since those of a long path differ by as much with nothing waiting.
 const (
-	target = int64(50 * time.Millisecond)
-	low    = target * 4 / 5
-	high   = target * 5 / 4
+	leastTarget = int64(50 * time.Millisecond)
+	mostTarget  = int64(250 * time.Millisecond)
 )
 
 // When pings go.
@@ -75,12 +74,16 @@ const (
 
 // When the link's own round trip is measured anew, by emptying the link.
 const (
-	// farFor is how long no round trip came near the least one, while messages waited for others.
+	// farFor is how long no round trip was known to be the link's own, while the window held the writer up.
 	farFor = int64(10 * time.Second)
 	// near is how far above the least round trip is near it.
-	near = target / 2
+	near = leastTarget / 5
 	// emptyApart is the least time between two measurements.
 	emptyApart = int64(10 * time.Second)
+	// emptyPart is how many times as long as one took it is to the next, but emptyRare at most: not many
+	// messages are to wait for it.
+	emptyPart = 100
+	emptyRare = int64(30 * time.Second)
 	// emptyFor is how long the window is closed for one at most.
 	emptyFor = int64(2 * time.Second)
 	// emptyPings is how many pings are tried one after the other before a longer round trip is believed: the
@@ -131,17 +134,28 @@ type Window struct {
 	base     int64  // the link's own round trip: the least seen
 	held     held   // since the last change
 	changed  uint64 // pings below this number went before the last change, and tell nothing of it
-	floored  int    // how many times in a row a smaller window was wanted than there is
-	nearAt   int64  // when a round trip came near base
-	pongAt   int64  // the last pong
+	round    round
+	floored  int   // how many times in a row a smaller window was wanted than there is
+	nearAt   int64 // when base was seen with little on its way
+	heldUp   bool  // since then, by the window
+	pongAt   int64 // the last pong
 	emptying emptying
+}
+
+// round is the pongs that are judged together: where the path is long, those that come within its round trip,
+// by the one that took least. A queue delays all of them, and a path that is sometimes slow only some.
+type round struct {
+	on    bool
+	until int64
+	wait  int64
+	onWay sent
 }
 
 // emptying is a measurement of the link's own round trip: the window is closed until nothing is on its way,
 // then pings go alone.
 type emptying struct {
 	on    bool
-	first uint64 // number of the first ping that may count
+	begun int64
 	until int64
 	pings int   // that went alone and were answered
 	least int64 // their least round trip
@@ -175,10 +189,12 @@ func (w *Window) Open() bool {
 	return false
 }
 
+// holdUp notes which dimension of the window holds the writer up.
 func (w *Window) holdUp(onWay uint64) {
 	if w.emptying.on {
 		return
 	}
+	w.heldUp = true
 	if onWay >= w.size.messages {
 		w.held.messages = true
 	} else {
@@ -223,8 +239,11 @@ func (w *Window) pingAt() int64 {
 	case outstanding >= remembered:
 		return never // one of them is answered, or the server is given up
 	case since > 0 && outstanding < maxOutstanding:
-		if w.emptying.on || w.enough(outstanding) {
+		switch {
+		case w.emptying.on:
 			return w.lastAt + pingApart
+		case w.enough():
+			return w.lastAt + w.apart()
 		}
 		return w.lastAt + pingIdle
 	case w.sent.messages == w.read.messages && w.spoke && !w.emptying.on:
@@ -236,15 +255,30 @@ func (w *Window) pingAt() int64 {
 	}
 }
 
-// enough reports whether a quarter of the window was sent since the last ping; half of it, if that was
-// answered already: the answer to the next will be here before the window is used up.
-func (w *Window) enough(outstanding uint64) bool {
-	parts := uint64(4)
-	if outstanding == 0 {
-		parts = 2
+// apart returns the least time between two pings. On a long round trip there is none: a window that is written
+// at once has to be acknowledged in parts, or it is written at once again, one round trip later, and the server
+// has nothing to do in between. Neither is there one before the window was judged: all of the first may be
+// written at once, too, and to a slow server it is much.
+func (w *Window) apart() int64 {
+	if w.changed == 0 || w.base >= longRoundTrip {
+		return 0
 	}
-	return (w.sent.messages-w.lastSent.messages)*parts >= w.size.messages ||
-		(w.sent.bytes-w.lastSent.bytes)*parts >= w.size.bytes
+	return pingApart
+}
+
+// enough reports whether so much was sent that a ping follows soon.
+func (w *Window) enough() bool { return w.enoughMessages() || w.enoughBytes() }
+
+// enoughMessages reports whether a quarter of the window was sent since the last ping. As long as less than
+// half of it is on its way, the answer will be here before the window is used up.
+func (w *Window) enoughMessages() bool {
+	return (w.sent.messages-w.lastSent.messages)*4 >= w.size.messages &&
+		(w.sent.messages-w.read.messages)*2 >= w.size.messages
+}
+
+// enoughBytes is enoughMessages for bytes.
+func (w *Window) enoughBytes() bool {
+	return (w.sent.bytes-w.lastSent.bytes)*4 >= w.size.bytes && (w.sent.bytes-w.read.bytes)*2 >= w.size.bytes
 }
 
 // turnAt returns when the window changes by time alone.
@@ -264,6 +298,10 @@ func (w *Window) turn(now int64) {
 		return
 	}
 	w.giveUpAt = never // until the next ping
+	if w.next == 2 && !w.spoke {
+		w.giveUpAt = now + pingLost // nobody looked when the first ping was to be replaced
+		return
+	}
 	if w.spoke && w.sent.messages == w.read.messages {
 		return // it owes an answer to a ping, but no message waits for it
 	}
@@ -274,13 +312,10 @@ func (w *Window) turn(now int64) {
 // Ping notes a ping that goes out now, behind all that was Sent, and returns its number, which is its payload.
 func (w *Window) Ping(now int64) (number uint64) {
 	since := w.sent.messages - w.lastSent.messages
-	if w.next > 1 && w.next-1 == w.answered && since > 0 && now-w.lastAt < pingEnough && w.enough(0) && !w.emptying.on {
-		// The window does not hold up the writer, but pings follow one another for nothing.
-		if since*2 >= w.size.messages {
-			w.held.messages = true
-		} else {
-			w.held.bytes = true
-		}
+	if now-w.lastAt < pingEnough && w.next > 1 && !w.emptying.on {
+		// The window may hold nobody up, but pings follow one another for nothing.
+		w.held.messages = w.held.messages || w.enoughMessages()
+		w.held.bytes = w.held.bytes || w.enoughBytes()
 	}
 	switch {
 	case !w.spoke:
@@ -319,7 +354,7 @@ func (w *Window) Pong(number uint64, now int64, waiting bool) (acknowledged uint
 		w.giveUpAt = now + stoppedAnswering
 	}
 	if now-w.pongAt > farFor/4 {
-		w.nearAt = now // what was before a pause tells nothing
+		w.nearAt, w.heldUp = now, false // what was before a pause tells nothing
 	}
 	w.pongAt = now
 	w.spoke = true
@@ -331,10 +366,10 @@ func (w *Window) Pong(number uint64, now int64, waiting bool) (acknowledged uint
 		w.change()
 		w.nearAt = now
 	case w.emptying.on:
-		w.alone(number, p, took, now)
+		w.alone(p, took, now)
 	default:
-		w.adjust(number, p, took-w.base, waiting)
-		w.doubt(took-w.base, now)
+		w.adjust(number, p, took-w.base, now, waiting)
+		w.doubt(p, took, now)
 	}
 	return w.read.messages, time.Duration(took), true
 }
@@ -342,71 +377,118 @@ func (w *Window) Pong(number uint64, now int64, waiting bool) (acknowledged uint
 // change begins to judge a new size of the window.
 func (w *Window) change() {
 	w.changed = w.next
+	w.round = round{}
 	w.held = held{}
 	w.floored = 0
 }
 
+// target returns how long a message is to wait above the link's own round trip. Up to a fifth less, or a
+// quarter more, nothing is changed.
+func (w *Window) target() int64 { return min(max(leastTarget, w.base/2), mostTarget) }
+
 // adjust makes the window what would have kept the wait of a ping at the target. wait is what it was.
-func (w *Window) adjust(number uint64, p *ping, wait int64, waiting bool) {
+func (w *Window) adjust(number uint64, p *ping, wait, now int64, waiting bool) {
 	if number < w.changed {
 		return
 	}
-	wait = max(wait, 1)
-	switch {
-	case wait > high && waiting:
-		floored := 0
-		if w.size == (sent{floorMessages, floorBytes}) {
-			floored = w.floored + 1
-		}
-		f := max(float64(target)/float64(wait), 0.5)
-		w.size.messages = max(uint64(float64(min(w.size.messages, p.onWay.messages))*f), floorMessages)
-		w.size.bytes = max(uint64(float64(min(w.size.bytes, p.onWay.bytes))*f), floorBytes)
-		w.change()
-		w.floored = floored
-	case wait < low && w.held != held{}:
-		f := min(float64(target)/float64(wait), 2)
-		if w.held.messages {
-			top := uint64(ceilMessages)
-			if w.base >= longRoundTrip {
-				top = ceilMessagesLong
-			}
-			w.size.messages = max(min(uint64(float64(w.size.messages)*f), top), floorMessages)
-		}
-		if w.held.bytes {
-			w.size.bytes = min(uint64(float64(w.size.bytes)*f), ceilBytes)
-		}
-		w.change()
-	}
-}
-
-// doubt begins to empty the link when its own round trip may have become longer: for a while none came near
-// it, or the smallest window did not help.
-func (w *Window) doubt(wait, now int64) {
-	if wait <= near {
-		w.nearAt = now
+	if wait < w.target()*4/5 && w.held != (held{}) && w.grow(p.onWay, max(wait, 1)) {
 		return
 	}
-	if wait <= low || now < w.emptying.after || w.floored < flooredTwice && now-w.nearAt < farFor {
+	if !w.round.on {
+		w.round = round{on: true, until: now, wait: never}
+		if w.base >= longRoundTrip {
+			w.round.until = now + w.base
+		}
+	}
+	if wait < w.round.wait {
+		w.round.wait, w.round.onWay = wait, p.onWay
+	}
+	if now < w.round.until {
+		return
+	}
+	if w.round.wait > w.target()*5/4 && waiting {
+		w.shrink()
+		return
+	}
+	w.round = round{}
+}
+
+// shrink takes what was on its way down to what would have waited for the target.
+func (w *Window) shrink() {
+	floored := 0
+	if w.size == (sent{floorMessages, floorBytes}) {
+		floored = w.floored + 1
+	}
+	f := max(float64(w.base+w.target())/float64(w.base+w.round.wait), 0.5)
+	w.size.messages = max(uint64(float64(min(w.size.messages, w.round.onWay.messages))*f), floorMessages)
+	w.size.bytes = max(uint64(float64(min(w.size.bytes, w.round.onWay.bytes))*f), floorBytes)
+	w.change()
+	w.floored = floored
+}
+
+// grow makes the dimensions larger that held the writer up, to what would have waited for the target, and
+// twice at most. It reports whether it did: of a ping with little before it a short wait says little.
+func (w *Window) grow(onWay sent, wait int64) bool {
+	f := float64(w.base+w.target()) / float64(w.base+wait)
+	if wait < w.target()/4 {
+		f = float64(w.target()) / float64(wait) // nothing waits yet: what was on its way was on the path
+	}
+	size := w.size
+	if w.held.messages {
+		top := uint64(ceilMessages)
+		if w.base >= longRoundTrip {
+			top = ceilMessagesLong
+		}
+		size.messages = grown(size.messages, onWay.messages, f, top)
+	}
+	if w.held.bytes {
+		size.bytes = grown(size.bytes, onWay.bytes, f, ceilBytes)
+	}
+	if size == w.size {
+		return false
+	}
+	w.size = size
+	w.change()
+	return true
+}
+
+// grown returns one dimension of the window, not made smaller.
+func grown(size, onWay uint64, f float64, top uint64) uint64 {
+	return max(size, min(uint64(min(float64(onWay)*f, float64(2*size))), top))
+}
+
+// doubt begins to empty the link when its own round trip may have become longer, or was never seen: with a
+// queue before the server that is never empty, the least seen may be that of the queue. The smallest window
+// that does not help is doubted at once.
+func (w *Window) doubt(p *ping, took, now int64) {
+	little := p.onWay.messages <= w.size.messages/8 && p.onWay.bytes <= w.size.bytes/8
+	if took <= near || took-w.base <= near && little {
+		w.nearAt, w.heldUp = now, false
+		return
+	}
+	if now < w.emptying.after || w.floored < flooredTwice && (!w.heldUp || now-w.nearAt < farFor) {
 		return
 	}
 	w.emptying = emptying{
-		on: true, first: w.next, until: now + emptyFor, least: never,
+		on: true, begun: now, until: now + emptyFor, least: never,
 		due: w.sent.messages == w.read.messages,
 	}
 }
 
 // alone takes a pong while the link is being emptied.
-func (w *Window) alone(number uint64, p *ping, took, now int64) {
+func (w *Window) alone(p *ping, took, now int64) {
 	e := &w.emptying
-	if number >= e.first && p.onWay == (sent{}) {
+	if p.onWay == (sent{}) {
 		e.pings++
 		e.least = min(e.least, took)
-		if e.pings >= emptyPings || e.least-w.base <= near {
+		if e.pings >= emptyPings || e.least-w.base <= max(near, w.base/4) {
 			w.emptied(now)
 			return
 		}
 	}
-	e.due = w.sent.messages == w.read.messages
+	if e.due = w.sent.messages == w.read.messages; e.due {
+		w.again = min(max(pingApart, w.base), pingLost) // if it is lost, the link stands empty
+	}
 }
 
 // emptied ends the measurement.
@@ -414,8 +496,9 @@ func (w *Window) emptied(now int64) {
 	if w.emptying.pings > 0 {
 		w.base = w.emptying.least
 	}
-	w.emptying = emptying{after: now + emptyApart}
-	w.nearAt = now
+	rest := min(max((now-w.emptying.begun)*emptyPart, emptyApart), emptyRare)
+	w.emptying = emptying{after: now + rest}
+	w.nearAt, w.heldUp = now, false
 	w.change()
 }
 
