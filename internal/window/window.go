@@ -157,7 +157,10 @@ type round struct {
 type emptying struct {
 	on    bool
 	begun int64
+<<<<<<< HEAD
 	first uint64 // number of the first ping that may count
+=======
+>>>>>>> window
 	until int64
 	pings int   // that went alone and were answered
 	least int64 // their least round trip
@@ -374,7 +377,7 @@ func (w *Window) Pong(number uint64, now int64, waiting bool) (acknowledged uint
 		w.change()
 		w.nearAt = now
 	case w.emptying.on:
-		w.alone(number, p, took, now)
+		w.alone(p, took, now)
 	default:
 		w.adjust(number, p, took-w.base, now, waiting)
 		w.doubt(p, took, now)
@@ -478,15 +481,19 @@ func (w *Window) doubt(p *ping, took, now int64) {
 		return
 	}
 	w.emptying = emptying{
+<<<<<<< HEAD
 		on: true, begun: now, first: w.next, until: now + emptyFor, least: never,
+=======
+		on: true, begun: now, until: now + emptyFor, least: never,
+>>>>>>> window
 		due: w.sent.messages == w.read.messages,
 	}
 }
 
 // alone takes a pong while the link is being emptied.
-func (w *Window) alone(number uint64, p *ping, took, now int64) {
+func (w *Window) alone(p *ping, took, now int64) {
 	e := &w.emptying
-	if number >= e.first && p.onWay == (sent{}) {
+	if p.onWay == (sent{}) {
 		e.pings++
 		e.least = min(e.least, took)
 		if e.pings >= emptyPings || e.least-w.base <= max(near, w.base/4) {

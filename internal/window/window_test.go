@@ -15,6 +15,9 @@ func TestFirstPingGoesBeforeAnythingElse(t *testing.T) {
 	require.True(t, w.PingDue(at(0)))
 	require.LessOrEqual(t, w.Next(), at(0))
 	require.False(t, w.Answers())
+	w.Sent(1)
+	require.True(t, w.PingDue(at(0)), "whatever is said before it")
+	w = New(at(0))
 	number := w.Ping(at(0))
 	require.False(t, w.PingDue(at(time.Second)), "the first is on its way, and nothing was sent")
 
@@ -255,10 +258,24 @@ func TestLinkIsEmptiedToMeasureIt(t *testing.T) {
 	require.True(t, w.Open())
 	require.EqualValues(t, 50*ms, w.base)
 
+<<<<<<< HEAD
 	for end := now + 9*second; now < end; {
 		require.NotZero(t, fill(w, 100), "not again so soon")
 		step(100 * ms)
 	}
+=======
+	for end := now + 29*second; now < end; {
+		require.NotZero(t, fill(w, 100), "not again soon, for it took a third of a second")
+		step(100 * ms)
+	}
+	closed := false
+	for range 20 {
+		closed = closed || fill(w, 100) == 0
+		step(100 * ms)
+	}
+	require.True(t, closed, "but again")
+	require.EqualValues(t, 100*ms, w.base)
+>>>>>>> window
 }
 
 func TestLinkThatCannotBeEmptiedOpensAfterTwoSeconds(t *testing.T) {
@@ -342,7 +359,12 @@ func TestFirstPingIsReplacedBeforeTheServerIsGivenUp(t *testing.T) {
 func TestServerThatStoppedAnsweringIsServedWithoutAWindow(t *testing.T) {
 	w := answering(t, ms)
 	fill(w, 100)
+<<<<<<< HEAD
 	require.True(t, w.PingDue(at(0)))
+=======
+	w.Pong(w.Ping(at(-ms)), at(0), true)
+	require.Equal(t, 32, fill(w, 100))
+>>>>>>> window
 	w.Ping(at(0))
 	now := at(0)
 	for now < at(10*time.Second) {
@@ -375,3 +397,126 @@ func TestIdleLinkIsNotGivenUp(t *testing.T) {
 	require.True(t, w.PingDue(at(time.Hour)))
 	require.True(t, w.Answers())
 }
+<<<<<<< HEAD
+=======
+
+func TestLinkThatHoldsNobodyUpIsNotEmptied(t *testing.T) {
+	w := answering(t, ms)
+	now := at(0)
+	step := func() {
+		w.Sent(1)
+		number := w.Ping(now)
+		now += int64(50 * ms)
+		w.Pong(number, now, false)
+		require.True(t, w.Open())
+	}
+	for now < at(time.Minute) {
+		step()
+	}
+	fill(w, 100) // once; and then a pause
+	now += 3600 * second
+	for range 20 {
+		step()
+	}
+}
+
+func TestSmallestWindowThatDoesNotHelpIsDoubtedAtOnce(t *testing.T) {
+	w := answering(t, ms)
+	now := at(0)
+	for range 5 { // 16, 8, 4
+		fill(w, 100)
+		number := w.Ping(now)
+		now += int64(110 * ms)
+		w.Pong(number, now, true)
+	}
+	require.Zero(t, fill(w, 100))
+	number := w.Ping(now)
+	w.Pong(number, now+int64(100*ms), true)
+}
+
+// TestQueueIsNotTakenForTheLink: when the least round trip seen is that of a queue that is never empty, it is
+// no proof that it is seen again.
+func TestQueueIsNotTakenForTheLink(t *testing.T) {
+	w := answering(t, 50*ms)
+	now := at(0)
+	for now < at(10*time.Second) {
+		require.NotZero(t, fill(w, 100))
+		number := w.Ping(now)
+		now += int64(50 * ms)
+		w.Pong(number, now, true)
+	}
+	require.Zero(t, fill(w, 100))
+	number := w.Ping(now)
+	w.Pong(number, now+int64(5*ms), true)
+	require.NotZero(t, fill(w, 100))
+	require.EqualValues(t, 5*ms, w.base)
+}
+
+func TestLongPathMayHaveALongerQueue(t *testing.T) {
+	judged := func(base, roundTrip time.Duration) sent {
+		w := answering(t, base)
+		fill(w, 100)
+		var numbers []uint64
+		for i := range 3 { // those of one round trip are judged together, and the first is part of the link's beginning
+			numbers = append(numbers, w.Ping(at(time.Duration(i)*base)))
+		}
+		for i, number := range numbers {
+			w.Pong(number, at(time.Duration(i)*base+roundTrip), true)
+		}
+		return w.size
+	}
+	start := sent{startMessages, startBytes}
+	require.Equal(t, start, judged(200*ms, 310*ms))
+	require.NotEqual(t, start, judged(200*ms, 330*ms))
+	require.NotEqual(t, start, judged(100*ms, 170*ms))
+	require.Less(t, judged(2*time.Second, 2400*ms).messages, start.messages, "but not as long as that")
+}
+
+func TestAnswersToForgottenPingsAreNotTaken(t *testing.T) {
+	w := New(at(0))
+	now := at(0)
+	for range 20 {
+		for !w.PingDue(now) {
+			w.Sent(1)
+			now += second
+		}
+		w.Ping(now)
+	}
+	_, _, ok := w.Pong(4, now, true)
+	require.False(t, ok)
+	_, _, ok = w.Pong(5, now, true)
+	require.True(t, ok, "the last sixteen are remembered")
+}
+
+func TestServerIsGivenUpTenSecondsAfterItsLastAnswer(t *testing.T) {
+	w := answering(t, ms)
+	fill(w, 100)
+	w.Sent(1)
+	first := w.Ping(at(0))
+	w.Sent(1)
+	w.Ping(at(10 * ms))
+	w.Pong(first, at(20*ms), true)
+	w.PingDue(at(20*ms + 10*time.Second - 1))
+	require.True(t, w.Answers())
+	w.PingDue(at(20*ms + 10*time.Second))
+	require.False(t, w.Answers())
+}
+
+// TestServerIsNotGivenUpForAPingAlone that is lost while the link is measured.
+func TestServerIsNotGivenUpForAPingAlone(t *testing.T) {
+	w := answering(t, ms)
+	now := at(0)
+	for !w.emptying.on {
+		fill(w, 100)
+		number := w.Ping(now)
+		now += int64(50 * ms)
+		w.Pong(number, now, true)
+	}
+	w.Ping(now)
+	w.PingDue(now + 2*second)
+	require.True(t, w.Open())
+	w.PingDue(now + 60*second)
+	require.True(t, w.Answers())
+	require.Equal(t, never, w.Next())
+}
+>>>>>>> window
