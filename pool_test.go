@@ -266,6 +266,7 @@ func TestStatus(t *testing.T) {
 		synctest.Wait()
 		require.Equal(t, []componentstatus.Status{ok, recoverable}, s.host.statuses())
 		time.Sleep(10 * time.Second)
+		synctest.Wait() // links are dialed a moment apart, and each failure is told
 		last := s.host.events[len(s.host.events)-1]
 		require.ErrorIs(t, last.Err(), errNoLink)
 		require.ErrorContains(t, last.Err(), "connection refused")

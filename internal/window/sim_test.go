@@ -205,13 +205,10 @@ func (l *link) run(d time.Duration) {
 			}
 			if !l.fifo {
 				if l.w.Next() <= l.now {
-<<<<<<< HEAD
 					if l.w.PingDue(l.now) { // since it was found closed
 						l.ping()
 						continue
 					}
-=======
->>>>>>> window
 					panic("a time that has passed, and nothing came of it")
 				}
 				next = min(next, l.w.Next())

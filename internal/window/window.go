@@ -157,10 +157,6 @@ type round struct {
 type emptying struct {
 	on    bool
 	begun int64
-<<<<<<< HEAD
-	first uint64 // number of the first ping that may count
-=======
->>>>>>> window
 	until int64
 	pings int   // that went alone and were answered
 	least int64 // their least round trip
@@ -366,9 +362,6 @@ func (w *Window) Pong(number uint64, now int64, waiting bool) (acknowledged uint
 	}
 	w.pongAt = now
 	w.spoke = true
-	if took < w.base-near {
-		w.emptying.after = min(w.emptying.after, now+emptyApart) // the path has changed
-	}
 	w.base = min(w.base, took)
 	switch {
 	case !w.inForce:
@@ -481,11 +474,7 @@ func (w *Window) doubt(p *ping, took, now int64) {
 		return
 	}
 	w.emptying = emptying{
-<<<<<<< HEAD
-		on: true, begun: now, first: w.next, until: now + emptyFor, least: never,
-=======
 		on: true, begun: now, until: now + emptyFor, least: never,
->>>>>>> window
 		due: w.sent.messages == w.read.messages,
 	}
 }
