@@ -23,6 +23,7 @@
 //	message.go   what is said: who, on which connection, the how manyth
 //	ledger.go    the book of what was said and heard
 //	verdict.go   what of that must not be
+//	sharing.go   what an agent may do to a link that it shares with others
 //	pulse.go     when the machine was too busy for anybody to be in time
 //	report.go    what is printed
 package main
@@ -183,7 +184,7 @@ func (s *soak) setUp(program string) error {
 		if g.up, err = fault.OpenTapped(target, s.book.tap(g)); err != nil {
 			return err
 		}
-		if g.agents, err = fault.Open(g.address); err != nil {
+		if g.agents, err = fault.OpenTapped(g.address, s.tapAgents(g)); err != nil {
 			return err
 		}
 		s.gateways = append(s.gateways, g)
@@ -230,6 +231,11 @@ func (s *soak) fleet() []*agent {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.agents)
+}
+
+// relayed are the agents of the fleet of which all is relayed.
+func (s *soak) relayed() []*agent {
+	return slices.DeleteFunc(s.fleet(), func(a *agent) bool { return s.book.isPoisonous(a.member) })
 }
 
 // await waits until wrong returns "", and reports whether it ever did.
@@ -286,7 +292,8 @@ func (s *soak) probe() {
 	}
 	ups := map[*agent]said{}
 	s.await("what every agent says arrives", "unreachable", func() string {
-		for _, a := range s.fleet() {
+		agents := s.relayed()
+		for _, a := range agents {
 			if ups[a].epoch == nil {
 				if e, n, err := a.sayNow(time.Second); err == nil {
 					ups[a] = said{e, n}
@@ -296,7 +303,7 @@ func (s *soak) probe() {
 		missing, example := 0, ""
 		s.book.mu.Lock()
 		defer s.book.mu.Unlock()
-		for _, a := range s.fleet() {
+		for _, a := range agents {
 			up := ups[a]
 			switch {
 			case up.epoch == nil:
@@ -313,7 +320,7 @@ func (s *soak) probe() {
 	downs := map[*agent]int{}
 	s.await("what the server tells every agent arrives", "unreachable", func() string {
 		missing, example := 0, ""
-		for _, a := range s.fleet() {
+		for _, a := range s.relayed() {
 			s.book.mu.Lock()
 			n, asked := downs[a]
 			heard := asked && a.member.downs[n].heard
@@ -418,8 +425,9 @@ func (s *soak) checkFiles(base map[*gateway]int, empty bool) {
 	})
 }
 
-// endGateways ends the gateways politely, the lower before the upper.
+// endGateways ends the gateways politely, the lower before the upper, and looks at their logs.
 func (s *soak) endGateways() {
+	defer func() { s.book.judgeNames(s.gateways) }()
 	for _, g := range slices.Backward(s.gateways) {
 		g.signal(syscall.SIGTERM)
 		code, err := g.wait(20 * time.Second)
@@ -430,6 +438,7 @@ func (s *soak) endGateways() {
 			s.book.find("gateway's end", nil, time.Now(), "gateway %s ended with %d on SIGTERM", g.name, code)
 		}
 		lines, races := g.complaints()
+		g.names = g.blames()
 		for _, line := range lines {
 			s.book.find("gateway's log", nil, time.Now(), "%s: %s", g.name, line)
 		}

@@ -56,6 +56,7 @@ const denied, deniedAfter = 10 * time.Second, 40 * time.Second
 //     knows what a gateway had written there. Otherwise the gateway had it and has to write it to
 //     another link, as long as the agent stays.
 //   - What was turned down, as the agent was told, was not written by the gateway that did so.
+//   - A poison is lost.
 //   - When the agent's own connection ended other than by a goodbye, or its gateway was ended, the
 //     last of that connection may be lost.
 //
@@ -77,6 +78,12 @@ func (l *ledger) judge(end time.Time) {
 	for _, m := range l.members {
 		l.judgeDownLocked(m)
 	}
+	for _, f := range l.floods {
+		l.judgeFloodLocked(f, end)
+	}
+	for _, p := range l.poisons {
+		l.judgePoisonLocked(p, end)
+	}
 }
 
 // judgeUpLocked looks for what a connection's agent said and the server has not heard.
@@ -92,8 +99,13 @@ func (l *ledger) judgeUpLocked(e *epoch) {
 		if e.ups[i].heard == nil {
 			var excuse string
 			excuse, is = l.whyLostLocked(e, i, last)
-			if is != "" && e.ups[i].wasTurnedDown(&denials) {
-				excuse, is = "turned down, of an agent or its clone", ""
+			switch {
+			case e.ups[i].poison != nil:
+				excuse, is = "a poison", ""
+			case is != "":
+				if of := e.ups[i].wasTurnedDown(&denials, e.hops()-1); of != "" {
+					excuse, is = "turned down, of an agent "+of, ""
+				}
 			}
 			if is == "" {
 				l.counts["lost up, "+excuse]++
@@ -108,21 +120,29 @@ func (l *ledger) judgeUpLocked(e *epoch) {
 	l.lostUpLocked(e, from, len(e.ups), wrong)
 }
 
-// wasTurnedDown reports whether u may be what one of the denials was about, which come in the order of
-// what was said; that is then used up.
-func (u *up) wasTurnedDown(denials *[]time.Time) bool {
-	for u.written[0] == nil && len(*denials) > 0 {
-		switch told := (*denials)[0]; {
-		case told.Before(u.said): // it was about what was lost in any case
+// wasTurnedDown reports of what agent u is, if it may be what one of the denials was about, which come in the
+// order of what was said; that is then used up. The gateway of the last hop may deny what another has written.
+func (u *up) wasTurnedDown(denials *[]denial, last int) (of string) {
+	for len(*denials) > 0 {
+		told := (*denials)[0]
+		by := 0
+		if told.poison {
+			by = last
+		}
+		switch {
+		case told.at.Before(u.said): // it was about what was lost in any case
 			*denials = (*denials)[1:]
-		case told.Sub(u.said) < denied:
-			*denials = (*denials)[1:]
-			return true
+		case told.at.Sub(u.said) >= denied || u.written[by] != nil:
+			return ""
 		default:
-			return false
+			*denials = (*denials)[1:]
+			if told.poison {
+				return "with a poison"
+			}
+			return "or its clone"
 		}
 	}
-	return false
+	return ""
 }
 
 func (l *ledger) lostUpLocked(e *epoch, from, to int, wrong string) {
@@ -288,6 +308,9 @@ func (l *ledger) judgeStateLocked(e *epoch, end time.Time) {
 			if !at.IsZero() && at.Before(until) {
 				until = at
 			}
+		}
+		if l.poisonOfLocked(e.actor.member, s.asked, until) != nil {
+			continue // which is its state
 		}
 		if s.described.IsZero() && until.Sub(s.asked) > stateWithin+l.pulse.missed(s.asked, until) {
 			l.findLocked("full state missing", e, s.asked, "of %s on %s, since the server was asked about it at %s (for the %d. time) until %s",

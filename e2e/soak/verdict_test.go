@@ -56,7 +56,7 @@ func (tr *trial) link() *way {
 
 // says has the agent say something, which its gateway writes on w unless that is nil; it may be heard.
 func (tr *trial) says(w *way, heard bool) {
-	said := tr.say(tr.epoch, 0)
+	said := tr.say(tr.epoch, 0, false)
 	u := &tr.epoch.ups[said.number-1]
 	if w != nil {
 		u.written[0], u.writtenAt[0] = w, time.Now()
