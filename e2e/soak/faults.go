@@ -47,7 +47,7 @@ type event struct {
 // kinds are the faults, and how often each comes, relative to the others: together about four
 // a second.
 func (in *injector) kinds() []kind {
-	return []kind{
+	all := []kind{
 		{"link reset", 8, 0, in.linkReset},
 		{"link finished", 6, 0, in.linkFinish},
 		{"link in a black hole", 3, 0, in.linkHole},
@@ -70,6 +70,7 @@ func (in *injector) kinds() []kind {
 		{"agent poisoning its link", 6, 12 * time.Second, in.poison},
 		{"frames limited", 4, 6 * time.Second, in.limitFrames},
 	}
+	return slices.DeleteFunc(all, func(k kind) bool { return !in.soak.only.MatchString(k.name) })
 }
 
 type kind struct {

@@ -35,6 +35,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"sync"
@@ -51,10 +52,16 @@ func main() {
 	agents := flag.Int("agents", 500, "number of agents")
 	seed := flag.Uint64("seed", uint64(time.Now().UnixNano())%100_000, "of the faults' order")
 	program := flag.String("collector", "../build/otelcol-opampgateway", "the collector with the gateway")
+	faults := flag.String("faults", ".", "a regular expression: only faults with such names happen")
 	trace := flag.String("trace", "", "where to write all that is known of the run; if it fails, with the gateways' logs")
 	flag.Parse()
 	runtime.LockOSThread() // see child
-	s := &soak{book: newLedger(), rand: rand.New(rand.NewPCG(*seed, 1)), seed: *seed, duration: *duration}
+	only, err := regexp.Compile(*faults)
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(2)
+	}
+	s := &soak{only: only, book: newLedger(), rand: rand.New(rand.NewPCG(*seed, 1)), seed: *seed, duration: *duration}
 	fmt.Printf("soak: %d agents for %s, seed %d\n", *agents, *duration, *seed)
 	if err := s.run(*program, *agents, *duration); err != nil {
 		s.book.find("soak", nil, time.Now(), "%v", err)
@@ -81,6 +88,7 @@ type soak struct {
 	book     *ledger
 	rand     *rand.Rand
 	seed     uint64
+	only     *regexp.Regexp // the names of the faults that happen
 	duration time.Duration
 	dir      string
 	server   *server
@@ -115,6 +123,7 @@ func (s *soak) run(program string, agents int, duration time.Duration) error {
 	s.faults = &injector{soak: s, rand: s.rand, over: make(chan struct{}), count: map[string]int{}, held: map[*fault.Conn]bool{}}
 	s.faults.run(time.Now().Add(duration))
 
+	s.await("the server ends no link any more", "unreachable", s.book.stillPoisoned)
 	s.await("agents are connected again", "unreachable", s.notConnected)
 	s.talked = time.Since(s.book.start)
 	s.server.hush()

@@ -133,7 +133,7 @@ func (l *ledger) poisonOfLocked(m *member, from, to time.Time) *poison {
 }
 
 // doings returns the poison that a message is, and the flood to which it belongs; nil if none, or if
-// the flood is over.
+// that is over: then the server takes all that comes, as fast as it can.
 func (l *ledger) doings(s stamp) (*poison, *flood) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -141,11 +141,26 @@ func (l *ledger) doings(s stamp) (*poison, *flood) {
 	if e == nil || s.down || s.number == 0 || int(s.number) > len(e.ups) {
 		return nil, nil
 	}
-	u := &e.ups[s.number-1]
-	if u.flood != nil && !u.flood.to.IsZero() {
-		return u.poison, nil
+	p, f := e.ups[s.number-1].poison, e.ups[s.number-1].flood
+	if p != nil && !p.to.IsZero() {
+		p = nil
 	}
-	return u.poison, u.flood
+	if f != nil && !f.to.IsZero() {
+		f = nil
+	}
+	return p, f
+}
+
+// stillPoisoned tells of a link that the server has just ended at a poison; "" for none.
+func (l *ledger) stillPoisoned() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, p := range l.poisons {
+		if n := len(p.ends); n > 0 && time.Since(p.ends[n-1]) < settling {
+			return fmt.Sprintf("one ended at %s", l.since(p.ends[n-1]))
+		}
+	}
+	return ""
 }
 
 // endsAt notes that the server is about to end c at a poison. On a link that has ended already, that

@@ -92,13 +92,14 @@ func (l *ledger) judgeUpLocked(e *epoch) {
 	for last > 0 && e.ups[last-1].heard == nil && e.ups[last-1].written[0] == nil {
 		last--
 	}
+	tails := e.tailsLocked()
 	denials := e.denials
 	wrong, from := "", 0
 	for i := range e.ups {
 		is := ""
 		if e.ups[i].heard == nil {
 			var excuse string
-			excuse, is = l.whyLostLocked(e, i, last)
+			excuse, is = l.whyLostLocked(e, i, last, tails)
 			switch {
 			case e.ups[i].poison != nil:
 				excuse, is = "a poison", ""
@@ -145,6 +146,33 @@ func (u *up) wasTurnedDown(denials *[]denial, last int) (of string) {
 	return ""
 }
 
+// tail is which of an agent's messages, by index, was the last that was written to a link, and the last of
+// those that have arrived from there; -1 for none.
+type tail struct{ written, heard int }
+
+// tailsLocked returns the tail of each link to which a message of e was written last.
+func (e *epoch) tailsLocked() map[*way]tail {
+	tails := map[*way]tail{}
+	for i := range e.ups {
+		u := &e.ups[i]
+		for hop, w := range u.written {
+			if w == nil {
+				continue
+			}
+			of, some := tails[w]
+			if !some {
+				of.heard = -1
+			}
+			of.written = i
+			if u.heard != nil && (hop < e.hops()-1 || u.heard.conn.way == w) {
+				of.heard = i
+			}
+			tails[w] = of
+		}
+	}
+	return tails
+}
+
 func (l *ledger) lostUpLocked(e *epoch, from, to int, wrong string) {
 	if wrong != "" {
 		l.findLocked("lost", e, e.ups[from].said, "up %d to %d of %s, said at %s to %s: %s",
@@ -154,14 +182,14 @@ func (l *ledger) lostUpLocked(e *epoch, from, to int, wrong string) {
 
 // whyLostLocked looks for why message i of e is lost; if nothing excuses it, it says what is wrong.
 // From last on no gateway has written anything.
-func (l *ledger) whyLostLocked(e *epoch, i, last int) (excuse, wrong string) {
+func (l *ledger) whyLostLocked(e *epoch, i, last int, tails map[*way]tail) (excuse, wrong string) {
 	said := &e.ups[i]
 	for hop := e.hops() - 1; hop >= 0; hop-- {
 		if said.written[hop] != nil {
-			return l.whyLostOnLocked(e, i, hop)
+			return l.whyLostOnLocked(e, i, hop, tails)
 		}
 	}
-	if l.wasCutOffLocked(e, i) {
+	if l.wasCutOffLocked(e, i, tails) {
 		return "in the last moment before a link was cut", ""
 	}
 	if i < last {
@@ -171,14 +199,11 @@ func (l *ledger) whyLostLocked(e *epoch, i, last int) (excuse, wrong string) {
 }
 
 // whyLostOnLocked is whyLostLocked for what was written, and by which gateway last.
-func (l *ledger) whyLostOnLocked(e *epoch, i, hop int) (excuse, wrong string) {
+func (l *ledger) whyLostOnLocked(e *epoch, i, hop int, tails map[*way]tail) (excuse, wrong string) {
 	said := &e.ups[i]
 	w, top := said.written[hop], hop == e.hops()-1
-	for j := range e.ups[i+1:] {
-		later := &e.ups[i+1+j]
-		if later.written[hop] == w && later.heard != nil && (!top || later.heard.conn.way == w) {
-			return "", fmt.Sprintf("it was written on %s, and %d, which was written there later, has arrived", w, i+2+j)
-		}
+	if later := tails[w].heard; later > i {
+		return "", fmt.Sprintf("it was written on %s, and %d, which was written there later, has arrived", w, later+1)
 	}
 	end := w.conn.End()
 	at := said.writtenAt[hop]
@@ -203,7 +228,7 @@ func (l *ledger) whyLostOnLocked(e *epoch, i, hop int) (excuse, wrong string) {
 
 // wasCutOffLocked reports whether message i of e, which the line has not seen, may have been
 // written to a link just before that was cut.
-func (l *ledger) wasCutOffLocked(e *epoch, i int) bool {
+func (l *ledger) wasCutOffLocked(e *epoch, i int, tails map[*way]tail) bool {
 	said := e.ups[i].said
 	for n, asked := range e.askings[0] {
 		cut := asked.way.conn.End().Cut
@@ -222,7 +247,7 @@ func (l *ledger) wasCutOffLocked(e *epoch, i int) bool {
 		if cut.After(late) {
 			continue
 		}
-		if !slices.ContainsFunc(e.ups[i+1:], func(later up) bool { return later.written[0] == asked.way }) {
+		if last, some := tails[asked.way]; !some || last.written <= i {
 			return true
 		}
 	}
