@@ -432,7 +432,7 @@ func (in *injector) poison() *event {
 	}
 	kind := in.poisons[0]
 	in.poisons = in.poisons[1:]
-	p := in.soak.book.startPoison(a.actor, kind, in.rand.IntN(2) == 0)
+	p := in.soak.book.startPoison(a.actor, kind)
 	s.tellState()
 	in.later(lasts, func() { in.soak.book.endPoison(p) })
 	return &event{what: fmt.Sprintf("agent %d: %s", a.id, kind.name), g: a.gateway}

@@ -300,15 +300,14 @@ func (g *gateway) blames() map[string]string {
 	return blames(log)
 }
 
-var blamed = regexp.MustCompile(`"agent": "([0-9a-f-]{36})"`)
+var blamed = regexp.MustCompile(`server ends the connection when it reads a message of this agent.*"agent": "([0-9a-f-]{36})"`)
 
 func blames(log io.Reader) map[string]string {
 	named := map[string]string{}
 	scanner := bufio.NewScanner(log)
 	scanner.Buffer(nil, 1<<20)
 	for scanner.Scan() {
-		match := blamed.FindStringSubmatch(scanner.Text())
-		if match != nil && strings.Contains(scanner.Text(), "server_ends_link") {
+		if match := blamed.FindStringSubmatch(scanner.Text()); match != nil {
 			named[match[1]] = scanner.Text()
 		}
 	}

@@ -220,8 +220,6 @@ func (c *serverConn) endAt(p *poison) error {
 	c.server.book.endsAt(p, c)
 	if p.kind.code != 0 {
 		_ = c.ws.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(p.kind.code, "not this"), time.Now().Add(5*time.Second))
-	} else if tcp, ok := c.ws.NetConn().(*net.TCPConn); ok && p.abrupt {
-		_ = tcp.SetLinger(0)
 	}
 	return errPoison
 }

@@ -23,10 +23,10 @@ type flood struct {
 // takesAMoment is how long the server works on a message of a flood.
 const takesAMoment = time.Millisecond
 
-// keptWaiting is how long a message may be on its way beside a flood; that of one in waitingShare may take
-// longer. It is many times what a fair gateway needs, since here everything goes wrong at the same time on
+// keptWaiting is how long a message may be on its way beside a flood. One in waitingShare may take longer, and
+// waitingFew in any case. It is many times what a fair gateway needs, since here everything goes wrong at the same time on
 // a machine that has no time; a queue that all share takes much longer still.
-const keptWaiting, waitingShare = 3 * time.Second, 10
+const keptWaiting, waitingShare, waitingFew = 3 * time.Second, 10, 10
 
 // poisonKind is what an agent says, and how the server ends the connection at it.
 type poisonKind struct {
@@ -54,15 +54,15 @@ var poisonKinds = []poisonKind{
 type poison struct {
 	kind     poisonKind
 	actor    *actor
-	abrupt   bool        // without a close frame: the server resets the connection
 	from, to time.Time   // to is zero while it lasts
 	said     int         // how often
 	ends     []time.Time // when the server ended a link at it
 	told     []time.Time // when the agent was told that something is not relayed
 }
 
-// refusedFor bounds how long after its last poison an agent is told that nothing of it is relayed.
-const refusedFor = 90 * time.Second
+// refusedFor bounds how long after its last poison an agent is told that nothing of it is relayed: a gateway
+// does so for ten minutes.
+const refusedFor = 11 * time.Minute
 
 // refusedAtLeast is how long nothing of an agent is relayed once it was told so.
 const refusedAtLeast = 2 * time.Second
@@ -85,10 +85,10 @@ func (l *ledger) endFlood(f *flood) {
 	f.to, f.actor.flood = time.Now(), nil
 }
 
-func (l *ledger) startPoison(a *actor, kind poisonKind, abrupt bool) *poison {
+func (l *ledger) startPoison(a *actor, kind poisonKind) *poison {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	p := &poison{kind: kind, actor: a, abrupt: abrupt, from: time.Now()}
+	p := &poison{kind: kind, actor: a, from: time.Now()}
 	a.poison = p
 	l.poisons = append(l.poisons, p)
 	return p
@@ -219,7 +219,7 @@ func (l *ledger) judgeFloodLocked(f *flood, end time.Time) {
 	}
 	l.counts["messages said beside a flood"] += all
 	l.longestWait = max(l.longestWait, longest)
-	if late*waitingShare > all {
+	if late > waitingFew && late*waitingShare > all {
 		answered := "answered"
 		if !f.answered {
 			answered = "not answered"
@@ -248,7 +248,7 @@ func (l *ledger) waitedLocked(e *epoch, i int, w *way, end time.Time) (waited ti
 		}
 	}
 	// What was done to a link a moment ago is still felt.
-	if at < 0 || e.askings[0][at].way != w || u.poison != nil || u.flood != nil || !w.hitAt.IsZero() && w.hitAt.Before(u.said) ||
+	if at < 0 || e.askings[0][at].way != w || u.poison != nil || u.flood != nil || !w.hitAt.IsZero() && !w.hitAt.After(u.said) ||
 		l.poisonOfLocked(e.actor.member, u.said, end) != nil || e.gateway.wasDisturbed(u.said, troubled) != nil {
 		return 0, false
 	}
