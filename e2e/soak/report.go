@@ -115,6 +115,16 @@ func (s *soak) trace(path string) error {
 		}
 		fmt.Fprintln(w)
 	}
+	fmt.Fprintf(w, "\nall that took more than %s on its way up, or until something happened to its links:\n", keptWaiting)
+	for _, a := range b.actors {
+		for _, e := range a.epochs {
+			for i := range e.ups {
+				if waited, way := b.tookLocked(e, i); waited > keptWaiting {
+					fmt.Fprintf(w, "%d of %s, said at %s, on %s: %s\n", i+1, e, b.since(e.ups[i].said), way, waited.Round(time.Millisecond))
+				}
+			}
+		}
+	}
 	return w.Flush()
 }
 

@@ -23,10 +23,10 @@ type flood struct {
 // takesAMoment is how long the server works on a message of a flood.
 const takesAMoment = time.Millisecond
 
-// keptWaiting is how long a message may be on its way beside a flood. One in waitingShare may take longer, and
-// waitingFew in any case. It is many times what a fair gateway needs, since here everything goes wrong at the same time on
+// keptWaiting is how long a message may be on its way beside a flood. One in waitingShare may take longer, but no
+// more than waitingFew of one agent. It is many times what a fair gateway needs, since here everything goes wrong at the same time on
 // a machine that has no time; a queue that all share takes much longer still.
-const keptWaiting, waitingShare, waitingFew = 3 * time.Second, 10, 10
+const keptWaiting, waitingShare, waitingFew = 3 * time.Second, 10, 5
 
 // poisonKind is what an agent says, and how the server ends the connection at it.
 type poisonKind struct {
@@ -186,6 +186,7 @@ func (l *ledger) judgeFloodLocked(f *flood, end time.Time) {
 	var all, late int
 	var longest time.Duration
 	var longestOf *epoch
+	lateOf := map[*epoch]int{}
 	for _, flooder := range f.actor.epochs {
 		for i, asked := range flooder.askings[0] {
 			from, to := laterOf(f.from, asked.at), f.to
@@ -206,6 +207,7 @@ func (l *ledger) judgeFloodLocked(f *flood, end time.Time) {
 						case !counts:
 						case waited > keptWaiting:
 							late++
+							lateOf[e]++
 							fallthrough
 						default:
 							if all++; waited > longest {
@@ -219,13 +221,16 @@ func (l *ledger) judgeFloodLocked(f *flood, end time.Time) {
 	}
 	l.counts["messages said beside a flood"] += all
 	l.longestWait = max(l.longestWait, longest)
+	while := fmt.Sprintf("while agent %d spoke as fast as it could on the same link (for %s, answered: %t)", f.actor.id, f.to.Sub(f.from).Round(time.Second), f.answered)
 	if late > waitingFew && late*waitingShare > all {
-		answered := "answered"
-		if !f.answered {
-			answered = "not answered"
+		l.findLocked("kept waiting", longestOf, f.from, "%d of %d messages of others took more than %s, one %s, %s",
+			late, all, keptWaiting, longest.Round(time.Millisecond), while)
+		return
+	}
+	for e, late := range lateOf {
+		if late > waitingFew {
+			l.findLocked("kept waiting", e, f.from, "%d messages of %s took more than %s, %s", late, e, keptWaiting, while)
 		}
-		l.findLocked("kept waiting", longestOf, f.from, "%d of %d messages said on the same link, by others, while agent %d spoke as fast as it could (for %s, %s), took more than %s, one %s",
-			late, all, f.actor.id, f.to.Sub(f.from).Round(time.Second), answered, keptWaiting, longest.Round(time.Millisecond))
 	}
 }
 
@@ -278,6 +283,20 @@ func (l *ledger) waitedLocked(e *epoch, i int, w *way, end time.Time) (waited ti
 	}
 	waited = until.Sub(u.said) - l.pulse.missed(u.said, until)
 	return waited, quietly || waited > keptWaiting
+}
+
+// tookLocked returns how long message i of e was on its way, and by which link: nil if it had none, or
+// something happened to it.
+func (l *ledger) tookLocked(e *epoch, i int) (time.Duration, *way) {
+	for _, asked := range slices.Backward(e.askings[0]) {
+		if asked.at.Before(e.ups[i].said) {
+			if waited, counts := l.waitedLocked(e, i, asked.way, time.Now()); counts {
+				return waited, asked.way
+			}
+			break
+		}
+	}
+	return 0, nil
 }
 
 func laterOf(a, b time.Time) time.Time {

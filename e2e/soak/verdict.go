@@ -272,7 +272,7 @@ func (l *ledger) whyLastLocked(e *epoch, said time.Time) (excuse, wrong string) 
 		why = "said long after a gateway that was reloaded had closed the connection"
 	case gateway != nil && e.wasHomelessLocked(gateway.at, settling+late):
 		why = "with a gateway that was reloaded when the agent had no link"
-	case e.polite && e.linkLostLocked(gateway, said.Add(-troubled), e.ended.Add(time.Second+late)):
+	case e.polite && e.linkLostLocked(gateway, said.Add(-troubled), e.ended.Add(troubled+late)):
 		why = "with a link, last words before a goodbye"
 	case e.slow:
 		why = "with an agent that was too slow"
