@@ -252,8 +252,10 @@ func (l *ledger) waitedLocked(e *epoch, i int, w *way, end time.Time) (waited ti
 			disturbed(asked.at)
 		}
 	}
-	// What was done to a link a moment ago is still felt.
-	if at < 0 || e.askings[0][at].way != w || u.poison != nil || u.flood != nil || !w.hitAt.IsZero() && !w.hitAt.After(u.said) ||
+	before := func(at time.Time) bool { return !at.IsZero() && !at.After(u.said) }
+	// What was done to a gateway a moment ago is still felt.
+	if at < 0 || e.askings[0][at].way != w || u.poison != nil || u.flood != nil ||
+		before(w.hitAt) || before(w.conn.End().At) || before(e.touched) ||
 		l.poisonOfLocked(e.actor.member, u.said, end) != nil || e.gateway.wasDisturbed(u.said, troubled) != nil {
 		return 0, false
 	}

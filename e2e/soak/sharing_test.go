@@ -262,6 +262,12 @@ func TestKeptWaiting(t *testing.T) {
 		w.hit, w.hitAt = "was reset", e.ups[0].said.Add(time.Second)
 		assert.Empty(t, judged(tr))
 	})
+	t.Run("behind a line in a black hole", func(t *testing.T) {
+		tr := newTrial(t)
+		e := tr.beside(tr.link(), always(2*keptWaiting))
+		e.touched = e.ups[0].said
+		assert.Empty(t, judged(tr))
+	})
 	t.Run("until the link was lost, late", func(t *testing.T) {
 		tr := newTrial(t)
 		w := tr.link()
