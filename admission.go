@@ -340,9 +340,10 @@ type verdict struct {
 	err    error
 }
 
-// admit attaches a new agent to a link and asks the server about it.
+// admit attaches a new agent to a link and asks the server about it; on another link, once, if that one ends: it
+// may have because of the question.
 func (p *upstreamPool) admit(ctx context.Context, a *agentConn) (connect.Result, error) {
-	for {
+	for ended := 0; ; ended++ {
 		l, err := p.attach(ctx, a, nil, time.Time{})
 		if err != nil {
 			return connect.Result{}, err
@@ -353,6 +354,9 @@ func (p *upstreamPool) admit(ctx context.Context, a *agentConn) (connect.Result,
 		result, err := l.ask(ctx, a, questions.ClassNewcomer, p.cfg.Server.AdmissionTimeout)
 		if !errors.Is(err, questions.ErrEnded) {
 			return result, err
+		}
+		if ended > 0 && p.server.Answered() { // otherwise the book finds out that the server cannot be asked
+			return connect.Result{}, errNoLink
 		}
 	}
 }

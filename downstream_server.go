@@ -56,8 +56,8 @@ const (
 	heldUpLimit = 3 * time.Second
 )
 
-// entry is what waits in an outbox: of a link, with the agent it came from, or of an agent.
-type entry = outbox.Entry[*agentConn]
+// entry is what waits in an outbox: of a link, with the claim of the agent it came from, or of an agent.
+type entry = outbox.Entry[*claim]
 
 // downstreamServer is where agents connect. It lets them in, if the server agrees, and owns
 // their connections.
@@ -244,7 +244,7 @@ type agentConn struct {
 	question    connect.Question // asks the server about it; nil if the server is not asked
 	credentials credentials      // that it came with
 	sock        *socket.Socket
-	outbox      *outbox.Outbox[*agentConn]
+	outbox      *outbox.Outbox[*claim]
 	gateway     bool // another gateway, which may ask about its agents
 
 	// Owned by the reader.
@@ -252,6 +252,7 @@ type agentConn struct {
 	bad    int32          // unreadable messages in a row
 	claim  *claim         // to uid; nil when it has to be made
 	memory *memory.Reader // of the message being read
+	flood  *flood         // nil unless it had to wait lately
 
 	// Shared.
 	link      atomic.Pointer[link]         // where its messages go; ended, or nil, while it has none
@@ -259,6 +260,10 @@ type agentConn struct {
 	ending    ending.State
 	mute      atomic.Int64 // since when it has said nothing, of the monotonic clock; 0 when it has
 	fullState atomic.Int64 // when it is asked for its state once more, of the monotonic clock; 0 for not
+	many      atomic.Int32 // how many agents it speaks for, of a gateway
+
+	// Where its messages wait on its link; see outbox.Line.
+	line outbox.Line[*claim]
 
 	// Guarded by router.mu.
 	claims claims
@@ -278,7 +283,7 @@ func (a *agentConn) start(conn net.Conn) {
 	// A queue full of small messages may take some more than their bytes.
 	queueSize := s.cfg.Agents.MaxQueueSize
 	a.outbox = outbox.New(a, queueSize+queueSize/16, &s.memory.Down)
-	a.sock = socket.New(conn, socket.InputOf(conn), false, s.cfg.MaxMessageSize, s.cfg.Agents.WriteTimeout, a, a.pong)
+	a.sock = socket.New(conn, socket.InputOf(conn), false, s.cfg.MaxMessageSize, s.cfg.Agents.WriteTimeout, a)
 	s.mu.Lock()
 	s.agents[a] = struct{}{}
 	closing := s.closing
@@ -347,7 +352,11 @@ func (a *agentConn) relay(frame []byte) error {
 	}
 	a.bad = 0
 	a.claim.speaks(f.Sequence)
-	if err := a.send(entry{Frame: frame, Kind: outbox.Message, Sender: a, Taken: taken}); err != nil {
+	switch err := a.send(entry{Frame: frame, Kind: outbox.Message, Sender: a.claim, Taken: taken}); {
+	case errors.Is(err, errSuspect), errors.Is(err, errServerLimit):
+		a.turnDown(reasonOf(err), &f, err.Error())
+		return nil
+	case err != nil:
 		a.server.tel.Fault(telemetry.ReasonFrameLost)
 		return err
 	}
@@ -443,17 +452,22 @@ func (a *agentConn) ask(c *claim) bool {
 	}
 }
 
-// send puts e in the outbox of the agent's link, waiting its turn when that is full, and
-// waiting for a link when there is none.
+// send puts e in the outbox of the agent's link, waiting while too much of the agent's waits there, and
+// waiting for a link when there is none. An error may be one of judge.
 func (a *agentConn) send(e entry) error {
 	for {
 		l := a.link.Load()
 		if l != nil {
-			err := l.outbox.Try(e)
+			if err := l.pool.judge(&e); err != nil {
+				return err
+			}
+			err := l.outbox.Try(e, &a.line, a.weight())
 			if errors.Is(err, outbox.ErrFull) {
+				began := monotonic.Now()
 				ctx, over := a.pause()
-				err = l.outbox.Put(ctx, e)
+				err = l.outbox.Put(ctx, e, &a.line, a.weight())
 				over()
+				a.noteWait(began)
 			}
 			if !errors.Is(err, outbox.ErrClosed) {
 				return err
@@ -598,10 +612,13 @@ func (a *agentConn) sendOwn(frame []byte) {
 	_ = a.outbox.Try(entry{Frame: frame, Kind: outbox.Message})
 }
 
-// pong answers the agent's ping, unless too much waits already.
-func (a *agentConn) pong(payload []byte) {
+// Pinged answers the agent's ping, unless too much waits already; the socket calls it.
+func (a *agentConn) Pinged(payload []byte) {
 	_ = a.outbox.Try(entry{Frame: payload, Kind: outbox.Pong})
 }
+
+// Ponged does nothing: any sign of life is as good; the socket calls it.
+func (a *agentConn) Ponged([]byte) {}
 
 // askFullState asks every agent on this connection for its full state.
 func (a *agentConn) askFullState() {
@@ -679,7 +696,7 @@ func (a *agentConn) sweep(limits sweepLimits) {
 	case quiet >= limits.close:
 		a.dismiss(ending.Silent)
 	case quiet >= limits.ping:
-		a.sock.Pinged()
+		a.sock.PingSent()
 		_ = a.outbox.Try(entry{Kind: outbox.Ping})
 	}
 	if since := a.mute.Load(); since != 0 && !a.gateway && monotonic.Since(since) >= muteLimit {

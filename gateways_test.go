@@ -423,12 +423,16 @@ func TestServerEndsAtQuestions(t *testing.T) {
 			s.introduce("alice")
 			ends := 0
 			s.server.OnConnect(func(q *gatewaytest.Question) {
-				if ends++; q.Who() == "bob" && ends < 5 {
+				if q.Who() == "bob" && ends < 2 {
+					ends++
 					q.Link.HangUp()
 					return
 				}
 				q.Accept()
 			})
+			s.wantTurnedAway(s.knock("bob")) // one question costs two links at most
+			require.Equal(t, 2, ends)
+			time.Sleep(time.Second)
 			s.wantLetIn(s.knock("bob"))
 			require.Empty(t, s.logged(zap.WarnLevel, "server::agent_admission"))
 		}, connections(1))

@@ -399,6 +399,8 @@ func (s *serverEnd) takeLocked(opcode byte, payload []byte) {
 	switch {
 	case opcode == opcodeClose:
 		s.left = true
+	case opcode == opcodePing:
+		s.in = append(append(s.in, 0x80|opcodePong, byte(len(payload))), payload...)
 	case payload[1] == tagCustomMessage:
 		_, requestUID, _ := bytes.Cut(payload, []byte(`"request_uid":"`))
 		s.in = append(s.in, letIn...)
@@ -452,7 +454,7 @@ const (
 	// The tags of custom_message, sequence_num and agent_disconnect in an AgentToServer.
 	tagCustomMessage, tagSequenceNum, tagAgentDisconnect = 13<<3 | 2, 2 << 3, 9<<3 | 2
 
-	opcodeMessage, opcodeClose = 0x2, 0x8
+	opcodeMessage, opcodeClose, opcodePing, opcodePong = 0x2, 0x8, 0x9, 0xA
 )
 
 var (

@@ -35,13 +35,14 @@ var (
 //  2. It introduces a to the server, which may refuse it for good, or just now.
 //  3. It sends what a had said and was not written, in order.
 //  4. It lets a's reader go on, and asks the agent for its full state, for what the lost link
-//     may have taken with it.
+//     may have taken with it; once more later, if the server may forget it when it notices the end of the
+//     lost link.
 func (p *upstreamPool) rehome(a *agentConn, from *link) {
 	grace := p.cfg.Server.GracePeriod
 	// Those who wait in vain do not all leave at once.
 	ctx, cancel := context.WithTimeout(p.ctx, grace+rand.N(grace/2+1))
 	defer cancel()
-	pending, lost := from.unwritten[a], time.Now()
+	pending, late, lost := from.unwritten[a], from.late, time.Now()
 	p.countIn(pending)
 	defer func() {
 		p.countOut(pending)
@@ -59,6 +60,8 @@ func (p *upstreamPool) rehome(a *agentConn, from *link) {
 		delay, err := p.introduce(ctx, a, l)
 		switch {
 		case errors.Is(err, questions.ErrEnded):
+			<-l.ended // it is about to be
+			late = late || l.late
 			from, lost = l, time.Now()
 			continue
 		case errors.Is(err, errRefused):
@@ -68,13 +71,15 @@ func (p *upstreamPool) rehome(a *agentConn, from *link) {
 			_ = sleep(ctx, delay)
 			continue
 		}
-		for len(pending) > 0 && l.outbox.Put(ctx, pending[0]) == nil {
+		for len(pending) > 0 && p.resend(ctx, l, &pending[0]) {
 			p.countOut(pending[:1])
 			pending = pending[1:]
 		}
 		if len(pending) == 0 && p.settle(a, l) {
 			a.askFullState()
-			a.fullState.Store(monotonic.Now() + int64(fullStateAgain+rand.N(fullStateAgain/2)))
+			if late {
+				a.fullState.Store(monotonic.Now() + int64(fullStateAgain+rand.N(fullStateAgain/2)))
+			}
 			return
 		}
 		if p.leftWhileHoming(a, l) {
@@ -84,10 +89,23 @@ func (p *upstreamPool) rehome(a *agentConn, from *link) {
 		case <-l.ended:
 			p.countIn(l.unwritten[a])
 			pending = append(l.unwritten[a], pending...) // what l did not write comes first
+			late = late || l.late
 			from, lost = l, time.Now()
 		case <-ctx.Done():
 		}
 	}
+}
+
+// resend has what a lost link has not written wait on l, and reports whether there is no more to do for it:
+// what is not to be sent any more is turned down.
+func (p *upstreamPool) resend(ctx context.Context, l *link, e *entry) bool {
+	a := e.Sender.agent
+	if err := p.judge(e); err != nil {
+		p.turnDown(e.Sender, err)
+		p.memory.Recycle(e.Frame)
+		return true
+	}
+	return l.outbox.Put(ctx, *e, &a.line, a.weight()) == nil
 }
 
 // countIn counts the memory of entries that are in no outbox, until countOut.
@@ -162,19 +180,20 @@ func (p *upstreamPool) sayGoodbye(l *link, gone []*claim) {
 		return
 	}
 	if !gone[0].agent.gateway {
-		p.sayGoodbyeNow(l, gone)
+		p.sayGoodbyeNow(l, &gone[0].agent.line, gone) // behind what it said
 		return
 	}
 	if p.cfg.Agents.SendDisconnectForGateways {
 		p.homing.Go(func() {
 			if sleep(p.ctx, p.cfg.Server.GracePeriod) == nil {
-				p.sayGoodbyeNow(p.anyLink(), gone)
+				p.sayGoodbyeNow(p.anyLink(), &outbox.Line[*claim]{}, gone)
 			}
 		})
 	}
 }
 
-func (p *upstreamPool) sayGoodbyeNow(l *link, gone []*claim) {
+// sayGoodbyeNow has the goodbyes wait on l, in line.
+func (p *upstreamPool) sayGoodbyeNow(l *link, line *outbox.Line[*claim], gone []*claim) {
 	if l == nil {
 		return // the links' end has said it
 	}
@@ -182,7 +201,11 @@ func (p *upstreamPool) sayGoodbyeNow(l *link, gone []*claim) {
 		uid := c.route.uid
 		back := func() bool { return p.router.has(uid) }
 		p.router.noteFarewell(uid)
-		if l.outbox.Put(p.ctx, entry{Frame: c.format.Goodbye(uid, c.sequence+1), Kind: outbox.Message, Stale: back}) != nil {
+		e := entry{Frame: c.format.Goodbye(uid, c.sequence+1), Kind: outbox.Message, Sender: c, Stale: back}
+		if p.judge(&e) != nil {
+			continue // the server has had enough of it
+		}
+		if l.outbox.Put(p.ctx, e, line, c.agent.weight()) != nil {
 			return // the link's end says it
 		}
 	}

@@ -97,7 +97,10 @@ func TestLinkLost(t *testing.T) {
 				s.wantSpread(30, 0)
 				s.wantConsistent()
 
-				// Once more, since the server may notice the end of the old link late.
+				// Once more, if the server may notice the end of the old link late.
+				if name != "reset" {
+					clear(moved)
+				}
 				time.Sleep(59 * time.Second)
 				synctest.Wait()
 				for _, a := range agents {
@@ -117,7 +120,9 @@ func TestLinkLost(t *testing.T) {
 					}
 				}
 				require.Empty(t, moved)
-				require.Greater(t, len(asks), 2, "not all at the same time: %v", asks)
+				if name == "reset" {
+					require.Greater(t, len(asks), 2, "not all at the same time: %v", asks)
+				}
 				time.Sleep(time.Hour)
 				synctest.Wait()
 				for _, a := range agents {
@@ -140,10 +145,12 @@ func TestLinkLostUnwritten(t *testing.T) {
 				agents := s.crowd(3)
 				lost := s.server.WantLinks(1)[0]
 				lost.StopReading()
-				for sequence := 1; sequence <= n; sequence++ {
-					for _, a := range agents {
-						a.Send(gatewaytest.Report(a.UID, sequence, size))
-					}
+				for _, a := range agents {
+					go func() {
+						for sequence := 1; sequence <= n+10; sequence++ {
+							a.Send(gatewaytest.Report(a.UID, sequence, size))
+						}
+					}()
 				}
 				synctest.Wait()
 				asked := s.server.Questions()
@@ -152,9 +159,6 @@ func TestLinkLostUnwritten(t *testing.T) {
 				lost.ReadOn()
 				for _, a := range agents {
 					a.WantFullStateRequest()
-					for sequence := n + 1; sequence <= n+10; sequence++ {
-						a.Send(gatewaytest.Report(a.UID, sequence, size))
-					}
 				}
 				synctest.Wait()
 				introduced := s.server.Questions()[len(asked):]
@@ -206,7 +210,7 @@ func TestLinkLostAgainAndAgain(t *testing.T) {
 		for range 5 {
 			asked := len(s.server.Questions())
 			s.server.OnConnect((*gatewaytest.Question).Silence)
-			link.Reset()
+			link.Close(websocket.CloseServiceRestart) // so it is nobody's fault
 			link.ReadOn()
 			link.WantEnd()
 			time.Sleep(5 * time.Second)

@@ -196,6 +196,7 @@ func (r *router) addLocked(a *agentConn, uid wire.UID, format wire.Format) (*cla
 	}
 	c := &claim{agent: a, route: way, format: format}
 	a.claims.add(c)
+	a.many.Store(int32(len(a.claims.all)))
 	return c, nil
 }
 
@@ -241,6 +242,7 @@ func (r *router) dropLocked(c *claim) {
 	}
 	c.former, c.next = nil, nil
 	c.agent.claims.remove(c)
+	c.agent.many.Store(int32(len(c.agent.claims.all)))
 	c.agent.kept -= claimMemory
 	r.memory.Kept.Give(claimMemory)
 	if c.route.remove(c) {

@@ -275,8 +275,8 @@ func (r *running) wantIdle(l *link) {
 	mu.Lock()
 	defer mu.Unlock()
 	require.Zero(r.t, outbox.FieldByName("size").Int(), "bytes in a link's outbox")
-	require.Zero(r.t, outbox.FieldByName("waiting").Len(), "agents waiting for a link's outbox")
-	require.False(r.t, outbox.FieldByName("writing").Bool(), "writer of a link's outbox runs")
+	require.Zero(r.t, outbox.FieldByName("crowd").Len(), "agents waiting for a link's outbox")
+	require.True(r.t, outbox.FieldByName("idle").Bool(), "writer of a link's outbox runs")
 }
 
 // wantConnections checks how many agents are connected.

@@ -30,6 +30,7 @@ import (
 	"github.com/opampgateway/opampgateway/internal/outbox"
 	"github.com/opampgateway/opampgateway/internal/questions"
 	"github.com/opampgateway/opampgateway/internal/socket"
+	"github.com/opampgateway/opampgateway/internal/suspicion"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
 	"github.com/opampgateway/opampgateway/internal/wire"
 )
@@ -93,6 +94,8 @@ type upstreamPool struct {
 	slots         sync.WaitGroup
 	homing        sync.WaitGroup    // agents on their way to a new link, and goodbyes that wait to be said
 	server        *questions.Server // whether it can be asked
+	suspicion     *suspicion.Book   // whose messages the server may have ended links for
+	trials        outbox.Trials
 	asked         atomic.Uint64     // questions of ours
 
 	// mu guards which links are live and who is attached to them. It is taken when
@@ -123,7 +126,7 @@ func newUpstreamPool(ctx context.Context, cfg *Config, build component.BuildInfo
 		headers.Set(name, string(value))
 	}
 	p := &upstreamPool{
-		cfg: cfg, tel: tel, router: r, memory: budget, server: questions.NewServer(),
+		cfg: cfg, tel: tel, router: r, memory: budget, server: questions.NewServer(), suspicion: suspicion.NewBook(),
 		endpoint: endpoint, headers: headers, tls: tlsConfig, netDial: (&net.Dialer{}).DialContext, status: status,
 		live: make([]*link, cfg.Server.Connections), changed: make(chan struct{}), back: make(chan struct{}),
 		report: make(chan struct{}, 1), failure: errNoLink,
@@ -214,7 +217,7 @@ func (p *upstreamPool) keep(slot int) {
 		}
 		log.Info("connected to the server")
 		err = l.read()
-		p.linkDown(l)
+		p.linkDown(l, err)
 		switch {
 		case p.dialing.Err() != nil:
 			log.Info("disconnected from the server")
@@ -293,15 +296,19 @@ func (p *upstreamPool) linkUp(l *link) bool {
 //
 //  1. The socket is closed and its writer waited for, so that the server sees the end before
 //     it sees the agents again.
-//  2. What was not written is sorted by agent, for rehome to fetch. Of an agent that will not
+//  2. It is found out whether the link ended because of an agent's message. That is not sent again.
+//  3. What was not written is sorted by agent, for rehome to fetch. Of an agent that will not
 //     have another link, it is lost.
-//  3. Agents waiting to be let in are woken; they ask again elsewhere.
-//  4. Each agent that was at home here gets a goroutine that finds it a new one. Gateways
+//  4. Agents waiting to be let in are woken; they ask again elsewhere.
+//  5. Each agent that was at home here gets a goroutine that finds it a new one. Gateways
 //     are closed instead: they introduce their own agents again.
-func (p *upstreamPool) linkDown(l *link) {
-	for _, e := range l.outbox.Abort() {
-		if e.Sender != nil && e.Kind == outbox.Message {
-			l.unwritten[e.Sender] = append(l.unwritten[e.Sender], e)
+func (p *upstreamPool) linkDown(l *link, err error) {
+	unwritten := l.outbox.Abort()
+	l.late = endsLate(err)
+	p.findCulprit(l, err)
+	for _, e := range unwritten {
+		if c := e.Sender; c != nil && e.Stale == nil { // neither a question nor a goodbye
+			l.unwritten[c.agent] = append(l.unwritten[c.agent], e)
 		}
 	}
 	p.mu.Lock()
@@ -532,6 +539,14 @@ func (p *upstreamPool) links() []*link {
 	return links
 }
 
+// unacknowledged returns how many messages are on their way to the server.
+func (p *upstreamPool) unacknowledged() (n int) {
+	for _, l := range p.links() {
+		n += l.outbox.OnItsWay()
+	}
+	return n
+}
+
 // sweep pings quiet links and ends silent ones; their slots dial again. Questions whose time is
 // over are forgotten.
 func (p *upstreamPool) sweep(limits sweepLimits) {
@@ -543,12 +558,13 @@ func (p *upstreamPool) sweep(limits sweepLimits) {
 			l.givenUp.Store(true)
 			l.sock.Close()
 		case quiet >= limits.ping:
-			_ = l.outbox.Try(entry{Kind: outbox.Ping})
+			l.outbox.Ping()
 		}
 		expired, send := l.book.Sweep(time.Now())
 		l.put(send)
 		l.conclude(expired, context.DeadlineExceeded)
 	}
+	p.release()
 	p.router.forgetFarewells()
 }
 
@@ -575,18 +591,19 @@ type link struct {
 	pool   *upstreamPool
 	slot   int
 	sock   *socket.Socket
-	outbox *outbox.Outbox[*agentConn]
+	outbox *outbox.Link[*claim]
 	ended  chan struct{} // closed when it is not live any more
 	book   *questions.Book[*asker]
-	// unwritten is what of each agent was not written; to be read once ended is closed.
-	unwritten map[*agentConn][]entry
+	// To be read once ended is closed.
+	unwritten map[*agentConn][]entry // what of each agent was not written
+	late      bool                   // the server may notice the end late
 
 	// Guarded by upstreamPool.mu.
 	agents map[*agentConn]struct{}
 
 	// Shared.
 	caps    atomic.Pointer[capabilities] // as stated on this link; nil until then
-	givenUp atomic.Bool                  // ended for its silence
+	givenUp atomic.Bool                  // ended by us, for its silence
 
 	// Owned by the reader.
 	complaints int  // errors that name nobody
@@ -598,10 +615,9 @@ func newLink(p *upstreamPool, slot int, conn net.Conn, in *bufio.Reader) *link {
 		pool: p, slot: slot, book: questions.NewBook[*asker](p.server), ended: make(chan struct{}),
 		unwritten: map[*agentConn][]entry{}, agents: map[*agentConn]struct{}{},
 	}
-	l.outbox = outbox.NewForLink(l, memory.LinkShare(int64(p.cfg.MaxBufferedSize), p.cfg.Server.Connections), &p.memory.Up)
-	l.sock = socket.New(conn, in, true, p.cfg.MaxMessageSize, linkWriteTimeout, l, func(payload []byte) {
-		_ = l.outbox.Try(entry{Frame: payload, Kind: outbox.Pong})
-	})
+	l.sock = socket.New(conn, in, true, p.cfg.MaxMessageSize, linkWriteTimeout, l)
+	share := memory.LinkShare(int64(p.cfg.MaxBufferedSize), p.cfg.Server.Connections)
+	l.outbox = outbox.NewLink(l, share, &p.memory.Up, &p.trials)
 	return l
 }
 
@@ -728,6 +744,24 @@ func (l *link) takeUnaddressed(frame []byte, f *wire.Fields) {
 	}
 }
 
+// Pinged answers the server's ping, unless too many wait to be answered; the socket calls it.
+func (l *link) Pinged(payload []byte) { _ = l.outbox.Control(outbox.Pong, payload) }
+
+// Ponged takes the server's answer to a ping; the socket calls it.
+func (l *link) Ponged(payload []byte) {
+	ack, expected := l.outbox.Pong(payload)
+	if !expected {
+		return
+	}
+	l.pool.tel.RoundTrip(ack.RoundTrip)
+	if ack.Largest > 0 {
+		l.pool.suspicion.Acknowledged(ack.Largest)
+	}
+	if c := ack.Trial.Sender; c != nil {
+		l.pool.suspicion.Acquit(suspicion.Message{UID: c.route.uid, Size: ack.Trial.Size})
+	}
+}
+
 // Piece returns memory for a large message, and never waits; the socket calls it.
 func (l *link) Piece(size, _ int) ([]byte, error) { return l.pool.memory.Down.Piece(size), nil }
 
@@ -744,6 +778,10 @@ func (l *link) Release(n int) { l.pool.memory.Down.Give(n) }
 func (l *link) WriteBatch(batch []entry) (int, error) {
 	n, err := socket.WriteBatch(l.sock, batch)
 	countRelayed(&l.pool.tel.Up, batch[:n])
+	if err != nil && errors.Is(err, socket.ErrStalled) {
+		l.givenUp.Store(true)
+		l.sock.Close()
+	}
 	return n, err
 }
 

@@ -25,15 +25,17 @@ func Tracer(settings component.TelemetrySettings) trace.Tracer {
 // TelemetryBuilder provides an interface for components to report telemetry
 // as defined in metadata and user config.
 type TelemetryBuilder struct {
-	meter                       metric.Meter
-	mu                          sync.Mutex
-	registrations               []metric.Registration
-	OpampgatewayAdmissions      metric.Int64Counter
-	OpampgatewayConnections     metric.Int64ObservableUpDownCounter
-	OpampgatewayFaults          metric.Int64Counter
-	OpampgatewayMessages        metric.Int64ObservableCounter
-	OpampgatewayMessagesBytes   metric.Int64ObservableCounter
-	OpampgatewayMessagesLatency metric.Float64Histogram
+	meter                          metric.Meter
+	mu                             sync.Mutex
+	registrations                  []metric.Registration
+	OpampgatewayAdmissions         metric.Int64Counter
+	OpampgatewayConnections        metric.Int64ObservableUpDownCounter
+	OpampgatewayFaults             metric.Int64Counter
+	OpampgatewayLinkPing           metric.Float64Histogram
+	OpampgatewayLinkUnacknowledged metric.Int64ObservableUpDownCounter
+	OpampgatewayMessages           metric.Int64ObservableCounter
+	OpampgatewayMessagesBytes      metric.Int64ObservableCounter
+	OpampgatewayMessagesLatency    metric.Float64Histogram
 }
 
 // TelemetryBuilderOption applies changes to default builder.
@@ -53,6 +55,21 @@ func (builder *TelemetryBuilder) RegisterOpampgatewayConnectionsCallback(cb metr
 		cb(ctx, &observerInt64{inst: builder.OpampgatewayConnections, obs: o})
 		return nil
 	}, builder.OpampgatewayConnections)
+	if err != nil {
+		return err
+	}
+	builder.mu.Lock()
+	defer builder.mu.Unlock()
+	builder.registrations = append(builder.registrations, reg)
+	return nil
+}
+
+// RegisterOpampgatewayLinkUnacknowledgedCallback sets callback for observable OpampgatewayLinkUnacknowledged metric.
+func (builder *TelemetryBuilder) RegisterOpampgatewayLinkUnacknowledgedCallback(cb metric.Int64Callback) error {
+	reg, err := builder.meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
+		cb(ctx, &observerInt64{inst: builder.OpampgatewayLinkUnacknowledged, obs: o})
+		return nil
+	}, builder.OpampgatewayLinkUnacknowledged)
 	if err != nil {
 		return err
 	}
@@ -136,6 +153,19 @@ func NewTelemetryBuilder(settings component.TelemetrySettings, options ...Teleme
 		"otelcol_opampgateway.faults",
 		metric.WithDescription("Things that went wrong with one message or one connection, by reason. [Alpha]"),
 		metric.WithUnit("{faults}"),
+	)
+	errs = errors.Join(errs, err)
+	builder.OpampgatewayLinkPing, err = builder.meter.Float64Histogram(
+		"otelcol_opampgateway.link.ping",
+		metric.WithDescription("Time that the server takes to answer a ping on a link, behind the messages before it. Above some 50 ms, the server is the bottleneck. [Alpha]"),
+		metric.WithUnit("s"),
+		metric.WithExplicitBucketBoundaries([]float64{0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10}...),
+	)
+	errs = errors.Join(errs, err)
+	builder.OpampgatewayLinkUnacknowledged, err = builder.meter.Int64ObservableUpDownCounter(
+		"otelcol_opampgateway.link.unacknowledged",
+		metric.WithDescription("Agents' messages that were written to the server and not acknowledged by it yet, over all links. [Alpha]"),
+		metric.WithUnit("{messages}"),
 	)
 	errs = errors.Join(errs, err)
 	builder.OpampgatewayMessages, err = builder.meter.Int64ObservableCounter(

@@ -24,6 +24,10 @@ func TestSetupTelemetry(t *testing.T) {
 		observer.Observe(1)
 		return nil
 	}))
+	require.NoError(t, tb.RegisterOpampgatewayLinkUnacknowledgedCallback(func(_ context.Context, observer metric.Int64Observer) error {
+		observer.Observe(1)
+		return nil
+	}))
 	require.NoError(t, tb.RegisterOpampgatewayMessagesCallback(func(_ context.Context, observer metric.Int64Observer) error {
 		observer.Observe(1)
 		return nil
@@ -34,6 +38,7 @@ func TestSetupTelemetry(t *testing.T) {
 	}))
 	tb.OpampgatewayAdmissions.Add(context.Background(), 1)
 	tb.OpampgatewayFaults.Add(context.Background(), 1)
+	tb.OpampgatewayLinkPing.Record(context.Background(), 1)
 	tb.OpampgatewayMessagesLatency.Record(context.Background(), 1)
 	AssertEqualOpampgatewayAdmissions(t, testTel,
 		[]metricdata.DataPoint[int64]{{Value: 1}},
@@ -42,6 +47,12 @@ func TestSetupTelemetry(t *testing.T) {
 		[]metricdata.DataPoint[int64]{{Value: 1}},
 		metricdatatest.IgnoreTimestamp())
 	AssertEqualOpampgatewayFaults(t, testTel,
+		[]metricdata.DataPoint[int64]{{Value: 1}},
+		metricdatatest.IgnoreTimestamp())
+	AssertEqualOpampgatewayLinkPing(t, testTel,
+		[]metricdata.HistogramDataPoint[float64]{{}}, metricdatatest.IgnoreValue(),
+		metricdatatest.IgnoreTimestamp())
+	AssertEqualOpampgatewayLinkUnacknowledged(t, testTel,
 		[]metricdata.DataPoint[int64]{{Value: 1}},
 		metricdatatest.IgnoreTimestamp())
 	AssertEqualOpampgatewayMessages(t, testTel,

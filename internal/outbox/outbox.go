@@ -2,17 +2,16 @@
 //
 // A frame handed to an outbox is not looked at again by the giver. There are two kinds:
 //
-//   - Of an agent's, there are many, and mostly nothing waits. Whoever brings the first entry
+//   - Of an agent's (Outbox), there are many, and mostly nothing waits. Whoever brings the first entry
 //     writes it, if the socket takes it at once; a goroutine writes what it does not, and leaves
 //     when nothing is left.
-//   - Of a link's, there are few, and many bring something at the same time. One goroutine writes
-//     as much as it can at once, and stays.
+//   - Of a link's (Link), there are few, and many senders bring something at the same time. They take
+//     turns; one goroutine writes, and stays.
 package outbox
 
 import (
 	"context"
 	"errors"
-	"runtime"
 	"slices"
 	"sync"
 
@@ -48,15 +47,14 @@ type Entry[S any] struct {
 	Sender S
 	// Taken is when the frame was read from its sender, in nanoseconds of the process's own clock.
 	Taken int64
+	// Trial has a link's outbox write it between two pings, see Link.
+	Trial bool
 	// Stale, when set, is asked right before the frame is written; a stale one is left out.
 	Stale func() bool
 }
 
 // overhead is what an entry costs beyond its frame, so that a flood of tiny frames is bounded too.
 const overhead = 128
-
-// keptEntries is for how many entries a link's outbox keeps memory while it is idle.
-const keptEntries = 256
 
 func (e *Entry[S]) size() int { return len(e.Frame) + overhead }
 
@@ -83,64 +81,47 @@ type AgentSocket[S any] interface {
 	TryBatch(batch []Entry[S]) (written int, err error)
 }
 
-// Outbox holds the entries for one socket.
+// Outbox holds the entries for one agent's socket.
 type Outbox[S any] struct {
 	// Set once.
-	socket  Socket[S]
+	socket  AgentSocket[S]
 	limit   int
 	account *memory.Account
-	ofLink  bool // the writer stays, and gathers
 
 	// mu guards what follows. It is never held while the socket is written to.
 	mu      sync.Mutex
 	queue   []Entry[S]   // waits to be written
 	size    int          // of the queue and of the batch being written
 	taken   int          // what they take, of the account
-	waiting []*waiter[S] // callers of Put for whom there is no room yet, longest wait first
 	closed  bool         // nothing more is taken
 	writing bool         // somebody is the writer, and has something to write
-	stays   bool         // the writer's goroutine, which stays, is there
-	changed sync.Cond    // writing, stays, or, for the writer that stays, the queue
+	changed sync.Cond    // writing
 	aside   []Entry[S]   // what a failed write, or Reply, left unwritten
 	first   [1]Entry[S]  // memory for a queue of one
-}
-
-type waiter[S any] struct {
-	entry Entry[S]
-	done  chan error // buffered; decided once, under mu
 }
 
 // New returns an agent's outbox, for socket, that holds up to limit bytes, or one entry of any
 // size. What it holds is counted in account. A frame is the outbox's own from when it is taken:
 // once written, its memory is used again.
 func New[S any](socket AgentSocket[S], limit int, account *memory.Account) *Outbox[S] {
-	o := NewForLink[S](socket, limit, account)
-	o.ofLink, o.queue = false, o.first[:0]
+	o := &Outbox[S]{socket: socket, limit: limit, account: account}
+	o.changed.L, o.queue = &o.mu, o.first[:0]
 	return o
 }
 
-// NewForLink returns a link's outbox; see New.
-func NewForLink[S any](socket Socket[S], limit int, account *memory.Account) *Outbox[S] {
-	o := &Outbox[S]{socket: socket, limit: limit, account: account, ofLink: true}
-	o.changed.L = &o.mu
-	return o
-}
-
-// Try adds e unless the outbox is full or closed. It never waits. A message does not overtake
-// those for which Put waits: to them the outbox is full.
+// Try adds e unless the outbox is full or closed. It never waits.
 func (o *Outbox[S]) Try(e Entry[S]) error {
 	o.mu.Lock()
 	switch {
 	case o.closed:
 		o.mu.Unlock()
 		return ErrClosed
-	case !o.fitsLocked(&e), e.Kind == Message && len(o.waiting) > 0:
+	case o.size > 0 && o.size+e.size() > o.limit:
 		o.mu.Unlock()
 		return ErrFull
 	}
 	o.queueLocked(e)
-	if o.writing || o.ofLink {
-		o.startLocked()
+	if o.writing {
 		o.mu.Unlock()
 		return nil
 	}
@@ -149,53 +130,6 @@ func (o *Outbox[S]) Try(e Entry[S]) error {
 	o.mu.Unlock()
 	o.writeNow(batch)
 	return nil
-}
-
-// Push adds e even if the outbox is full: for frames of the gateway's own whose number something else
-// bounds. It never waits.
-func (o *Outbox[S]) Push(e Entry[S]) error {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.closed {
-		return ErrClosed
-	}
-	o.queueLocked(e)
-	o.startLocked()
-	return nil
-}
-
-// Put adds e, waiting its turn while the outbox is full. It returns ErrClosed, or the
-// error of ctx, if the entry was not taken.
-func (o *Outbox[S]) Put(ctx context.Context, e Entry[S]) error {
-	o.mu.Lock()
-	if o.closed {
-		o.mu.Unlock()
-		return ErrClosed
-	}
-	if len(o.waiting) == 0 && o.fitsLocked(&e) {
-		o.queueLocked(e)
-		o.startLocked()
-		o.mu.Unlock()
-		return nil
-	}
-	w := &waiter[S]{entry: e, done: make(chan error, 1)}
-	o.waiting = append(o.waiting, w)
-	o.mu.Unlock()
-
-	select {
-	case err := <-w.done:
-		return err
-	case <-ctx.Done():
-	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	i := slices.Index(o.waiting, w)
-	if i < 0 { // decided in the meantime
-		return <-w.done
-	}
-	o.waiting = slices.Delete(o.waiting, i, i+1)
-	o.admitLocked() // it may have been what the others waited behind
-	return ctx.Err()
 }
 
 // Close has what waits written, then a close frame with this payload, all in a moment, and
@@ -252,7 +186,7 @@ func (o *Outbox[S]) Abort() (unwritten []Entry[S]) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.closeLocked()
-	for o.writing || o.stays {
+	for o.writing {
 		o.changed.Wait()
 	}
 	unwritten = slices.Concat(o.aside, o.queue)
@@ -268,10 +202,6 @@ func (o *Outbox[S]) Memory() int {
 	return o.taken
 }
 
-func (o *Outbox[S]) fitsLocked(e *Entry[S]) bool {
-	return o.size == 0 || o.size+e.size() <= o.limit
-}
-
 func (o *Outbox[S]) queueLocked(e Entry[S]) {
 	o.queue = append(o.queue, e)
 	o.size += e.size()
@@ -281,40 +211,20 @@ func (o *Outbox[S]) queueLocked(e Entry[S]) {
 
 // startLocked has what is queued written by a goroutine, unless there is a writer.
 func (o *Outbox[S]) startLocked() {
-	switch {
-	case o.writing:
-	case o.stays:
+	if !o.writing {
 		o.writing = true
-		o.changed.Broadcast()
-	default:
-		o.writing, o.stays = true, o.ofLink
-		go o.write()
-	}
-}
-
-// admitLocked queues what Put waits for, as far as there is room.
-func (o *Outbox[S]) admitLocked() {
-	for len(o.waiting) > 0 && o.fitsLocked(&o.waiting[0].entry) {
-		w := o.waiting[0]
-		o.waiting[0] = nil // so that its frame is not held for as long as the slice
-		o.waiting = o.waiting[1:]
-		o.queueLocked(w.entry)
-		w.done <- nil
+		go o.finish(o.batchLocked(nil), 0)
 	}
 }
 
 func (o *Outbox[S]) closeLocked() {
 	o.closed = true
-	for _, w := range o.waiting {
-		w.done <- ErrClosed
-	}
-	o.waiting = nil
 	o.changed.Broadcast()
 }
 
 // writeNow is the writer for what the socket takes at once. The rest is for a goroutine.
 func (o *Outbox[S]) writeNow(batch []Entry[S]) {
-	n, err := o.socket.(AgentSocket[S]).TryBatch(batch)
+	n, err := o.socket.TryBatch(batch)
 	if err != nil {
 		o.fail(batch[n:])
 		return
@@ -327,11 +237,8 @@ func (o *Outbox[S]) writeNow(batch []Entry[S]) {
 	}
 }
 
-// write is the writer as a goroutine: of a link's outbox until its end, of an agent's while there
-// is something to write. Abort waits for it.
-func (o *Outbox[S]) write() { o.finish(o.next(nil), 0) }
-
-// finish writes the rest of a batch of which n entries are written, and then what is queued.
+// finish is the writer as a goroutine, while there is something to write: it writes the rest of a batch of
+// which n entries are written, and then what is queued. Abort waits for it.
 func (o *Outbox[S]) finish(batch []Entry[S], n int) {
 	for batch != nil {
 		written, err := o.socket.WriteBatch(batch[n:])
@@ -349,31 +256,11 @@ func (o *Outbox[S]) next(written []Entry[S]) []Entry[S] {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.forgetLocked(written)
-	o.admitLocked()
 	if len(o.queue) == 0 {
 		o.writing = false
 		o.changed.Broadcast()
-		if !o.ofLink {
-			o.queue, o.first = o.first[:0], [1]Entry[S]{} // an idle one holds nothing
-			return nil
-		}
-		if cap(written) > keptEntries || cap(o.queue) > keptEntries {
-			written, o.queue = nil, nil
-		}
-		for len(o.queue) == 0 && !o.closed {
-			o.changed.Wait()
-		}
-		if len(o.queue) == 0 {
-			o.stays = false
-			o.changed.Broadcast()
-			return nil
-		}
-	}
-	if o.ofLink {
-		// Those who are about to bring something do so first: it is all written in one call.
-		o.mu.Unlock()
-		runtime.Gosched()
-		o.mu.Lock()
+		o.queue, o.first = o.first[:0], [1]Entry[S]{} // an idle one holds nothing
+		return nil
 	}
 	return o.batchLocked(written)
 }
@@ -411,6 +298,6 @@ func (o *Outbox[S]) fail(unwritten []Entry[S]) {
 	defer o.mu.Unlock()
 	o.closeLocked()
 	o.aside = slices.Concat(unwritten, o.aside)
-	o.writing, o.stays = false, false
+	o.writing = false
 	o.changed.Broadcast()
 }

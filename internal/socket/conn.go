@@ -28,6 +28,11 @@ type trier interface {
 	TryWrite(b []byte) (n int, err error)
 }
 
+// gatherer is a trier for what is in several places.
+type gatherer interface {
+	TryGather(pieces [][]byte) (n int, err error)
+}
+
 // Wrap returns conn as a Conn.
 func Wrap(conn net.Conn) *Conn {
 	try, wait := rawOf(conn)
@@ -78,6 +83,12 @@ func (c *Conn) tryWrite(b []byte) (int, error) {
 		return 0, nil
 	}
 	return c.try.TryWrite(b)
+}
+
+// gatherer returns nil where what is written at once has to be in one place.
+func (c *Conn) gatherer() gatherer {
+	g, _ := c.try.(gatherer)
+	return g
 }
 
 // keep has Write never wait from now on.

@@ -110,7 +110,7 @@ func TestWhatFollowsTheAnswerIsRead(t *testing.T) {
 					require.NoError(t, err)
 					cancel() // it was for the handshake
 					synctest.Wait()
-					s := New(conn, in, true, unlimited, writeTimeout, &counted{}, func([]byte) {})
+					s := New(conn, in, true, unlimited, writeTimeout, &counted{})
 					message, err := s.Read()
 					require.NoError(t, err)
 					assert.Equal(t, "early", string(message))
@@ -453,7 +453,7 @@ func TestHandshakeUnderFIPS140(t *testing.T) {
 		d := &Dialer{NetDial: (&net.Dialer{}).DialContext, TLS: &tls.Config{RootCAs: roots}, ReadBufferSize: 4 << 10}
 		conn, in, err := d.Dial(t.Context(), parseURL(t, scheme+"://"+server.Listener.Addr().String()), nil)
 		require.NoError(t, err)
-		s := New(conn, in, true, unlimited, writeTimeout, &counted{}, func([]byte) {})
+		s := New(conn, in, true, unlimited, writeTimeout, &counted{})
 		message, err := s.Read()
 		require.NoError(t, err)
 		assert.Equal(t, "hello", string(message))

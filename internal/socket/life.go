@@ -50,8 +50,8 @@ func (l *life) Await() <-chan struct{} {
 	return l.awaited
 }
 
-// Pinged notes that a ping is sent.
-func (l *life) Pinged() {
+// PingSent notes that a ping is sent.
+func (l *life) PingSent() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.unanswered = true

@@ -44,7 +44,7 @@ func TestWhoDoubtsIsToldOfTheNextSignOfLife(t *testing.T) {
 			synctest.Wait()
 			wantOpen(t, first)
 			f.Sweep() // whoever else asks takes nothing away
-			f.Pinged()
+			f.PingSent()
 			wantOpen(t, second)
 			require.NoError(t, f.peer.WriteControl(websocket.PongMessage, nil, time.Now().Add(time.Second)))
 			synctest.Wait()
@@ -66,7 +66,7 @@ func TestADoubtChangesNothingForTheSweep(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture(t, false, unlimited, 1<<20)
 		f.startReading()
-		for name, ask := range map[string]func(){"await": func() { f.Await() }, "ping": f.Pinged} {
+		for name, ask := range map[string]func(){"await": func() { f.Await() }, "ping": f.PingSent} {
 			require.NoError(t, f.peer.WriteMessage(websocket.BinaryMessage, []byte("heartbeat")))
 			synctest.Wait()
 			ask()
@@ -90,7 +90,7 @@ func TestAPingIsAnsweredByAnySignOfLife(t *testing.T) {
 		} {
 			require.NoError(t, sign())
 			synctest.Wait()
-			f.Pinged()
+			f.PingSent()
 			assert.True(t, f.Unanswered())
 			f.Sweep()
 			f.Await()
@@ -106,7 +106,7 @@ func TestAPingIsAnsweredByAnySignOfLife(t *testing.T) {
 			f.Await()
 			assert.False(t, f.Unanswered())
 		}
-		f.Pinged()
+		f.PingSent()
 		f.Close()
 		synctest.Wait()
 		assert.True(t, f.Unanswered(), "an end is no answer")
@@ -138,7 +138,7 @@ func TestSignsOfLifeReachAllWhoAsk(t *testing.T) {
 		})
 	}
 	for range 1000 {
-		l.Pinged()
+		l.PingSent()
 		<-l.Await()
 		l.sweep()
 	}
@@ -146,7 +146,7 @@ func TestSignsOfLifeReachAllWhoAsk(t *testing.T) {
 	close(done)
 	<-signs
 	l.sweep()
-	l.Pinged()
+	l.PingSent()
 	l.Await()
 	l.alive()
 	assert.True(t, l.sweep())

@@ -2,6 +2,7 @@ package socket
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"io"
 	"net"
@@ -201,6 +202,11 @@ func (c *memConn) Write(b []byte) (int, error) { return c.out.write(b, true) }
 
 func (c *memConn) TryWrite(b []byte) (int, error) { return c.out.write(b, false) }
 
+// TryGather takes what is in several places as what is in one.
+func (c *memConn) TryGather(some [][]byte) (int, error) {
+	return c.out.write(bytes.Join(some, nil), false)
+}
+
 func (c *memConn) Close() error {
 	c.in.close(reading)
 	c.out.close(writing)
@@ -220,6 +226,23 @@ type memAddr struct{}
 
 func (memAddr) Network() string { return "memory" }
 func (memAddr) String() string  { return "memory" }
+
+// tcpPair returns the two ends of a connection of the kernel's.
+func tcpPair(tb testing.TB) (near, far *net.TCPConn) {
+	tb.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(tb, err)
+	defer l.Close()
+	one, err := net.Dial("tcp", l.Addr().String())
+	require.NoError(tb, err)
+	other, err := l.Accept()
+	require.NoError(tb, err)
+	tb.Cleanup(func() {
+		one.Close()
+		other.Close()
+	})
+	return one.(*net.TCPConn), other.(*net.TCPConn)
+}
 
 // handshake makes a WebSocket of two ends of a connection.
 func handshake(tb testing.TB, client, server net.Conn) (clientEnd, serverEnd *websocket.Conn) {

@@ -24,8 +24,12 @@ const (
 	// The opcodes of RFC 6455, section 5.2.
 	continuation, text, binaryMessage = 0x0, 0x1, 0x2
 	closing, ping, pong               = 0x8, 0x9, 0xA
+	// finBit marks the last frame of a message.
+	finBit = 0x80
 	// maxControl is the longest payload of a control frame, in bytes (section 5.5).
 	maxControl = 125
+	// smallPong is the longest payload of a pong for which there is memory already, in bytes.
+	smallPong = 8
 )
 
 // frame is the header of a WebSocket frame, and how much of its payload is still to be read.
@@ -33,7 +37,7 @@ type frame struct {
 	opcode byte
 	fin    bool
 	key    [4]byte // zero for none
-	read   int     // bytes of the payload, modulo those of the key
+	read   byte    // bytes of the payload, modulo those of the key
 	left   int64   // may be more than an int holds, where that has 32 bits
 }
 
@@ -75,7 +79,7 @@ func (s *Socket) Read() ([]byte, error) {
 		return nil, err
 	}
 	if s.held > 0 && memory.PieceSize(n) <= s.held/2 { // it came in fragments, so it got too much
-		message = s.memory.Shrink(message, n)
+		message = s.owner.Shrink(message, n)
 		s.held = len(message)
 	}
 	return message[:n], nil
@@ -153,7 +157,7 @@ func (s *Socket) grow(message []byte, want int) ([]byte, error) {
 		size = (size + 1) / 2
 	}
 	size = memory.PieceSize(size)
-	piece, err := s.memory.Piece(size, want)
+	piece, err := s.owner.Piece(size, want)
 	if err != nil {
 		return message, err
 	}
@@ -174,7 +178,7 @@ func (s *Socket) giveBack(message []byte) {
 // Drop gives up the message that was read last, which nobody needs any more.
 func (s *Socket) Drop(message []byte) {
 	if s.held > 0 {
-		s.memory.Return(message[:s.held])
+		s.owner.Return(message[:s.held])
 		s.held = 0
 	}
 }
@@ -182,7 +186,7 @@ func (s *Socket) Drop(message []byte) {
 // Release counts the message that was read last no longer.
 func (s *Socket) Release() {
 	if s.held > 0 {
-		s.memory.Release(s.held)
+		s.owner.Release(s.held)
 		s.held = 0
 	}
 }
@@ -244,7 +248,7 @@ func (s *Socket) header() error {
 	if err != nil {
 		return err
 	}
-	const finBit, reservedBits, opcodeBits, maskBit, lengthBits = 0x80, 0x70, 0x0f, 0x80, 0x7f
+	const reservedBits, opcodeBits, maskBit, lengthBits = 0x70, 0x0f, 0x80, 0x7f
 	f := frame{opcode: start[0] & opcodeBits, fin: start[0]&finBit != 0}
 	masked, length := start[1]&maskBit != 0, uint64(start[1]&lengthBits)
 	switch {
@@ -303,9 +307,9 @@ func (s *Socket) readPayload(b []byte) (int, error) {
 	if n > 0 {
 		s.alive()
 		if !s.client {
-			mask(b[:n], f.key, f.read)
+			mask(b[:n], f.key, int(f.read))
 		}
-		f.read = (f.read + n) % len(f.key) // only its place in the key matters
+		f.read = byte((int(f.read) + n) % len(f.key)) // only its place in the key matters
 		f.left -= int64(n)
 	}
 	if errors.Is(err, io.EOF) {
@@ -316,7 +320,12 @@ func (s *Socket) readPayload(b []byte) (int, error) {
 
 // control deals with a control frame (RFC 6455, section 5.5).
 func (s *Socket) control() error {
-	payload := make([]byte, s.frame.left)
+	var payload []byte
+	if s.frame.opcode == pong && s.frame.left <= smallPong {
+		payload = s.ponged[:s.frame.left]
+	} else {
+		payload = make([]byte, s.frame.left)
+	}
 	for n := 0; n < len(payload); {
 		m, err := s.readPayload(payload[n:])
 		if err != nil {
@@ -326,7 +335,9 @@ func (s *Socket) control() error {
 	}
 	switch s.frame.opcode {
 	case ping:
-		s.pong(payload)
+		s.owner.Pinged(payload)
+	case pong:
+		s.owner.Ponged(payload)
 	case closing:
 		closed := &websocket.CloseError{Code: websocket.CloseNoStatusReceived}
 		if len(payload) == 1 {

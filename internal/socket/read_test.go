@@ -35,13 +35,16 @@ func (a *agent) Piece(size, message int) ([]byte, error) {
 
 func (a *agent) Release(n int) { a.Reader.Release(n) }
 
+func (a *agent) Pinged([]byte) {}
+func (a *agent) Ponged([]byte) {}
+
 // newAgent returns an agent's connection whose memory is of a budget.
 func newAgent(tb testing.TB, limit, capacity int) (*agent, *memory.Budget) {
 	tb.Helper()
 	b := memory.New(256<<20, unlimited)
 	a := &agent{fixture: newFixture(tb, false, limit, capacity)}
 	a.Reader = b.NewReader(a)
-	a.Socket.memory = a
+	a.owner = a
 	return a, b
 }
 
@@ -151,7 +154,7 @@ func TestMemoryGrowsWithWhatCame(t *testing.T) {
 					require.Greater(t, size, came, what)
 					require.LessOrEqual(t, held+size, max(largest/2*3, largest+firstPiece), what)
 				}
-				f.Socket.memory = g
+				f.owner = g
 				f.mustSend(t, sent)
 				message, err := f.Read()
 				require.NoError(t, err)

@@ -1,8 +1,8 @@
 // Package socket is one WebSocket as the relay uses it, whichever end of it this is.
 // gorilla/websocket shakes hands. Then reading takes a message into memory of just its size,
-// as far as there is some; writing puts whole batches of frames together and hands them over in
-// as few calls as possible; and what is to be said about a violation of the protocol is the
-// caller's to say.
+// as far as there is some; writing puts whole batches of frames together, none of them above 16 KiB,
+// and hands them over in as few calls as possible; and what is to be said about a violation of the
+// protocol is the caller's to say.
 //
 // One goroutine reads, one at a time writes (an outbox sees to that); Sweep belongs to one
 // more. Hurry and Close may be called by anyone.
@@ -39,6 +39,12 @@ func Skippable(err error) bool { return errors.Is(err, ErrText) || errors.Is(err
 const (
 	// batchSize is how much is put together before it is handed to the socket.
 	batchSize = 16 << 10
+	// largeSize is the same for a large message that is masked, on a connection that may take all at once.
+	largeSize = 5 * batchSize
+	// headerMax is the longest header of a frame that we write, and fragmentSize the longest payload:
+	// some proxies and clients take no longer ones. Both together fill a batch, and a record of TLS.
+	headerMax    = 8
+	fragmentSize = batchSize - headerMax
 
 	// chunkSize is how much of a larger message is written under one deadline.
 	chunkSize = 128 << 10
@@ -55,11 +61,15 @@ const (
 	moment = time.Second
 )
 
-var batchPool = sync.Pool{New: func() any { b := make([]byte, 0, batchSize); return &b }}
+var (
+	batches      = sync.Pool{New: func() any { b := make([]byte, 0, batchSize); return &b }}
+	largeBatches = sync.Pool{New: func() any { b := make([]byte, 0, largeSize); return &b }}
+)
 
-// Memory counts what a socket's reader holds: the message that it is reading, or has read last.
-// Messages up to memory.UncountedMessage are not counted.
-type Memory interface {
+// Owner is whose connection a Socket is. All of it is for the Socket's reader to call. It counts what
+// that reader holds: the message that is being read, or was read last. Messages up to
+// memory.UncountedMessage are not counted.
+type Owner interface {
 	// Piece returns, and counts, memory of a size that memory.PieceSize returns, on the way to a
 	// message of at least as many bytes as the second says. It may wait until there is some; an
 	// error ends the reading.
@@ -70,6 +80,13 @@ type Memory interface {
 	Return(piece []byte)
 	// Release counts n bytes of a piece no longer, which is somebody else's now.
 	Release(n int)
+
+	// Pinged is to queue the answer to a ping of the peer, with the same payload, which is the owner's
+	// from now on. It must not wait.
+	Pinged(payload []byte)
+	// Ponged is told of the peer's answer to a ping of ours; or of one to none, which a peer may send
+	// (RFC 6455, section 5.5.3). The payload is valid during the call only. It must not wait.
+	Ponged(payload []byte)
 }
 
 // Socket is one WebSocket.
@@ -80,20 +97,21 @@ type Socket struct {
 	client       bool     // masks what it writes (RFC 6455, section 5.3)
 	limit        int      // of one message read, in bytes
 	writeTimeout time.Duration
-	memory       Memory
-	pong         func(payload []byte)
+	owner        Owner
 
 	// Owned by the reader.
 	in       Input
-	frame    frame // what is left of the one being read
-	skipping bool  // the message that frame is of
-	broken   bool  // the peer has violated the protocol
-	held     int   // what is reserved of memory
+	frame    frame           // what is left of the one being read
+	skipping bool            // the message that frame is of
+	broken   bool            // the peer has violated the protocol
+	held     int             // what is reserved of memory
+	ponged   [smallPong]byte // memory for the payload of a pong
 
 	// Owned by the writer.
 	batch   *[]byte // what is put together; nil when nothing is
 	pending int     // frames of which a part is in the batch, and those left out among them
 	begun   int     // frames that TryBatch has begun
+	sent    int     // bytes that TryBatch has written of a large message, with headers
 
 	// Shared.
 	life
@@ -110,9 +128,8 @@ type Socket struct {
 
 // New takes over conn, a *Conn or TLS over one, after the handshake, with what in has read of it
 // already. Messages above limit bytes are not read; a write that makes no progress for
-// writeTimeout fails. What is read is counted in mem. pong is called by the reader for each ping of
-// the peer, to queue the answer; it must not wait.
-func New(conn net.Conn, in Input, client bool, limit int, writeTimeout time.Duration, mem Memory, pong func(payload []byte)) *Socket {
+// writeTimeout fails.
+func New(conn net.Conn, in Input, client bool, limit int, writeTimeout time.Duration, owner Owner) *Socket {
 	below, ok := conn.(*Conn)
 	if !ok {
 		below = conn.(interface{ NetConn() net.Conn }).NetConn().(*Conn)
@@ -120,7 +137,7 @@ func New(conn net.Conn, in Input, client bool, limit int, writeTimeout time.Dura
 	below.keep()
 	return &Socket{
 		conn: conn, below: below, in: in, client: client,
-		limit: limit, writeTimeout: writeTimeout, memory: mem, pong: pong,
+		limit: limit, writeTimeout: writeTimeout, owner: owner,
 	}
 }
 
@@ -132,7 +149,7 @@ func WriteBatch[S any](s *Socket, batch []outbox.Entry[S]) (written int, err err
 	}
 	for i := begun; i < len(batch); i++ {
 		e := &batch[i]
-		if e.Stale != nil && e.Stale() {
+		if s.sent == 0 && e.Stale != nil && e.Stale() {
 			if s.pending > 0 {
 				s.pending++ // it stands between those that are
 			}
@@ -159,12 +176,21 @@ func TryBatch[S any](s *Socket, batch []outbox.Entry[S]) (written int, err error
 				continue
 			}
 			if len(*s.batch)+headerMax+len(e.Frame) > batchSize {
-				break // a large one waits for WriteBatch
+				break
 			}
 			s.appendFrame(byte(e.Kind), e.Frame)
 		}
 		if n == written {
-			break
+			// A large one waits for WriteBatch, unless it can be tried by itself.
+			var whole bool
+			if s.gathers() {
+				whole, err = s.tryLarge(batch[n].Frame)
+			}
+			if !whole {
+				break
+			}
+			written++
+			continue
 		}
 		if len(*s.batch) > 0 { // not all were stale
 			_, err = s.conn.Write(*s.batch)
@@ -192,11 +218,13 @@ func (s *Socket) resume() error {
 	return s.below.drain(s.await)
 }
 
-const headerMax = 14
-
-// writeFrame adds one WebSocket frame to the batch, and hands over what is full. The payload is
-// not changed, and not kept. The opcodes are those of RFC 6455, section 5.2.
+// writeFrame adds one WebSocket frame to the batch, or several if it is a large message, and hands over
+// what is full. The payload is not changed, and not kept; only that of a message may be large. The opcodes
+// are those of RFC 6455, section 5.2.
 func (s *Socket) writeFrame(opcode byte, payload []byte) error {
+	if len(payload) > fragmentSize {
+		return s.writeLarge(payload)
+	}
 	s.openBatch()
 	if len(*s.batch)+headerMax+min(len(payload), batchSize/4) > batchSize {
 		if err := s.handOver(); err != nil {
@@ -207,19 +235,7 @@ func (s *Socket) writeFrame(opcode byte, payload []byte) error {
 	key := s.appendHeader(opcode, len(payload))
 	s.pending++
 	for offset := 0; len(payload) > 0; {
-		room := batchSize - len(*s.batch)
-		if !s.client && len(payload) > room && len(payload) >= batchSize {
-			// Large and unmasked: no need to copy it.
-			if err := s.handOver(); err != nil {
-				return err
-			}
-			if err := s.write(payload); err != nil {
-				s.pending = 1
-				return err
-			}
-			return nil
-		}
-		n := min(room, len(payload))
+		n := min(batchSize-len(*s.batch), len(payload))
 		s.appendPayload(payload[:n], key, offset)
 		offset, payload = offset+n, payload[n:]
 		if len(payload) > 0 {
@@ -232,9 +248,150 @@ func (s *Socket) writeFrame(opcode byte, payload []byte) error {
 	return nil
 }
 
+// writeLarge is writeFrame for a message in fragments (RFC 6455, section 5.4).
+func (s *Socket) writeLarge(message []byte) error {
+	s.openBatch()
+	s.pending++
+	switch {
+	case s.gathers():
+		return s.gather(message)
+	case s.client && s.plain() && s.below.resumes():
+		s.enlargeBatch()
+	}
+	for offset := 0; offset < len(message); {
+		end := min(offset+fragmentSize, len(message))
+		full := len(*s.batch)+headerMax+end-offset > cap(*s.batch)
+		if full || offset == 0 && len(*s.batch) > batchSize { // what fails is written again
+			if err := s.handOver(); err != nil {
+				return err
+			}
+			s.pending = 1
+		}
+		key := s.appendFragmentHeader(offset, end, len(message))
+		s.appendPayload(message[offset:end], key, 0)
+		offset = end
+	}
+	return nil
+}
+
+// plain reports whether there is no TLS above what has Write not wait.
+func (s *Socket) plain() bool { return s.conn == net.Conn(s.below) }
+
+// gathers reports whether large messages are handed over from where they are: they are not masked.
+func (s *Socket) gathers() bool { return !s.client && s.plain() && s.below.gatherer() != nil }
+
+// maxGathered is how many fragments are handed over at once from where they are.
+const maxGathered = chunkSize / batchSize
+
+// pieces are headers, which are in the batch, and parts of a message in turn.
+type pieces [2 * maxGathered][]byte
+
+var piecesPool = sync.Pool{New: func() any { return new(pieces) }}
+
+// gather hands over what is in the batch and a large message that is not masked.
+func (s *Socket) gather(message []byte) error {
+	if len(*s.batch) > batchSize-maxGathered*headerMax {
+		if err := s.handOver(); err != nil {
+			return err
+		}
+		s.pending = 1
+	}
+	all := piecesPool.Get().(*pieces)
+	defer piecesPool.Put(all)
+	defer clear(all[:])
+	offset, sent := s.begunAt()
+	for offset < len(message) {
+		var left [][]byte
+		left, offset = s.fragments(all, message, offset)
+		left, sent = skip(left, sent), 0
+		for len(left) > 0 {
+			n, err := s.below.gatherer().TryGather(left)
+			if err != nil {
+				return err
+			}
+			if left = skip(left, n); len(left) > 0 {
+				if err := s.await(left[0]); err != nil {
+					return err
+				}
+				left = left[1:]
+			}
+		}
+		*s.batch, s.pending = (*s.batch)[:0], 1
+	}
+	s.pending = 0
+	return nil
+}
+
+// tryLarge is gather as far as nothing has to wait, and not for more than can be gathered at once: a
+// reader whom others share may be the caller. It reports whether it has handed over the whole message.
+func (s *Socket) tryLarge(message []byte) (whole bool, err error) {
+	all := piecesPool.Get().(*pieces)
+	defer piecesPool.Put(all)
+	defer clear(all[:])
+	first, offset := s.fragments(all, message, 0)
+	length := 0
+	for _, piece := range first {
+		length += len(piece)
+	}
+	n, err := s.below.gatherer().TryGather(first)
+	*s.batch = (*s.batch)[:0]
+	if err != nil || n == length && offset == len(message) {
+		return err == nil, err
+	}
+	s.sent = n
+	return false, nil
+}
+
+// fragments returns as many of the frames of a message, from an offset in it on, as can be gathered at
+// once, and the offset behind them. Their headers are appended to the batch; the first piece has all
+// that was in it before.
+func (s *Socket) fragments(all *pieces, message []byte, offset int) (some [][]byte, next int) {
+	some = all[:0]
+	for start := 0; offset < len(message) && len(some) < len(all); {
+		end := min(offset+fragmentSize, len(message))
+		s.appendFragmentHeader(offset, end, len(message))
+		some = append(some, (*s.batch)[start:], message[offset:end])
+		start, offset = len(*s.batch), end
+	}
+	return some, offset
+}
+
+// begunAt returns the offset of the fragment in which TryBatch has stopped, and how much was sent of it.
+func (s *Socket) begunAt() (offset, sent int) {
+	const whole = 4 + fragmentSize // with the header of one that is not masked
+	offset, sent = s.sent/whole*fragmentSize, s.sent%whole
+	s.sent = 0
+	return offset, sent
+}
+
+// skip returns what is left of pieces without the first n bytes.
+func skip(some [][]byte, n int) [][]byte {
+	for len(some) > 0 && n >= len(some[0]) {
+		n -= len(some[0])
+		some = some[1:]
+	}
+	if n > 0 {
+		some[0] = some[0][n:]
+	}
+	return some
+}
+
 // appendFrame adds a whole frame to the batch, which has room for it.
 func (s *Socket) appendFrame(opcode byte, payload []byte) {
 	s.appendPayload(payload, s.appendHeader(opcode, len(payload)), 0)
+}
+
+// appendFragmentHeader appends the header of what is from offset to end in a message of a length.
+func (s *Socket) appendFragmentHeader(offset, end, length int) (key [4]byte) {
+	start, opcode := len(*s.batch), byte(continuation)
+	if offset == 0 {
+		opcode = binaryMessage
+	}
+	key = s.appendHeader(opcode, end-offset)
+	if end < length {
+		(*s.batch)[start] &^= finBit
+	}
+	return key
 }
 
 func (s *Socket) appendHeader(opcode byte, length int) (key [4]byte) {
@@ -245,25 +402,43 @@ func (s *Socket) appendHeader(opcode byte, length int) (key [4]byte) {
 	return key
 }
 
+// appendPayload appends a payload, or what of it is from offset on, for which there is room.
 func (s *Socket) appendPayload(payload []byte, key [4]byte, offset int) {
-	start := len(*s.batch)
-	*s.batch = append(*s.batch, payload...)
-	if s.client {
-		mask((*s.batch)[start:], key, offset)
+	if !s.client {
+		*s.batch = append(*s.batch, payload...)
+		return
 	}
+	start := len(*s.batch)
+	*s.batch = (*s.batch)[:start+len(payload)]
+	maskTo((*s.batch)[start:], payload, key, offset)
 }
 
 func (s *Socket) openBatch() {
 	if s.batch == nil {
-		s.batch = batchPool.Get().(*[]byte)
+		s.batch = batches.Get().(*[]byte)
 	}
+}
+
+// enlargeBatch has the batch take a large message.
+func (s *Socket) enlargeBatch() {
+	if cap(*s.batch) == largeSize {
+		return
+	}
+	larger := largeBatches.Get().(*[]byte)
+	*larger = append(*larger, *s.batch...)
+	s.closeBatch()
+	s.batch = larger
 }
 
 // closeBatch gives the batch's memory back, after an error, too: the next to use it is another
 // connection.
 func (s *Socket) closeBatch() {
 	*s.batch = (*s.batch)[:0]
-	batchPool.Put(s.batch)
+	if cap(*s.batch) == largeSize {
+		largeBatches.Put(s.batch)
+	} else {
+		batches.Put(s.batch)
+	}
 	s.batch = nil
 }
 
@@ -290,7 +465,7 @@ func (s *Socket) handOver() error {
 // write hands b to the connection. Mostly there is room for it; only if not, it takes a deadline
 // and a wait.
 func (s *Socket) write(b []byte) error {
-	if s.conn == net.Conn(s.below) {
+	if s.plain() {
 		n, err := s.below.tryWrite(b)
 		if err != nil || n == len(b) {
 			return err
@@ -396,12 +571,12 @@ func (s *Socket) Stalled() time.Duration {
 
 // appendHeader appends the header of an unfragmented frame (RFC 6455, section 5.2).
 func appendHeader(b []byte, opcode byte, length int, masked bool, key [4]byte) []byte {
-	const fin, maskBit = 0x80, 0x80
+	const maskBit = 0x80
 	var m byte
 	if masked {
 		m = maskBit
 	}
-	b = append(b, fin|opcode)
+	b = append(b, finBit|opcode)
 	switch {
 	case length <= 125:
 		b = append(b, m|byte(length))
@@ -417,16 +592,25 @@ func appendHeader(b []byte, opcode byte, length int, masked bool, key [4]byte) [
 }
 
 // mask applies the key to b, which begins offset bytes into the payload.
-func mask(b []byte, key [4]byte, offset int) {
+func mask(b []byte, key [4]byte, offset int) { maskTo(b, b, key, offset) }
+
+// maskTo puts into dst what mask makes of b, which is as long.
+func maskTo(dst, b []byte, key [4]byte, offset int) {
 	var k [8]byte
 	for i := range k {
 		k[i] = key[(offset+i)%4]
 	}
 	k8 := binary.LittleEndian.Uint64(k[:])
-	for ; len(b) >= 8; b = b[8:] {
-		binary.LittleEndian.PutUint64(b, binary.LittleEndian.Uint64(b)^k8)
+	for ; len(b) >= 32 && len(dst) >= 32; dst, b = dst[32:], b[32:] { // twice as fast as by eight
+		binary.LittleEndian.PutUint64(dst, binary.LittleEndian.Uint64(b)^k8)
+		binary.LittleEndian.PutUint64(dst[8:], binary.LittleEndian.Uint64(b[8:])^k8)
+		binary.LittleEndian.PutUint64(dst[16:], binary.LittleEndian.Uint64(b[16:])^k8)
+		binary.LittleEndian.PutUint64(dst[24:], binary.LittleEndian.Uint64(b[24:])^k8)
+	}
+	for ; len(b) >= 8; dst, b = dst[8:], b[8:] {
+		binary.LittleEndian.PutUint64(dst, binary.LittleEndian.Uint64(b)^k8)
 	}
 	for i := range b {
-		b[i] ^= k[i%4]
+		dst[i] = b[i] ^ k[i%4]
 	}
 }

@@ -1,6 +1,7 @@
 package socket
 
 import (
+	"bufio"
 	"bytes"
 	"crypto/ed25519"
 	"crypto/tls"
@@ -39,8 +40,11 @@ const (
 	writeTimeout = 30 * time.Second
 )
 
-// counted is memory without end; it counts what is held.
-type counted struct{ held, most int }
+// counted is an owner with memory without end. It counts what is held, and notes what it is told.
+type counted struct {
+	held, most     int
+	pinged, ponged []string
+}
 
 func (c *counted) Piece(size, _ int) ([]byte, error) {
 	c.held += size
@@ -55,15 +59,16 @@ func (c *counted) Shrink(piece []byte, n int) []byte {
 	return smaller
 }
 
-func (c *counted) Return(piece []byte) { c.held -= len(piece) }
-func (c *counted) Release(n int)       { c.held -= n }
+func (c *counted) Return(piece []byte)   { c.held -= len(piece) }
+func (c *counted) Release(n int)         { c.held -= n }
+func (c *counted) Pinged(payload []byte) { c.pinged = append(c.pinged, string(payload)) }
+func (c *counted) Ponged(payload []byte) { c.ponged = append(c.ponged, string(payload)) }
 
 // fixture is a Socket and its peer, which is gorilla's.
 type fixture struct {
 	memory counted
 	*Socket
 	conn     *memConn        // of the Socket
-	pinged   []string        // what the Socket was pinged with
 	ws       *websocket.Conn // of the same end
 	peer     *websocket.Conn
 	peerConn *memConn
@@ -82,7 +87,11 @@ func newFixture(tb testing.TB, client bool, limit, capacity int) *fixture {
 	}
 	f.conn.out.capacity, f.conn.in.capacity = capacity, capacity
 	f.conn.out.writes = 0
-	f.Socket = New(f.ws.NetConn(), InputOf(f.ws.NetConn()), client, limit, writeTimeout, &f.memory, func(payload []byte) { f.pinged = append(f.pinged, string(payload)) })
+	in := InputOf(f.ws.NetConn())
+	if client {
+		in = LinkInput(f.ws.NetConn(), bufio.NewReader(nil), 2*inputSize)
+	}
+	f.Socket = New(f.ws.NetConn(), in, client, limit, writeTimeout, &f.memory)
 	tb.Cleanup(func() {
 		f.conn.Close()
 		f.peerConn.Close()
@@ -224,9 +233,11 @@ func TestABatchOfSmallMessagesIsHandedOverAtOnce(t *testing.T) {
 		require.NoError(t, f.write(heartbeats...))
 		assert.Equal(t, 1, f.conn.writes())
 		require.NoError(t, f.write(payload(1, 1<<20)))
-		if !t.client { // what is not masked is not copied either
-			assert.Equal(t, 1+1+1, f.conn.writes())
+		atOnce := maxGathered * fragmentSize
+		if t.client {
+			atOnce = largeSize / batchSize * fragmentSize
 		}
+		assert.Equal(t, 1+1<<20/atOnce+1, f.conn.writes())
 	})
 }
 
@@ -385,7 +396,7 @@ func TestReadJoinsFragments(t *testing.T) {
 			message, err := f.Read()
 			require.NoError(t, err)
 			wantMessages(t, [][]byte{want}, [][]byte{message})
-			assert.Equal(t, "0 1 2 3 4 5 6 7 8 9", strings.Join(f.pinged, " "))
+			assert.Equal(t, "0 1 2 3 4 5 6 7 8 9", strings.Join(f.memory.pinged, " "))
 			message, err = f.Read()
 			require.NoError(t, err)
 			assert.Equal(t, "next", string(message))
@@ -488,18 +499,21 @@ func TestReadSkipsText(t *testing.T) {
 	})
 }
 
-func TestReadPassesPingsOn(t *testing.T) {
+func TestReadPassesPingsAndPongsOn(t *testing.T) {
 	asEither(t, func(t either) {
 		f := newFixture(t, t.client, unlimited, 1<<20)
 		deadline := time.Now().Add(time.Second)
 		require.NoError(t, f.peer.WriteControl(websocket.PingMessage, nil, deadline))
 		require.NoError(t, f.peer.WriteControl(websocket.PingMessage, []byte("are you there?"), deadline))
 		require.NoError(t, f.peer.WriteControl(websocket.PongMessage, nil, deadline))
+		require.NoError(t, f.peer.WriteControl(websocket.PongMessage, []byte("number 1"), deadline))
+		require.NoError(t, f.peer.WriteControl(websocket.PongMessage, bytes.Repeat([]byte("x"), maxControl), deadline))
 		require.NoError(t, f.peer.WriteMessage(websocket.BinaryMessage, []byte("a message")))
 		message, err := f.Read()
 		require.NoError(t, err)
 		assert.Equal(t, "a message", string(message))
-		assert.Equal(t, []string{"", "are you there?"}, f.pinged)
+		assert.Equal(t, []string{"", "are you there?"}, f.memory.pinged)
+		assert.Equal(t, []string{"", "number 1", strings.Repeat("x", maxControl)}, f.memory.ponged)
 		assert.Zero(t, f.conn.writes(), "the answer is for the outbox to write")
 	})
 }
@@ -694,7 +708,7 @@ func TestCloseDoesNotWaitForTLS(t *testing.T) {
 		// InsecureSkipVerify: what is tested is how the connection ends.
 		theirs := tls.Client(peerConn, &tls.Config{InsecureSkipVerify: true})
 		peer, ws := handshake(t, theirs, ours)
-		s := New(ws.NetConn(), InputOf(ws.NetConn()), false, unlimited, writeTimeout, &counted{}, func([]byte) {})
+		s := New(ws.NetConn(), InputOf(ws.NetConn()), false, unlimited, writeTimeout, &counted{})
 
 		_, err := WriteBatch(s, []entry{{Kind: outbox.Message, Frame: []byte("hello")}})
 		require.NoError(t, err)
@@ -719,7 +733,7 @@ func TestATLSPeerThatStallsIsNoticed(t *testing.T) {
 		ours := tls.Server(Wrap(conn), &tls.Config{Certificates: []tls.Certificate{certificate}})
 		theirs := tls.Client(peerConn, &tls.Config{InsecureSkipVerify: true})
 		_, ws := handshake(t, theirs, ours)
-		s := New(ws.NetConn(), InputOf(ws.NetConn()), false, unlimited, writeTimeout, &counted{}, func([]byte) {})
+		s := New(ws.NetConn(), InputOf(ws.NetConn()), false, unlimited, writeTimeout, &counted{})
 		defer s.Close()
 		start := time.Now()
 		_, err := WriteBatch(s, []entry{{Kind: outbox.Message, Frame: payload(1, 1<<20)}})
@@ -728,13 +742,13 @@ func TestATLSPeerThatStallsIsNoticed(t *testing.T) {
 	})
 }
 
-func selfSigned(t *testing.T) tls.Certificate {
-	t.Helper()
+func selfSigned(tb testing.TB) tls.Certificate {
+	tb.Helper()
 	public, private, err := ed25519.GenerateKey(nil)
-	require.NoError(t, err)
+	require.NoError(tb, err)
 	template := &x509.Certificate{SerialNumber: big.NewInt(1)}
 	certificate, err := x509.CreateCertificate(rand.NewChaCha8([32]byte{}), template, template, public, private)
-	require.NoError(t, err)
+	require.NoError(tb, err)
 	return tls.Certificate{Certificate: [][]byte{certificate}, PrivateKey: private}
 }
 
@@ -853,6 +867,7 @@ func writeAndBreak(t *testing.T, client bool, batch []entry, breaksAfter int) {
 	}
 	written, err := WriteBatch(f.Socket, batch)
 	f.Close()
+	sent := bytes.Clone(f.conn.out.buffer)
 
 	var arrived [][]byte
 	f.peer.SetPingHandler(func(payload string) error {
@@ -866,6 +881,7 @@ func writeAndBreak(t *testing.T, client bool, batch []entry, breaksAfter int) {
 		}
 		arrived = append(arrived, message)
 	}
+	wantMessages(t, arrived, readBack(t, client, sent))
 	require.LessOrEqual(t, len(arrived), len(fresh))
 	for i := range arrived {
 		require.True(t, bytes.Equal(fresh[i].Frame, arrived[i]), "frame %d of %d bytes is another of %d", i, len(fresh[i].Frame), len(arrived[i]))
@@ -891,6 +907,103 @@ func writeAndBreak(t *testing.T, client bool, batch []entry, breaksAfter int) {
 		again += len(e.Frame)
 	}
 	require.LessOrEqual(t, again, batchSize, "would be written again")
+}
+
+// listening is an owner who hears of pings among the messages.
+type listening struct {
+	counted
+	heard [][]byte
+}
+
+func (l *listening) Pinged(payload []byte) { l.heard = append(l.heard, payload) }
+
+// readBack returns the messages and pings in what a client, or a server, has written, as a Socket at the
+// other end reads them.
+func readBack(t *testing.T, client bool, sent []byte) [][]byte {
+	t.Helper()
+	f := newFixture(t, !client, unlimited, 1<<30)
+	owner := &listening{}
+	f.owner = owner
+	f.mustSend(t, sent)
+	f.peerConn.Close()
+	for {
+		message, err := f.Read()
+		if err != nil {
+			require.False(t, Skippable(err))
+			require.NotErrorIs(t, err, ErrProtocol)
+			return owner.heard
+		}
+		owner.heard = append(owner.heard, message)
+	}
+}
+
+// header is what a test wants to know of that of a frame.
+type header struct {
+	opcode byte
+	fin    bool
+	masked bool
+	key    [4]byte
+	length int
+}
+
+// headersOf returns those of the frames in b, which have to be whole.
+func headersOf(t *testing.T, b []byte) (all []header) {
+	t.Helper()
+	for len(b) > 0 {
+		h := header{opcode: b[0] & 0x0f, fin: b[0]&finBit != 0, masked: b[1]&0x80 != 0, length: int(b[1] & 0x7f)}
+		require.NotEqual(t, 127, h.length, "length of 64 bits")
+		if b = b[2:]; h.length == 126 {
+			h.length = int(binary.BigEndian.Uint16(b))
+			b = b[2:]
+		}
+		if h.masked {
+			b = b[copy(h.key[:], b):]
+		}
+		require.GreaterOrEqual(t, len(b), h.length)
+		b = b[h.length:]
+		all = append(all, h)
+	}
+	return all
+}
+
+// Some proxies and clients take no frame above 32 KiB, or so.
+func TestLargeMessagesAreWrittenInFragments(t *testing.T) {
+	asEither(t, func(t either) {
+		for _, size := range []int{
+			fragmentSize - 1, fragmentSize, fragmentSize + 1, 2 * fragmentSize, 2*fragmentSize + 125, 2*fragmentSize + 126,
+			64 << 10, largeSize, maxGathered * fragmentSize, maxGathered*fragmentSize + 1, 1 << 20,
+		} {
+			f := newFixture(t, t.client, unlimited, 4<<20)
+			written, err := WriteBatch(f.Socket, []entry{
+				{Kind: outbox.Message, Frame: []byte("small")},
+				{Kind: outbox.Message, Frame: payload(1, size)},
+				{Kind: outbox.Ping, Frame: payload(2, maxControl)},
+			})
+			require.NoError(t, err)
+			require.Equal(t, 3, written)
+
+			keys := map[[4]byte]bool{}
+			var got []header
+			for _, h := range headersOf(t.T, f.conn.out.buffer) {
+				require.Equal(t, t.client, h.masked)
+				keys[h.key] = true
+				h.masked, h.key = false, [4]byte{}
+				got = append(got, h)
+			}
+			want := []header{{opcode: binaryMessage, fin: true, length: 5}}
+			opcode := byte(binaryMessage)
+			for left := size; left > 0; left -= fragmentSize {
+				want = append(want, header{opcode: opcode, fin: left <= fragmentSize, length: min(left, fragmentSize)})
+				opcode = continuation
+			}
+			want = append(want, header{opcode: ping, fin: true, length: maxControl})
+			require.Equal(t, want, got, "%d bytes", size)
+			require.LessOrEqual(t, fragmentSize, 16<<10)
+			if t.client {
+				require.Len(t, keys, len(want), "a key for each frame")
+			}
+		}
+	})
 }
 
 func TestNothingCountsAsWrittenThatWasNotHandedOver(t *testing.T) {
@@ -970,6 +1083,44 @@ func TestWhatWasTriedIsFinishedLater(t *testing.T) {
 	}
 }
 
+// A large message to an agent needs nobody else's time if there is room for it; and once begun, it is
+// finished, whatever has become of it.
+func TestALargeMessageIsTriedToo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture(t, false, unlimited, 1<<20)
+		small, large := entry{Kind: outbox.Message, Frame: []byte("small")}, entry{Kind: outbox.Message, Frame: payload(1, 64<<10)}
+		tried, err := TryBatch(f.Socket, []entry{small, large, small, large})
+		require.NoError(t, err)
+		require.Equal(t, 4, tried)
+		require.Nil(t, f.batch)
+
+		stale := false
+		large.Stale = func() bool { return stale }
+		f.conn.out.capacity = len(f.conn.out.buffer) + 40_000
+		batch := []entry{small, large, small}
+		tried, err = TryBatch(f.Socket, batch)
+		require.NoError(t, err)
+		require.Equal(t, 1, tried)
+		require.Nil(t, f.batch)
+		stale = true
+		heard := f.listen()
+		written, err := WriteBatch(f.Socket, batch[tried:])
+		require.NoError(t, err)
+		require.Equal(t, 2, written)
+		f.Close()
+		wantMessages(t, [][]byte{
+			small.Frame, large.Frame, small.Frame, large.Frame, small.Frame, large.Frame, small.Frame,
+		}, (<-heard).messages)
+
+		// One that takes longer is for somebody else to write.
+		f = newFixture(t, false, unlimited, 4<<20)
+		tried, err = TryBatch(f.Socket, []entry{{Kind: outbox.Message, Frame: payload(1, 1<<20)}})
+		require.NoError(t, err)
+		require.Zero(t, tried)
+		require.LessOrEqual(t, f.conn.unread(), maxGathered*batchSize)
+	})
+}
+
 // newTLSFixture is newFixture for a server with TLS.
 func newTLSFixture(t *testing.T, certificate tls.Certificate) *fixture {
 	t.Helper()
@@ -978,7 +1129,7 @@ func newTLSFixture(t *testing.T, certificate tls.Certificate) *fixture {
 	ours := tls.Server(Wrap(f.conn), &tls.Config{Certificates: []tls.Certificate{certificate}})
 	theirs := tls.Client(f.peerConn, &tls.Config{InsecureSkipVerify: true})
 	f.peer, f.ws = handshake(t, theirs, ours)
-	f.Socket = New(ours, InputOf(ours), false, unlimited, writeTimeout, &f.memory, func([]byte) {})
+	f.Socket = New(ours, InputOf(ours), false, unlimited, writeTimeout, &f.memory)
 	t.Cleanup(func() {
 		f.conn.Close()
 		f.peerConn.Close()
@@ -1025,20 +1176,72 @@ func TestTryingAllocatesNothing(t *testing.T) {
 	}))
 }
 
+// A link has many pongs to hear, whose payloads are numbers.
+func TestHearingPongsAllocatesNothing(t *testing.T) {
+	for _, client := range []bool{true, false} {
+		f := newFixture(t, client, unlimited, 1<<20)
+		f.owner = &deaf{}
+		const pongs = 1000
+		sent := appendHeader(nil, pong, smallPong, !client, [4]byte{})
+		sent = bytes.Repeat(append(sent, "12345678"...), pongs+1)
+		f.mustSend(t, sent)
+		f.in = bufio.NewReaderSize(f.conn, 1<<20) // so that nothing else is measured
+		assert.Zero(t, testing.AllocsPerRun(pongs, func() {
+			if err := errors.Join(f.header(), f.control()); err != nil {
+				t.Fatal(err)
+			}
+		}))
+	}
+}
+
+// deaf is an owner who does nothing with what it is told.
+type deaf struct{ counted }
+
+func (*deaf) Ponged([]byte) {}
+
 // The two ways to lose a message, by hand.
 func TestAMessageThatWaitedInTheBatchIsNotLost(t *testing.T) {
 	stale := func() bool { return true }
 	small := entry{Kind: outbox.Message, Frame: []byte("small")}
+	large := entry{Kind: outbox.Message, Frame: make([]byte, 20_000)}
 	for name, batch := range map[string][]entry{
 		"when a large one behind it fails":  {small, small, {Kind: outbox.Message, Frame: make([]byte, batchSize-5)}},
 		"when one behind it is not written": {small, {Kind: outbox.Message, Frame: []byte("goodbye"), Stale: stale}},
+		"when large ones are before it":     {large, large, large, small},
 		"when many behind it are not":       {{Frame: nil, Stale: stale}, small, {Stale: stale}, {Stale: stale}, small, {Stale: stale}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, client := range []bool{true, false} {
 				writeAndBreak(t, client, batch, 0)
+				writeAndBreak(t, client, batch, 45_000)
 			}
 		})
+	}
+}
+
+// A large message that was handed over whole is not written again when what follows it fails.
+func TestALargeMessageCountsAsWritten(t *testing.T) {
+	for _, client := range []bool{true, false} {
+		f := newFixture(t, client, unlimited, 1<<30)
+		large := entry{Kind: outbox.Message, Frame: payload(1, 50_000)}
+		f.conn.breakAfter(len(fragments(large.Frame, fragmentSize, client)))
+		written, err := WriteBatch(f.Socket, []entry{large, {Kind: outbox.Message, Frame: []byte("small")}})
+		require.ErrorIs(t, err, errBroken)
+		require.Equal(t, 1, written)
+	}
+}
+
+// What is put together is never more than there is memory for, which is used again.
+func TestABatchDoesNotGrow(t *testing.T) {
+	for _, client := range []bool{true, false} {
+		for size := fragmentSize - 200; size <= fragmentSize; size++ {
+			f := newFixture(t, client, unlimited, 1<<30)
+			f.conn.out.discards = true
+			require.NoError(t, f.writeFrame(binaryMessage, make([]byte, size)))
+			require.NoError(t, f.writeFrame(binaryMessage, make([]byte, 200_000)))
+			require.Contains(t, []int{batchSize, largeSize}, cap(*f.batch))
+			require.NoError(t, f.flush())
+		}
 	}
 }
 
@@ -1230,7 +1433,7 @@ func TestProgressIsSeenBelowTLS(t *testing.T) {
 		proxied := tls.Client(near, &tls.Config{InsecureSkipVerify: true})
 		go func() { _ = peer.Handshake() }()
 		require.NoError(t, proxied.Handshake())
-		s := New(Wrap(proxied), nil, true, unlimited, time.Second, &counted{}, nil)
+		s := New(Wrap(proxied), nil, true, unlimited, time.Second, &counted{})
 		near.out.capacity = 16 << 10
 		done := make(chan error)
 		go func() {

@@ -11,6 +11,8 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/opampgateway/opampgateway/internal/outbox"
 )
 
 // The kernel takes what it has room for, and says how much that was.
@@ -81,4 +83,41 @@ func TestReadingTheKernelsConnections(t *testing.T) {
 	require.NoError(t, far.Close())
 	_, err = in.Peek(2)
 	require.ErrorIs(t, err, net.ErrClosed)
+}
+
+// Large messages go through the kernel byte for byte, however little it takes at once.
+func TestLargeMessagesOnTheKernelsConnections(t *testing.T) {
+	for name, client := range map[string]bool{"as client": true, "as server": false} {
+		t.Run(name, func(t *testing.T) {
+			near, far := tcpPair(t)
+			require.NoError(t, near.SetWriteBuffer(20_000))
+			LimitUnsent(near)
+			conn := Wrap(near)
+			s := New(conn, InputOf(conn), client, unlimited, writeTimeout, &counted{})
+			raw := make(chan []byte)
+			go func() {
+				b, _ := io.ReadAll(far)
+				raw <- b
+			}()
+			var want [][]byte
+			for round := range 3 {
+				var batch []entry
+				for i, size := range []int{100, 64 << 10, 16 << 10, 200, 1 << 20, 0, 70_000} {
+					message := payload(uint64(round+i), size)
+					want = append(want, message)
+					batch = append(batch, entry{Kind: outbox.Message, Frame: message})
+				}
+				tried, err := 0, error(nil)
+				if !client {
+					tried, err = TryBatch(s, batch)
+				}
+				require.NoError(t, err)
+				written, err := WriteBatch(s, batch[tried:])
+				require.NoError(t, err)
+				require.Equal(t, len(batch), tried+written)
+			}
+			s.Close()
+			wantMessages(t, want, readBack(t, client, <-raw))
+		})
+	}
 }

@@ -74,9 +74,14 @@ func New(set component.TelemetrySettings) (*Telemetry, error) {
 	return t, nil
 }
 
-// Start registers what is observed on collection; links and agents return how many there are now.
-func (t *Telemetry) Start(links, agents func() int) error {
+// Start registers what is observed on collection; links and agents return how many there are now, and unacknowledged
+// how many messages are on their way to the server.
+func (t *Telemetry) Start(links, agents, unacknowledged func() int) error {
 	err := errors.Join(
+		t.builder.RegisterOpampgatewayLinkUnacknowledgedCallback(func(_ context.Context, o metric.Int64Observer) error {
+			o.Observe(int64(unacknowledged()))
+			return nil
+		}),
 		t.builder.RegisterOpampgatewayConnectionsCallback(t.observe(
 			func() int64 { return int64(links()) }, func() int64 { return int64(agents()) })),
 		t.builder.RegisterOpampgatewayMessagesCallback(t.observe(t.Up.messages.Load, t.Down.messages.Load)),
@@ -101,6 +106,11 @@ func (t *Telemetry) observe(up, down func() int64) metric.Int64Callback {
 		o.Observe(down(), t.Down.attributes)
 		return nil
 	}
+}
+
+// RoundTrip records how long the server took to answer a ping.
+func (t *Telemetry) RoundTrip(d time.Duration) {
+	t.builder.OpampgatewayLinkPing.Record(context.Background(), d.Seconds())
 }
 
 // Shutdown unregisters what Start registered.

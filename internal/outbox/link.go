@@ -1,0 +1,693 @@
+package outbox
+
+import (
+	"context"
+	"encoding/binary"
+	"math"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/opampgateway/opampgateway/internal/memory"
+	"github.com/opampgateway/opampgateway/internal/monotonic"
+	"github.com/opampgateway/opampgateway/internal/window"
+)
+
+const (
+	// batchSize is about how many bytes are taken to be written at once: no more than that is decided early.
+	batchSize = 16 << 10
+	// keptEntries is for how many entries memory is kept while nothing is to be written.
+	keptEntries = 256
+	// maxControls is how many pings and pongs may wait.
+	maxControls = 64
+	// alwaysFits is the largest entry that its sender can always have waiting, if nothing else of it is, in bytes.
+	alwaysFits = memory.TinyMessage + overhead
+	// maxSent is how many messages are remembered that a server has not acknowledged that acknowledges nothing.
+	maxSent = 8192
+)
+
+// Sent is a message that was handed to the socket.
+type Sent[S any] struct {
+	Sender S
+	Size   int // in bytes
+}
+
+// Acknowledgement is what the answer to a ping tells.
+type Acknowledgement[S any] struct {
+	RoundTrip time.Duration // of the ping
+	Largest   int           // of the messages acknowledged, in bytes
+	Trial     Sent[S]       // the message that was on trial, if its Size is not 0
+}
+
+// Link is the outbox of a link, on which many senders share a socket:
+//
+//   - Each sender's messages wait in a line of their own, and senders take turns, see turns.
+//   - No more is written than the server reads soon: pings show what it has read, see package window.
+//   - What was written and not acknowledged is known when the link ends, by sender and size. A message on
+//     trial is written between two pings, and no other on trial until it is acknowledged.
+//
+// One goroutine writes, and stays until the end.
+type Link[S any] struct {
+	// Set once.
+	socket  Socket[S]
+	limit   int
+	account *memory.Account
+	trials  *Trials
+	wake    *time.Timer // has the writer look at the window again
+
+	// mu guards what follows. It is never held while the socket is written to.
+	mu       sync.Mutex
+	controls []Entry[S] // pings and pongs: before all else; they are not counted
+	own      []Entry[S] // messages of the gateway's own
+	lines    turns[S]
+	size     int         // of all messages that wait or are being written
+	taken    int         // what these take, of the account
+	crowd    []*queue[S] // senders that wait for room that all share, longest wait first
+	window   *window.Window
+	sent     ring[Sent[S]] // what was taken to be written, and is not acknowledged
+	lastPing uint64        // its number
+	wakeAt   int64         // when the timer goes off; math.MaxInt64 for not
+	again    int64         // when to see again whether something may be on trial; math.MaxInt64 for not
+	trial    uint64        // the place in sent of what is on trial, from 1; 0 for nothing
+	before   uint64        // the number of the ping before it
+	reached  int64         // when that was answered; 0 if it was not
+	closing  []byte        // payload of the close frame that is to come last; nil while there is none
+	replies  bool          // what waits is not to be written
+	closed   bool          // nothing more is taken
+	parked   bool          // the writer waits
+	held     bool          // for the window
+	idle     bool          // the writer has nothing to write
+	stays    bool          // the writer is there
+	changed  sync.Cond     // any of these
+	aside    []Entry[S]    // what a failed write left unwritten
+}
+
+// NewLink returns a link's outbox, for socket. All that senders have waiting is about limit bytes at most,
+// but for what is alwaysFits; what it holds is counted in account. Its end is an Abort.
+func NewLink[S any](socket Socket[S], limit int, account *memory.Account, trials *Trials) *Link[S] {
+	o := &Link[S]{
+		socket: socket, limit: limit, account: account, trials: trials, window: window.New(monotonic.Now()), again: math.MaxInt64, wakeAt: math.MaxInt64, stays: true,
+	}
+	o.changed.L = &o.mu
+	o.controls = o.pingLocked(nil) // before anything else: it shows the link's own round trip
+	o.wake = time.AfterFunc(time.Hour, o.awake)
+	o.wake.Stop()
+	go o.write()
+	return o
+}
+
+// awake is what the timer does.
+func (o *Link[S]) awake() {
+	o.mu.Lock()
+	o.wakeAt = math.MaxInt64
+	o.mu.Unlock()
+	o.signal()
+}
+
+// signal has the writer, and others who wait, look again.
+func (o *Link[S]) signal() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.parked = false
+	o.changed.Broadcast()
+}
+
+// Try adds a message of a sender, unless it has no room, or the outbox is closed. It never waits.
+func (o *Link[S]) Try(e Entry[S], line *Line[S], weight int) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.closed {
+		return ErrClosed
+	}
+	q := o.lines.queueOf(line)
+	if !o.fitsLocked(q, &e, weight) {
+		o.leaveLocked(q)
+		return ErrFull
+	}
+	o.addLocked(q, e, weight)
+	return nil
+}
+
+// Put adds a message of a sender, and waits while it has no room. It returns ErrClosed, or the
+// error of ctx, if the entry was not taken.
+func (o *Link[S]) Put(ctx context.Context, e Entry[S], line *Line[S], weight int) error {
+	o.mu.Lock()
+	if o.closed {
+		o.mu.Unlock()
+		return ErrClosed
+	}
+	q := o.lines.queueOf(line)
+	if o.fitsLocked(q, &e, weight) {
+		o.addLocked(q, e, weight)
+		o.mu.Unlock()
+		return nil
+	}
+	if q.decided == nil {
+		q.decided = make(chan error, 1)
+	}
+	q.waits, q.pending, q.weight = true, e, weight
+	o.goOnLocked(q)
+	o.mu.Unlock()
+
+	select {
+	case err := <-q.decided:
+		return err
+	case <-ctx.Done():
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if !q.waits { // decided in the meantime
+		return <-q.decided
+	}
+	o.giveUpLocked(q)
+	return ctx.Err()
+}
+
+// Push adds a message of the gateway's own, whose number something else bounds. It never waits.
+func (o *Link[S]) Push(e Entry[S]) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.closed {
+		return ErrClosed
+	}
+	o.own = append(o.own, e)
+	o.takeLocked(&e)
+	o.startLocked()
+	return nil
+}
+
+// Control adds a ping or a pong, unless too many wait. It never waits.
+func (o *Link[S]) Control(kind Kind, payload []byte) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	switch {
+	case o.closed:
+		return ErrClosed
+	case len(o.controls) >= maxControls:
+		return ErrFull
+	}
+	o.controls = append(o.controls, Entry[S]{Kind: kind, Frame: payload})
+	o.startLocked()
+	return nil
+}
+
+// Ping asks the server for a sign of life.
+func (o *Link[S]) Ping() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if !o.closed && len(o.controls) < maxControls {
+		o.controls = o.pingLocked(o.controls)
+		o.startLocked()
+	}
+}
+
+// Pong takes the server's answer to a ping. It reports whether it is one that was expected.
+func (o *Link[S]) Pong(payload []byte) (ack Acknowledgement[S], expected bool) {
+	if len(payload) != pingSize {
+		return ack, false
+	}
+	ack, expected, wasTrial := o.pong(binary.BigEndian.Uint64(payload))
+	if wasTrial {
+		o.trials.leave(o)
+	}
+	return ack, expected
+}
+
+func (o *Link[S]) pong(number uint64) (ack Acknowledgement[S], expected, wasTrial bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	waiting := o.lines.waiting > 0
+	acknowledged, roundTrip, expected := o.window.Pong(number, monotonic.Now(), waiting)
+	if !expected {
+		return ack, false, false
+	}
+	ack.RoundTrip = roundTrip
+	if number >= o.before && o.reached == 0 {
+		o.reached = monotonic.Now()
+	}
+	for o.sent.begin < acknowledged && o.sent.len() > 0 {
+		s := o.sent.pop()
+		ack.Largest = max(ack.Largest, s.Size)
+		if o.sent.begin == o.trial {
+			ack.Trial, o.trial, wasTrial = s, 0, true
+		}
+	}
+	if o.lines.waiting > 0 {
+		o.startLocked() // the window may be open
+	}
+	return ack, true, wasTrial
+}
+
+// Unacknowledged returns what was handed to the socket, or begun, and not acknowledged, in order. trial is the
+// index of the message on trial, if the server had just come to it; -1 otherwise. It is to be called after Abort.
+func (o *Link[S]) Unacknowledged() (sent []Sent[S], trial int) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	trial = -1
+	if o.trial > o.sent.begin && o.reached != 0 && monotonic.Since(o.reached) < trialTime {
+		trial = int(o.trial - o.sent.begin - 1)
+	}
+	return o.sent.all(), trial
+}
+
+// OnItsWay returns how many messages were handed to the socket and are not acknowledged.
+func (o *Link[S]) OnItsWay() int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.sent.len()
+}
+
+// Close has what waits written, then a close frame with this payload, all in a moment, and
+// takes nothing more. It never waits. The socket is left to its reader, which sees the
+// peer's answer, or runs into the moment's end.
+func (o *Link[S]) Close(payload []byte) { o.close(payload, false) }
+
+// Reply is Close for a server that has itself said that it is closing: what waits is not
+// written, since nobody will read it, but left for Abort to return.
+func (o *Link[S]) Reply(payload []byte) { o.close(payload, true) }
+
+func (o *Link[S]) close(payload []byte, replies bool) {
+	o.mu.Lock()
+	if o.closed {
+		o.mu.Unlock()
+		return
+	}
+	o.closing, o.replies = append([]byte{}, payload...), replies
+	o.idle = false
+	o.closeLocked()
+	o.mu.Unlock()
+	o.socket.Hurry()
+}
+
+// Drain waits until nothing is left to write, or ctx is done.
+func (o *Link[S]) Drain(ctx context.Context) {
+	defer context.AfterFunc(ctx, o.signal)()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for !o.idle && o.stays && ctx.Err() == nil {
+		o.changed.Wait()
+	}
+}
+
+// Abort closes the socket, takes nothing more and waits for the writer. It returns, in
+// order of each sender's, the entries that were not handed to the socket whole.
+func (o *Link[S]) Abort() (unwritten []Entry[S]) {
+	o.socket.Close()
+	defer o.trials.leave(o)
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.closeLocked()
+	for o.stays {
+		o.changed.Wait()
+	}
+	o.wake.Stop()
+	unwritten = slices.Concat(o.aside, o.own, o.lines.drop())
+	o.account.Give(o.taken)
+	o.aside, o.own, o.controls, o.size, o.taken = nil, nil, nil, 0, 0
+	return unwritten
+}
+
+// fitsLocked reports whether e may wait behind what its sender has waiting. Half of the room is for those
+// that have nothing waiting.
+func (o *Link[S]) fitsLocked(q *queue[S], e *Entry[S], weight int) bool {
+	if q.empty() {
+		return e.size() <= alwaysFits || o.size == 0 || len(o.crowd) == 0 && o.size+e.size() <= o.limit
+	}
+	return q.size+e.size() <= lineShare*weight && o.size+e.size() <= o.limit/2
+}
+
+// addLocked has e wait in q.
+func (o *Link[S]) addLocked(q *queue[S], e Entry[S], weight int) {
+	o.lines.add(q, weight, e)
+	o.takeLocked(&e)
+	if !o.held {
+		o.startLocked()
+	}
+}
+
+// takeLocked counts e.
+func (o *Link[S]) takeLocked(e *Entry[S]) {
+	o.size += e.size()
+	o.taken += e.Memory()
+	o.account.Take(e.Memory())
+}
+
+// leaveLocked forgets q if nothing waits there.
+func (o *Link[S]) leaveLocked(q *queue[S]) {
+	if q.in == nil && q.empty() && q.line != nil {
+		o.lines.forget(q)
+	}
+}
+
+// goOnLocked lets the sender of q, who waits, go on if it has room by now. One who has nothing waiting, and has not,
+// joins the crowd.
+func (o *Link[S]) goOnLocked(q *queue[S]) {
+	switch {
+	case !q.waits || q.crowds:
+	case o.fitsLocked(q, &q.pending, q.weight):
+		o.decideLocked(q, nil)
+	case q.empty():
+		q.crowds = true
+		o.crowd = append(o.crowd, q)
+	}
+}
+
+// decideLocked ends the wait of the sender of q: its message is added, unless there is an error.
+func (o *Link[S]) decideLocked(q *queue[S], err error) {
+	e := q.pending
+	q.waits, q.crowds, q.pending = false, false, Entry[S]{}
+	if err == nil {
+		o.addLocked(q, e, q.weight)
+	}
+	q.decided <- err
+}
+
+// thinLocked lets those in the crowd go on for whom there is room by now.
+func (o *Link[S]) thinLocked() {
+	for len(o.crowd) > 0 {
+		q := o.crowd[0]
+		if o.size > 0 && o.size+q.pending.size() > o.limit {
+			return
+		}
+		o.crowd[0] = nil
+		o.crowd = o.crowd[1:]
+		o.decideLocked(q, nil)
+	}
+	o.crowd = nil
+}
+
+// giveUpLocked ends the wait of the sender of q, who does not want to any more.
+func (o *Link[S]) giveUpLocked(q *queue[S]) {
+	if q.crowds {
+		i := slices.Index(o.crowd, q)
+		o.crowd = slices.Delete(o.crowd, i, i+1)
+	}
+	q.waits, q.crowds, q.pending = false, false, Entry[S]{}
+	o.leaveLocked(q)
+	o.thinLocked() // it may have been what the others waited behind
+}
+
+// startLocked has the writer see what there is to write.
+func (o *Link[S]) startLocked() {
+	if o.parked {
+		o.parked, o.idle = false, false
+		o.changed.Broadcast()
+	}
+}
+
+func (o *Link[S]) closeLocked() {
+	if o.closed {
+		return
+	}
+	o.closed = true
+	for q := range o.lines.all {
+		if q.waits && !q.crowds {
+			o.decideLocked(q, ErrClosed)
+		}
+	}
+	for _, q := range o.crowd {
+		o.decideLocked(q, ErrClosed)
+		o.leaveLocked(q)
+	}
+	o.crowd = nil
+	o.parked = false
+	o.changed.Broadcast()
+}
+
+// write is the writer.
+func (o *Link[S]) write() {
+	var batch []Entry[S]
+	for {
+		batch = o.next(batch)
+		if batch == nil {
+			return
+		}
+		if n, err := o.socket.WriteBatch(batch); err != nil {
+			o.fail(batch[n:])
+			return
+		}
+	}
+}
+
+// next makes room for what was written and returns what is to be written next, in the same memory; nil tells the
+// writer to leave.
+func (o *Link[S]) next(batch []Entry[S]) []Entry[S] {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.forgetLocked(batch)
+	if batch = batch[:0]; cap(batch) > keptEntries {
+		batch = nil
+	}
+	for {
+		if o.lines.waiting > 0 && o.size < batchSize {
+			// Those who are about to bring something do so first: it is all written in one call.
+			o.mu.Unlock()
+			runtime.Gosched()
+			o.mu.Lock()
+		}
+		if batch = o.gatherLocked(batch); len(batch) > 0 {
+			return batch
+		}
+		o.idle = o.lines.waiting == 0
+		if o.closed {
+			o.stays, o.idle = false, true
+			o.changed.Broadcast()
+			return nil
+		}
+		o.waitLocked()
+	}
+}
+
+// waitLocked has the writer wait for something to write, or for a change of the window.
+func (o *Link[S]) waitLocked() {
+	if o.idle {
+		o.changed.Broadcast() // for Drain
+	}
+	// A timer that goes off too early is set anew then: that is cheaper than each time.
+	if at := min(o.window.Next(), o.again); at < o.wakeAt {
+		o.wakeAt = at
+		o.wake.Reset(time.Duration(max(0, at-monotonic.Now())))
+	}
+	o.parked = true
+	for o.parked {
+		o.changed.Wait()
+	}
+}
+
+// gatherLocked appends to batch what is to be written now.
+func (o *Link[S]) gatherLocked(batch []Entry[S]) []Entry[S] {
+	if o.replies {
+		return o.lastLocked(batch)
+	}
+	o.held = false
+	o.window.PingDue(monotonic.Now()) // which notices what time has changed
+	if o.window.Blind() {
+		o.trial = 0
+	}
+	batch = append(batch, o.controls...)
+	clear(o.controls)
+	o.controls = o.controls[:0]
+	for _, e := range o.own {
+		batch = o.sendLocked(batch, e)
+	}
+	clear(o.own)
+	o.own = o.own[:0]
+	if o.closing == nil {
+		if q := o.lines.trials.first; q != nil && o.mayTryLocked() {
+			return o.tryLocked(batch, q)
+		}
+	}
+	for size := 0; size < batchSize; {
+		if o.closing == nil && o.lines.waiting > 0 && !o.window.Open() {
+			o.held = true
+			break
+		}
+		q := o.lines.next()
+		if q == nil && (o.closing != nil || o.window.Blind()) {
+			q = o.lines.trials.first // there is no time to try, or nothing would tell that it is over
+		}
+		if q == nil {
+			break
+		}
+		e := o.lines.take(q)
+		size += len(e.Frame)
+		batch = o.sendLocked(batch, e)
+		o.goOnLocked(q)
+	}
+	switch {
+	case o.closing != nil && o.lines.waiting == 0:
+		return o.lastLocked(batch)
+	case o.closing == nil && o.window.PingDue(monotonic.Now()):
+		batch = o.pingLocked(batch)
+	}
+	return batch
+}
+
+// mayTryLocked reports whether a message may be on trial now.
+func (o *Link[S]) mayTryLocked() bool {
+	if o.trial != 0 || o.window.Blind() || !o.window.Open() {
+		return false
+	}
+	var ok bool
+	if o.again, ok = o.trials.enter(o); ok {
+		o.again = math.MaxInt64
+	}
+	return ok
+}
+
+// tryLocked appends to batch the first message of q, which is on trial, between two pings: if the server answers the first
+// and then ends the link, it is because of this message.
+func (o *Link[S]) tryLocked(batch []Entry[S], q *queue[S]) []Entry[S] {
+	batch = o.pingLocked(batch)
+	o.before, o.reached = o.lastPing, 0
+	batch = o.sendLocked(batch, o.lines.take(q))
+	o.trial = o.sent.end
+	o.goOnLocked(q)
+	return o.pingLocked(batch)
+}
+
+// sendLocked appends a message to batch.
+func (o *Link[S]) sendLocked(batch []Entry[S], e Entry[S]) []Entry[S] {
+	o.window.Sent(len(e.Frame))
+	if o.sent.len() >= maxSent && o.window.Blind() {
+		o.sent.pop()
+	}
+	o.sent.push(Sent[S]{e.Sender, len(e.Frame)})
+	return append(batch, e)
+}
+
+// pingLocked appends a ping to batch.
+func (o *Link[S]) pingLocked(batch []Entry[S]) []Entry[S] {
+	o.lastPing = o.window.Ping(monotonic.Now())
+	return append(batch, Entry[S]{Kind: Ping, Frame: binary.BigEndian.AppendUint64(nil, o.lastPing)})
+}
+
+// lastLocked appends the close frame to batch, if that was not written yet.
+func (o *Link[S]) lastLocked(batch []Entry[S]) []Entry[S] {
+	if o.closing != nil {
+		batch = append(batch, Entry[S]{Frame: o.closing, Kind: Close})
+		o.closing = nil
+	}
+	return batch
+}
+
+// forgetLocked takes what was written off the books, and gives its memory back.
+func (o *Link[S]) forgetLocked(written []Entry[S]) {
+	given := 0
+	for i := range written {
+		if e := &written[i]; e.Kind == Message {
+			o.size -= e.size()
+			given += e.Memory()
+		}
+	}
+	if given == 0 {
+		return
+	}
+	o.taken -= given
+	o.account.Give(given)
+	for i := range written {
+		if e := &written[i]; e.Kind == Message {
+			o.account.Recycle(e.Frame)
+		}
+	}
+	clear(written)
+	o.thinLocked()
+}
+
+// fail ends the outbox after an error of the socket. Its reader has a moment yet to learn why.
+func (o *Link[S]) fail(unwritten []Entry[S]) {
+	o.socket.Hurry()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.closeLocked()
+	o.aside = slices.DeleteFunc(unwritten, func(e Entry[S]) bool { return e.Kind != Message })
+	o.stays, o.idle = false, true
+	o.changed.Broadcast()
+}
+
+// pingSize is how long the payload of a numbered ping is, in bytes.
+const pingSize = 8
+
+// Trials has one message on trial at a time on all links that share it: when a server that ends all its
+// connections does so because of one, it is clear because of which. The zero value is ready for use.
+type Trials struct {
+	mu      sync.Mutex
+	busy    holder
+	until   int64 // another may enter even if the last has not left
+	waiting []holder
+}
+
+// holder is a link's outbox.
+type holder interface{ signal() }
+
+// trialTime is how long a trial lasts at most: afterwards the server, or the network, is stuck, those of other links
+// wait no longer, and an end of the link proves nothing.
+const trialTime = 5 * time.Second
+
+// enter reports whether a message of o may be on trial now. If not, o is signaled when it may ask again, and may do so
+// at the time returned anyway.
+func (t *Trials) enter(o holder) (again int64, ok bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if now := monotonic.Now(); t.busy == nil || now >= t.until {
+		t.busy, t.until = o, now+int64(trialTime)
+		return 0, true
+	}
+	if !slices.Contains(t.waiting, o) {
+		t.waiting = append(t.waiting, o)
+	}
+	return t.until, false
+}
+
+// leave ends the trial of o, if there is one, and tells those who wait. The lock of none of them may be held.
+func (t *Trials) leave(o holder) {
+	t.mu.Lock()
+	if t.busy != o {
+		t.mu.Unlock()
+		return
+	}
+	waiting := t.waiting
+	t.busy, t.waiting = nil, nil
+	t.mu.Unlock()
+	for _, w := range waiting {
+		w.signal()
+	}
+}
+
+// ring is a queue that counts what has passed through it.
+type ring[T any] struct {
+	places     []T // their number is a power of two
+	begin, end uint64
+}
+
+func (r *ring[T]) len() int { return int(r.end - r.begin) }
+
+func (r *ring[T]) push(v T) {
+	if r.len() == len(r.places) {
+		places := make([]T, max(16, 2*len(r.places)))
+		for i := r.begin; i < r.end; i++ {
+			places[i%uint64(len(places))] = r.places[i%uint64(len(r.places))]
+		}
+		r.places = places
+	}
+	r.places[r.end%uint64(len(r.places))] = v
+	r.end++
+}
+
+func (r *ring[T]) pop() (v T) {
+	place := &r.places[r.begin%uint64(len(r.places))]
+	v, *place = *place, v
+	if r.begin++; r.begin == r.end && len(r.places) > keptEntries {
+		r.places = nil
+	}
+	return v
+}
+
+func (r *ring[T]) all() []T {
+	all := make([]T, 0, r.len())
+	for i := r.begin; i < r.end; i++ {
+		all = append(all, r.places[i%uint64(len(r.places))])
+	}
+	return all
+}

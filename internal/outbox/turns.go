@@ -1,0 +1,244 @@
+package outbox
+
+// Senders take turns by deficit round robin (Shreedhar and Varghese, 1995), those that had nothing
+// waiting first, as in fq_codel (RFC 8290, section 4.2).
+
+const (
+	// turn is how much a sender of weight 1 may say before the next one's turn comes, in bytes.
+	turn = 16 << 10
+	// messageCost is what a message costs of a turn beyond its bytes: a turn of tiny messages
+	// keeps a server busy, too.
+	messageCost = 1 << 10
+	// lineShare is what one sender of weight 1 may have waiting, in bytes, or one message.
+	lineShare = 64 << 10
+	// keptQueues is for how many senders that have nothing waiting an outbox keeps their queues, and keptPlaces
+	// how many entries' places each of these keeps at most.
+	keptQueues, keptPlaces = 256, 512
+)
+
+// Line is where the messages of one sender wait in a link's outbox. It takes next to nothing while
+// there are none. It is used with one outbox at a time, from one Abort to the next, and by one
+// goroutine at a time.
+type Line[S any] struct{ queue *queue[S] } // nil while nothing waits
+
+// queue is what one sender has waiting, and its place among the senders. Senders that lately had
+// something keep theirs for the rest of the round.
+type queue[S any] struct {
+	line    *Line[S]
+	weight  int
+	entries []Entry[S] // the first of them at head
+	head    int
+	size    int // of the entries, in bytes
+	left    int // of its turn; may be less than the next message costs, by any number of turns
+
+	in         *list[S]
+	prev, next *queue[S]
+
+	// What Put waits to add.
+	waits   bool
+	crowds  bool // it waits for room that all share
+	pending Entry[S]
+	decided chan error // buffered; sent to once for each wait
+}
+
+func (q *queue[S]) empty() bool { return q.head == len(q.entries) }
+
+func (q *queue[S]) first() *Entry[S] { return &q.entries[q.head] }
+
+// list is some of the queues, in order.
+type list[S any] struct {
+	first, last *queue[S]
+	len         int
+}
+
+func (l *list[S]) push(q *queue[S]) {
+	q.in, q.prev, q.next = l, l.last, nil
+	if l.last == nil {
+		l.first = q
+	} else {
+		l.last.next = q
+	}
+	l.last = q
+	l.len++
+}
+
+func (l *list[S]) remove(q *queue[S]) {
+	if q.prev == nil {
+		l.first = q.next
+	} else {
+		q.prev.next = q.next
+	}
+	if q.next == nil {
+		l.last = q.prev
+	} else {
+		q.next.prev = q.prev
+	}
+	q.in, q.prev, q.next = nil, nil, nil
+	l.len--
+}
+
+// turns decides whose message is next. Each queue is in one of three lists:
+//
+//   - fresh: senders that had nothing waiting, or have something left of their turn: they go first.
+//   - round: all others, each of which gets a turn when it has come to the front, and then goes to the end. One
+//     with nothing waiting is kept until it comes to the front: if it said something just when its
+//     queue had been emptied, it would be fresh each time, and nobody else would get a word in.
+//   - trials: those whose next message is on trial.
+type turns[S any] struct {
+	fresh, round, trials list[S]
+	waiting              int // entries in all queues
+	spare                *queue[S]
+	spares               int
+}
+
+// queueOf returns the queue of a line, which gets one if it has none.
+func (t *turns[S]) queueOf(line *Line[S]) *queue[S] {
+	q := line.queue
+	if q == nil {
+		if q = t.spare; q != nil {
+			t.spare, q.next = q.next, nil
+			t.spares--
+		} else {
+			q = &queue[S]{}
+		}
+		q.line, line.queue = line, q
+	}
+	return q
+}
+
+// add has e wait in q.
+func (t *turns[S]) add(q *queue[S], weight int, e Entry[S]) {
+	wasEmpty := q.empty()
+	if wasEmpty {
+		q.entries, q.head = q.entries[:0], 0
+	} else if q.head > len(q.entries)/2 && len(q.entries) == cap(q.entries) {
+		n := copy(q.entries, q.entries[q.head:])
+		clear(q.entries[n:])
+		q.entries, q.head = q.entries[:n], 0
+	}
+	q.entries = append(q.entries, e)
+	q.size += e.size()
+	q.weight = weight
+	t.waiting++
+	if !wasEmpty {
+		return
+	}
+	switch {
+	case q.in == nil:
+		q.left = turn * weight
+		t.file(q, &t.fresh)
+	case e.Trial || q.left >= cost(&e):
+		q.in.remove(q)
+		t.file(q, &t.fresh)
+	}
+}
+
+// file puts q, which is in no list, at the end of one: of trials if that is what its next message is.
+func (t *turns[S]) file(q *queue[S], l *list[S]) {
+	if !q.empty() && q.first().Trial {
+		l = &t.trials
+	}
+	l.push(q)
+}
+
+// cost is what a message costs of its sender's turn.
+func cost[S any](e *Entry[S]) int { return len(e.Frame) + messageCost }
+
+// next returns the queue whose first message is to be written, nil if nothing waits but what is on trial.
+func (t *turns[S]) next() *queue[S] {
+	for passed := 0; ; {
+		from := &t.fresh
+		if from.first == nil {
+			from = &t.round
+		}
+		q := from.first
+		switch {
+		case q == nil:
+			return nil
+		case q.empty():
+			from.remove(q)
+			if !q.waits { // otherwise its sender is about to go on
+				t.forget(q)
+			}
+		case q.left >= cost(q.first()):
+			return q
+		default:
+			from.remove(q)
+			q.left += turn * q.weight
+			t.round.push(q)
+			if passed++; passed > t.round.len {
+				t.skip() // all that is left are large messages: many rounds
+				passed = 0
+			}
+		}
+	}
+}
+
+// skip goes through as many rounds at once as nobody can say anything in.
+func (t *turns[S]) skip() {
+	rounds := -1
+	for q := t.round.first; q != nil; q = q.next {
+		if q.empty() {
+			return
+		}
+		missing := (cost(q.first()) - q.left + turn*q.weight - 1) / (turn * q.weight)
+		if missing <= 0 {
+			return
+		}
+		if rounds < 0 || missing < rounds {
+			rounds = missing
+		}
+	}
+	for q := t.round.first; q != nil; q = q.next {
+		q.left += (rounds - 1) * turn * q.weight
+	}
+}
+
+// take takes the first message out of q.
+func (t *turns[S]) take(q *queue[S]) Entry[S] {
+	e := *q.first()
+	*q.first() = Entry[S]{}
+	q.head++
+	q.size -= e.size()
+	q.left -= cost(&e)
+	t.waiting--
+	if q.empty() || e.Trial || q.first().Trial {
+		q.in.remove(q)
+		t.file(q, &t.round)
+	}
+	return e
+}
+
+// forget gives up a queue that is in no list and in which nothing waits.
+func (t *turns[S]) forget(q *queue[S]) {
+	q.line.queue, q.line = nil, nil
+	if t.spares >= keptQueues {
+		return
+	}
+	if q.entries, q.head = q.entries[:0], 0; cap(q.entries) > keptPlaces {
+		q.entries = nil
+	}
+	q.next, t.spare = t.spare, q
+	t.spares++
+}
+
+// all yields every queue that is in a list.
+func (t *turns[S]) all(yield func(*queue[S]) bool) {
+	for _, l := range []*list[S]{&t.fresh, &t.round, &t.trials} {
+		for q := l.first; q != nil; q = q.next {
+			if !yield(q) {
+				return
+			}
+		}
+	}
+}
+
+// drop takes all that waits, in order of each sender's, and gives up the queues.
+func (t *turns[S]) drop() (entries []Entry[S]) {
+	for q := range t.all {
+		entries = append(entries, q.entries[q.head:]...)
+		q.line.queue = nil
+	}
+	*t = turns[S]{}
+	return entries
+}

@@ -1,0 +1,267 @@
+// Package suspicion finds the message at which the server ends links.
+//
+// Many agents share a link. When the server ends it because of what one of them said, all lose it, and
+// one that says the same again costs every agent each link in turn. What the server had not acknowledged
+// when a link ended is known, by agent and size. So those agents are suspects if the server said that it
+// was for a message, or if they are the same as at another end not long ago. What a suspect says is on trial:
+// it is written between two pings. A link that ends after the first of them is answered, and before the second,
+// ends because of this message: its agent is named, and what it says is turned down for a while.
+//
+//	innocent ──▶ suspect ──▶ named
+//	    ▲           │  ▲       │
+//	    └───────────┘  └───────┘
+//
+// Innocent again is a suspect whose message was acknowledged, one as large as what it is suspected for, or
+// after a while.
+package suspicion
+
+import (
+	"math"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/gorilla/websocket"
+
+	"github.com/opampgateway/opampgateway/internal/wire"
+)
+
+const (
+	// suspectFor is for how long somebody is a suspect at most; and how long after another end of a link for
+	// no reason that was told it counts as the second.
+	suspectFor = time.Minute
+	// namedFor is for how long an agent is turned down that is named for the first time, when the server has said that it
+	// was for a message; otherwise unsureFor, since something else may just then have ended the link. It doubles each
+	// time, up to maxNamedFor. Afterwards the agent stays a suspect for as long again.
+	namedFor, unsureFor, maxNamedFor = 10 * time.Minute, 2 * time.Minute, time.Hour
+	// limitFor is how long the server's limit is heeded. Servers may be configured anew.
+	limitFor = time.Hour
+	// maxAgents bounds how many agents are remembered of each kind.
+	maxAgents = 1 << 16
+)
+
+// Message is one message of an agent.
+type Message struct {
+	UID  wire.UID // the zero one for the gateway's own
+	Size int      // in bytes
+}
+
+// End is what is known about the end of a link that the server, or the network, has ended.
+type End struct {
+	Code           int       // of the server's close frame (RFC 6455, section 7.4); 0 if there was none
+	Unacknowledged []Message // in order
+	Trial          int       // the index of the one on trial; -1 for none
+}
+
+// Judgement is what to do with a message.
+type Judgement int
+
+// The judgements.
+const (
+	// Pass has it relayed.
+	Pass Judgement = iota
+	// Try has it relayed on trial.
+	Try
+	// Named turns it down: its agent was named.
+	Named
+	// TooLarge turns it down: the server has ended a link at one no larger.
+	TooLarge
+)
+
+// Book knows who is suspected. It is safe for concurrent use.
+type Book struct {
+	// clean tells that nobody is in suspects or named: what is looked at for each message.
+	clean atomic.Bool
+	limit atomic.Int64 // the smallest message known to be too large, in bytes
+
+	// mu guards what follows.
+	mu       sync.Mutex
+	last     map[wire.UID]time.Time // at the end of a link, not acknowledged, when
+	suspects map[wire.UID]suspect
+	named    map[wire.UID]name
+	largest  int       // message that was acknowledged
+	limited  time.Time // until when limit is heeded
+}
+
+type suspect struct {
+	size  int // an acknowledged message this large acquits it
+	until time.Time
+}
+
+type name struct {
+	until    time.Time // it is turned down
+	remember time.Time // until then the next time is longer
+	lasts    time.Duration
+	unsure   bool // and not released yet
+}
+
+// NewBook returns a book in which nobody is suspected.
+func NewBook() *Book {
+	b := &Book{last: map[wire.UID]time.Time{}, suspects: map[wire.UID]suspect{}, named: map[wire.UID]name{}}
+	b.clean.Store(true)
+	b.limit.Store(math.MaxInt64)
+	return b
+}
+
+// Judge returns what to do with a message. It costs next to nothing while nobody is suspected.
+func (b *Book) Judge(uid wire.UID, size int) Judgement {
+	if b.clean.Load() && int64(size) < b.limit.Load() {
+		return Pass
+	}
+	now := time.Now()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if n, ok := b.named[uid]; ok && now.Before(n.until) {
+		return Named
+	}
+	if int64(size) >= b.limit.Load() {
+		if now.Before(b.limited) {
+			return TooLarge
+		}
+		return Try // the server may take more by now
+	}
+	if s, ok := b.suspects[uid]; ok && now.Before(s.until) {
+		return Try
+	}
+	return Pass
+}
+
+// Limit returns the size of the smallest message known to be too large for the server, in bytes.
+func (b *Book) Limit() int64 { return b.limit.Load() }
+
+// Acknowledged tells the size of the largest message that the server has read lately, in bytes.
+func (b *Book) Acknowledged(size int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.largest = max(b.largest, size)
+	if int64(size) >= b.limit.Load() {
+		b.limit.Store(math.MaxInt64)
+	}
+}
+
+// Acquit tells that the server has read a message that was on trial.
+func (b *Book) Acquit(m Message) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if s, ok := b.suspects[m.UID]; ok && m.Size >= s.size {
+		delete(b.suspects, m.UID)
+		b.tidyLocked()
+	}
+}
+
+// Ended tells that a link has ended, and returns the message because of which it did, if that is clear, and for how
+// long its agent is turned down.
+func (b *Book) Ended(e End) (culprit Message, turnedDown time.Duration) {
+	if innocent(e.Code) {
+		return Message{}, 0
+	}
+	now := time.Now()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	defer b.tidyLocked()
+	if e.Trial == 0 && e.Unacknowledged[0].UID != (wire.UID{}) {
+		culprit = e.Unacknowledged[0]
+		if e.Code == websocket.CloseMessageTooBig && culprit.Size > b.largest {
+			b.limit.Store(min(b.limit.Load(), int64(culprit.Size)))
+			b.limited = now.Add(limitFor)
+		}
+		return culprit, b.nameLocked(culprit.UID, accuses(e.Code), now)
+	}
+	for _, m := range e.Unacknowledged {
+		if m.UID == (wire.UID{}) {
+			continue
+		}
+		before, again := b.last[m.UID]
+		switch {
+		case e.Code == websocket.CloseMessageTooBig:
+			if m.Size > b.largest { // smaller ones it has taken
+				b.suspectLocked(m.UID, m.Size, now)
+			}
+		case accuses(e.Code), again && now.Sub(before) < suspectFor:
+			b.suspectLocked(m.UID, m.Size-m.Size/8, now) // said again, it may have changed a little
+		}
+	}
+	for _, m := range e.Unacknowledged { // once all were looked at: several may be of one agent
+		if m.UID != (wire.UID{}) && len(b.last) < maxAgents {
+			b.last[m.UID] = now
+		}
+	}
+	return Message{}, 0
+}
+
+// accuses reports whether a server that closes a link with code says that it is for a message that it was sent.
+func accuses(code int) bool {
+	switch code {
+	case websocket.CloseProtocolError, websocket.CloseUnsupportedData, websocket.CloseInvalidFramePayloadData,
+		websocket.ClosePolicyViolation, websocket.CloseMessageTooBig:
+		return true
+	}
+	return false
+}
+
+// innocent reports whether a server that closes a link with code says that it is for no message.
+func innocent(code int) bool {
+	switch code {
+	case websocket.CloseGoingAway, websocket.CloseServiceRestart, websocket.CloseTryAgainLater:
+		return true
+	}
+	return false
+}
+
+func (b *Book) suspectLocked(uid wire.UID, size int, now time.Time) {
+	s, known := b.suspects[uid]
+	if !known && len(b.suspects) >= maxAgents {
+		return
+	}
+	if until := now.Add(suspectFor); until.After(s.until) {
+		s.until = until
+	}
+	b.suspects[uid] = suspect{max(size, s.size), s.until}
+}
+
+func (b *Book) nameLocked(uid wire.UID, sure bool, now time.Time) time.Duration {
+	lasts := unsureFor
+	if sure {
+		lasts = namedFor
+	}
+	if n, known := b.named[uid]; known {
+		lasts = min(2*n.lasts, maxNamedFor)
+	} else if len(b.named) >= maxAgents {
+		return 0
+	}
+	b.named[uid] = name{until: now.Add(lasts), remember: now.Add(2 * lasts), lasts: lasts, unsure: !sure}
+	b.suspects[uid] = suspect{math.MaxInt, now.Add(2 * lasts)}
+	return lasts
+}
+
+// Sweep forgets what is over. It returns who is turned down no longer and may have been named by mistake: what it
+// said in the meantime is missing. It is to be called now and then.
+func (b *Book) Sweep() (released []wire.UID) {
+	now := time.Now()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for uid, at := range b.last {
+		if now.Sub(at) >= suspectFor {
+			delete(b.last, uid)
+		}
+	}
+	for uid, s := range b.suspects {
+		if !now.Before(s.until) {
+			delete(b.suspects, uid)
+		}
+	}
+	for uid, n := range b.named {
+		if n.unsure && !now.Before(n.until) {
+			n.unsure = false
+			b.named[uid] = n
+			released = append(released, uid)
+		}
+		if !now.Before(n.remember) {
+			delete(b.named, uid)
+		}
+	}
+	b.tidyLocked()
+	return released
+}
+
+func (b *Book) tidyLocked() { b.clean.Store(len(b.suspects) == 0 && len(b.named) == 0) }

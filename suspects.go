@@ -1,0 +1,157 @@
+package opampgateway
+
+import (
+	"errors"
+	"io"
+	"math"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"go.uber.org/zap"
+
+	"github.com/opampgateway/opampgateway/internal/monotonic"
+	"github.com/opampgateway/opampgateway/internal/suspicion"
+	"github.com/opampgateway/opampgateway/internal/telemetry"
+)
+
+const (
+	// gatewayWeight is how many turns the connection of a gateway has on a link at most, however many agents it
+	// speaks for.
+	gatewayWeight = 16
+
+	// An agent floods when its reader has had to wait for room on its link so many times, with no longer than floodGap in
+	// between, for floodTime. It is named after floodNamed. Who waits for floodStuck waits for a link that is stuck.
+	floodWaits, floodGap, floodTime, floodNamed, floodStuck = 8, time.Second, time.Second, 10 * time.Second, 5 * time.Second
+)
+
+var (
+	errSuspect     = errors.New("the server has ended connections because of this agent's messages; none is relayed for a while")
+	errServerLimit = errors.New("message is too large for the server, which has ended a connection because of one no larger")
+)
+
+// judge decides whether a message of an agent may go to the server, or only on trial. An error is errSuspect or
+// errServerLimit.
+func (p *upstreamPool) judge(e *entry) error {
+	switch p.suspicion.Judge(e.Sender.route.uid, len(e.Frame)) {
+	case suspicion.Named:
+		return errSuspect
+	case suspicion.TooLarge:
+		return errServerLimit
+	case suspicion.Try:
+		e.Trial = true
+	case suspicion.Pass:
+		e.Trial = false
+	}
+	return nil
+}
+
+// reasonOf returns the reason of an error of judge.
+func reasonOf(err error) telemetry.Reason {
+	if errors.Is(err, errServerLimit) {
+		return telemetry.ReasonServerLimit
+	}
+	return telemetry.ReasonServerEndsLink
+}
+
+// turnDown counts a message that is not relayed, and tells its agent why.
+func (p *upstreamPool) turnDown(c *claim, err error) {
+	p.tel.Fault(reasonOf(err))
+	c.agent.sendOwn(c.format.BadRequest(c.route.uid.Bytes(), "opampgateway: "+err.Error()))
+}
+
+// findCulprit finds out whether the server has ended l because of a message. If so, its agent is told, and named.
+func (p *upstreamPool) findCulprit(l *link, err error) {
+	if l.givenUp.Load() || p.dialing.Err() != nil {
+		return
+	}
+	sent, trial := l.outbox.Unacknowledged()
+	end := suspicion.End{Code: closeCode(err), Trial: trial, Unacknowledged: make([]suspicion.Message, len(sent))}
+	for i, s := range sent {
+		end.Unacknowledged[i].Size = s.Size
+		if s.Sender != nil {
+			end.Unacknowledged[i].UID = s.Sender.route.uid
+		}
+	}
+	culprit, turnedDown := p.suspicion.Ended(end)
+	if turnedDown == 0 {
+		return
+	}
+	c := sent[trial].Sender
+	p.log.Warn("server ends the connection when it reads a message of this agent, so the message is dropped, and what the agent says is turned down for a while",
+		c.agent.logged(zap.Stringer("agent", culprit.UID), zap.Int("bytes", culprit.Size), zap.Duration("for", turnedDown),
+			zap.String("link", p.linkName(l.slot)), zap.NamedError("server_said", err))...)
+	p.turnDown(c, errSuspect)
+}
+
+// release asks those for their full state that are turned down no longer, and may have been by mistake.
+func (p *upstreamPool) release() {
+	for _, uid := range p.suspicion.Sweep() {
+		if c := p.router.find(uid.Bytes()); c != nil {
+			c.agent.sendOwn(c.format.ReportFullState(uid))
+		}
+	}
+}
+
+// closeCode returns the code with which the server has closed a link, 0 if it said none.
+func closeCode(err error) int {
+	if closed, ok := errors.AsType[*websocket.CloseError](err); ok {
+		return closed.Code
+	}
+	return 0
+}
+
+// endsLate reports whether the server may not have noticed yet that a link has ended with err.
+func endsLate(err error) bool {
+	return closeCode(err) == 0 && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF)
+}
+
+// weight is how many turns the connection has on its link: one, or as many as there are agents behind it.
+func (a *agentConn) weight() int {
+	if !a.gateway {
+		return 1
+	}
+	return max(1, min(gatewayWeight, int(a.many.Load())))
+}
+
+// flood is what an agent costs itself that says more than its link takes.
+type flood struct {
+	since, last int64 // the first wait, and the end of the last, of the monotonic clock
+	waits       int
+	waited      time.Duration
+	counted     bool
+	named       bool // also of an earlier flood
+}
+
+// noteWait notes that the reader had to wait for room on its link since began. Others do not, so that is
+// worth no more than to be known.
+func (a *agentConn) noteWait(began int64) {
+	f, now := a.flood, monotonic.Now()
+	switch {
+	case now-began > int64(floodStuck):
+		if f != nil {
+			f.last = math.MinInt64 / 2 // another spell begins
+		}
+		return
+	case f == nil:
+		f = &flood{since: began}
+		a.flood = f
+	case began-f.last > int64(floodGap):
+		*f = flood{since: began, named: f.named}
+	}
+	f.last = now
+	f.waits++
+	f.waited += time.Duration(now - began)
+	lasts := time.Duration(now - f.since)
+	if f.waits < floodWaits || lasts < floodTime {
+		return
+	}
+	if !f.counted {
+		f.counted = true
+		a.server.tel.Fault(telemetry.ReasonAgentFloods)
+	}
+	if !f.named && lasts >= floodNamed {
+		f.named = true
+		a.server.events.Warn("agent says more than the server takes; it is read no faster than that, and nobody else slower",
+			a.logged(zap.Stringer("agent", a.uid), zap.Duration("for", lasts), zap.Duration("waited", f.waited))...)
+	}
+}
