@@ -195,7 +195,7 @@ func (l *ledger) whyLostLocked(e *epoch, i, last int, tails map[*way]tail) (excu
 	if i < last {
 		return "", "its gateway has not written it to any link, but what the agent said later"
 	}
-	return l.whyLastLocked(e, said.said)
+	return l.whyLastLocked(e, said.said, said.flood != nil)
 }
 
 // whyLostOnLocked is whyLostLocked for what was written, and by which gateway last.
@@ -254,8 +254,9 @@ func (l *ledger) wasCutOffLocked(e *epoch, i int, tails map[*way]tail) bool {
 	return false
 }
 
-// whyLastLocked looks for why the last that an agent said, from said on, was never written.
-func (l *ledger) whyLastLocked(e *epoch, said time.Time) (excuse, wrong string) {
+// whyLastLocked looks for why the last that an agent said, from said on, was never written. Much of a flood waits
+// in the agent's own connection, and ends with it.
+func (l *ledger) whyLastLocked(e *epoch, said time.Time, flood bool) (excuse, wrong string) {
 	if e.ended.IsZero() {
 		return "", "its gateway has not written it to any link, and the agent is still connected"
 	}
@@ -272,6 +273,8 @@ func (l *ledger) whyLastLocked(e *epoch, said time.Time) (excuse, wrong string) 
 		why = "said long after a gateway that was reloaded had closed the connection"
 	case gateway != nil && e.wasHomelessLocked(gateway.at, settling+late):
 		why = "with a gateway that was reloaded when the agent had no link"
+	case gateway != nil && flood:
+		why = "with a gateway that was reloaded, of a flood"
 	case e.polite && e.linkLostLocked(gateway, said.Add(-troubled), e.ended.Add(troubled+late)):
 		why = "with a link, last words before a goodbye"
 	case e.slow:
