@@ -23,7 +23,7 @@ type Line struct {
 	listener net.Listener
 	carriers sync.WaitGroup
 
-	tap func(*Conn) func([]byte) // nil for none
+	tap func(*Conn) (up, down func([]byte)) // nil for none
 
 	// mu guards all below.
 	mu     sync.Mutex
@@ -38,10 +38,11 @@ type Line struct {
 // Open returns a line to target, an address on loopback. It listens on a port of its own.
 func Open(target string) (*Line, error) { return OpenTapped(target, nil) }
 
-// OpenTapped is Open for a line whose connections are listened in on: tap is called with each, and
-// what it returns with all that comes from who dialed, before anything is done with that, and even
-// if nothing is done with it any more.
-func OpenTapped(target string, tap func(*Conn) func([]byte)) (*Line, error) {
+// OpenTapped is Open for a line whose connections are listened in on: tap is called with each. Of what
+// it returns, up is called with all that comes from who dialed, before anything is done with that, and
+// even if nothing is done with it any more; down with what comes from the target, before that goes on.
+// Either may end the connection, or be nil.
+func OpenTapped(target string, tap func(*Conn) (up, down func([]byte))) (*Line, error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, err
@@ -125,13 +126,13 @@ func (l *Line) accept() {
 			reset(near)
 			continue
 		}
-		if tcp, ok := near.(*net.TCPConn); ok && l.tap != nil {
-			_ = tcp.SetReadBuffer(16 * piece) // a kernel may take 32 MiB else, of which nothing is known yet
-		}
 		c := &Conn{line: l, near: near, far: far, held: dark, slow: slow}
 		c.changed.L = &c.mu
 		if l.tap != nil {
-			c.tap = l.tap(c)
+			c.tap, c.tapDown = l.tap(c)
+		}
+		if tcp, ok := near.(*net.TCPConn); ok && c.tap != nil {
+			_ = tcp.SetReadBuffer(16 * piece) // a kernel may take 32 MiB else, of which nothing is known yet
 		}
 		l.mu.Lock()
 		l.conns = append(l.conns, c)
@@ -148,7 +149,8 @@ func (l *Line) accept() {
 type Conn struct {
 	line      *Line
 	near, far net.Conn     // of who dialed, and to the target
-	tap       func([]byte) // nil for none
+	tap       func([]byte) // of what comes from who dialed; nil for none
+	tapDown   func([]byte) // of what comes from the target; nil for none
 	slow      int          // bytes a second; 0 for no limit
 
 	// mu guards all below.
@@ -318,7 +320,7 @@ func (c *Conn) noteRead() {
 func (c *Conn) carryBoth() {
 	var up sync.WaitGroup
 	up.Go(func() { c.carry(c.far, c.near, Dialer, Target, c.tap) })
-	c.carry(c.near, c.far, Target, Dialer, nil)
+	c.carry(c.near, c.far, Target, Dialer, c.tapDown)
 	up.Wait()
 	c.awaitEnd()
 	c.far.Close()
@@ -358,11 +360,14 @@ func (c *Conn) carry(to, from net.Conn, reader, writer Ender, tap func([]byte)) 
 				time.Sleep(time.Duration(n) * time.Second / time.Duration(c.slow))
 			}
 			if _, err := to.Write(buf[:n]); err != nil {
-				if c.tap != nil && writer == Dialer { // what it said before is still on its way
+				switch {
+				case c.tap == nil:
+					c.broke(writer)
+				case writer == Dialer: // what it said before is still on its way
 					_, _ = io.Copy(io.Discard, from)
 					return
+				default: // what it said before goes on first, a close frame perhaps; its reader knows the end
 				}
-				c.broke(writer)
 				continue
 			}
 		}

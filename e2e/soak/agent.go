@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -42,7 +43,7 @@ type agent struct {
 	pause   time.Duration
 	stalled time.Time // until when it reads nothing
 	quiet   bool      // it says nothing on its own account any more
-	much    int       // how much it has to say at once, in bytes
+	much    []int     // what it has to say at once: the size of each message, in bytes
 	away    bool      // it does not come back
 }
 
@@ -159,10 +160,7 @@ func (a *agent) read(s *agentSocket) {
 			s.named <- id
 		}
 		if m.GetFlags()&uint64(protobufs.ServerToAgentFlags_ServerToAgentFlags_ReportFullState) != 0 {
-			select {
-			case s.asked <- struct{}{}:
-			default:
-			}
+			s.tellState()
 		}
 		a.mu.Lock()
 		stalled := a.stalled
@@ -191,6 +189,13 @@ func (a *agent) talk(s *agentSocket) {
 			n, err = a.speak(s, &protobufs.AgentToServer{})
 			number <- n
 		case <-next.C:
+			if a.book.isFlooding(a.actor) {
+				next.Reset(0)
+				for n := 0; n < 20 && err == nil; n++ {
+					_, err = a.speak(s, &protobufs.AgentToServer{})
+				}
+				break
+			}
 			next.Reset(rand.N(2 * talkEvery))
 			for range 1 + max(0, rand.IntN(8)-5) { // agents pipeline
 				if err == nil && (first || !a.isQuiet()) {
@@ -198,8 +203,10 @@ func (a *agent) talk(s *agentSocket) {
 				}
 				first = false
 			}
-			for much := a.takeMuch(); much > 0 && err == nil; much -= large {
-				_, err = a.speakAtLength(s, &protobufs.AgentToServer{}, large)
+			for _, size := range a.takeMuch() {
+				if err == nil {
+					_, err = a.speakAtLength(s, &protobufs.AgentToServer{}, size)
+				}
 			}
 		}
 		if err != nil {
@@ -209,15 +216,12 @@ func (a *agent) talk(s *agentSocket) {
 	}
 }
 
-// large is the size of a message of which an agent says many, in bytes.
-const large = 128 << 10
-
 func (a *agent) speak(s *agentSocket, m *protobufs.AgentToServer) (uint32, error) {
 	return a.speakAtLength(s, m, someSize(rand.IntN))
 }
 
 func (a *agent) speakAtLength(s *agentSocket, m *protobufs.AgentToServer, size int) (uint32, error) {
-	said := a.book.say(s.epoch, size)
+	said := a.book.say(s.epoch, size, m.GetAgentDescription() != nil)
 	m.InstanceUid = a.uid[:]
 	m.SequenceNum = uint64(said.number)
 	m.Capabilities = uint64(protobufs.AgentCapabilities_AgentCapabilities_ReportsStatus)
@@ -356,19 +360,27 @@ func (a *agent) isQuiet() bool {
 	return a.quiet
 }
 
-// talkMuch has the agent say so much at once.
-func (a *agent) talkMuch(bytes int) {
+// talkMuch has the agent say so many messages of that size at once.
+func (a *agent) talkMuch(messages, size int) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.much = bytes
+	a.much = slices.Repeat([]int{size}, messages)
 }
 
-func (a *agent) takeMuch() int {
+func (a *agent) takeMuch() []int {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	much := a.much
-	a.much = 0
+	a.much = nil
 	return much
+}
+
+// tellState has the agent tell its full state.
+func (s *agentSocket) tellState() {
+	select {
+	case s.asked <- struct{}{}:
+	default:
+	}
 }
 
 func (a *agent) takePause() time.Duration {

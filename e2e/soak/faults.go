@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -28,6 +29,9 @@ type injector struct {
 	log   []event
 	count map[string]int
 	held  map[*fault.Conn]bool
+
+	// Owned by run.
+	poisons []poisonKind // that come next
 }
 
 // event is one fault, for the report.
@@ -43,7 +47,7 @@ type event struct {
 // kinds are the faults, and how often each comes, relative to the others: together about four
 // a second.
 func (in *injector) kinds() []kind {
-	return []kind{
+	all := []kind{
 		{"link reset", 8, 0, in.linkReset},
 		{"link finished", 6, 0, in.linkFinish},
 		{"link in a black hole", 3, 0, in.linkHole},
@@ -62,7 +66,11 @@ func (in *injector) kinds() []kind {
 		{"agent stalled and flooded", 1, 3 * time.Second, in.flood},
 		{"agent cloned", 8, 0, in.clone},
 		{"agent renamed", 8, 0, in.rename},
+		{"agent flooding its link", 6, 15 * time.Second, in.flooder},
+		{"agent poisoning its link", 6, 12 * time.Second, in.poison},
+		{"frames limited", 4, 6 * time.Second, in.limitFrames},
 	}
+	return slices.DeleteFunc(all, func(k kind) bool { return !in.soak.only.MatchString(k.name) })
 }
 
 type kind struct {
@@ -184,7 +192,7 @@ func (in *injector) linkFull() *event {
 		return nil
 	}
 	if a := in.agentOn(e.way); a != nil {
-		a.talkMuch(24 << 20)
+		a.talkMuch(192, 128<<10)
 		e.what += fmt.Sprintf(", into which agent %d says 24 MiB", a.id)
 	}
 	return e
@@ -270,12 +278,12 @@ func (in *injector) killGateway() *event {
 	return &event{what: fmt.Sprintf("gateway %s, away for %s", g.name, d.Round(time.Millisecond)), g: g}
 }
 
-// agent picks an agent that is connected, by a line if lined.
+// agent picks an agent that is connected, by a line if lined, and is not refused by its gateway.
 func (in *injector) agent(lined bool) (*agent, *agentSocket) {
 	for range 20 {
 		agents := in.soak.fleet()
 		a := agents[in.rand.IntN(len(agents))]
-		if s := a.socket(); s != nil && !a.isAway() && (!lined || a.address == a.gateway.agents.Address()) {
+		if s := a.socket(); s != nil && !a.isAway() && !in.soak.book.isPoisonous(a.member) && (!lined || a.address == a.gateway.agents.Address()) {
 			return a, s
 		}
 	}
@@ -391,10 +399,80 @@ func (in *injector) pushSome(a *agent, bytes int) {
 	})
 }
 
+// flooder has an agent speak as fast as it can, for longer than others could wait. Nothing of it may get
+// lost, and the others must not notice.
+func (in *injector) flooder() *event {
+	a, s := in.agent(false)
+	if a == nil || !in.soak.book.isAlone(a.member) {
+		return nil
+	}
+	if tcp, ok := s.ws.NetConn().(*net.TCPConn); ok {
+		_ = tcp.SetWriteBuffer(64 << 10) // what waits there takes the server long enough
+	}
+	d, answered, how := in.between(10*time.Second, 20*time.Second), in.rand.IntN(2) == 0, "answers all of it"
+	if !answered {
+		how = "answers nothing"
+	}
+	f := in.soak.book.startFlood(a.actor, answered)
+	in.later(d, func() { in.soak.book.endFlood(f) })
+	return in.about(a, "for %s; the server %s", d.Round(time.Millisecond), how)
+}
+
+// poison has an agent say what the server ends the link at, now and whenever it is asked for its state.
+// All kinds come in turn, in an order that is drawn.
+func (in *injector) poison() *event {
+	const lasts = 10 * time.Second
+	a, s := in.agent(false)
+	if a == nil || !in.soak.book.isAlone(a.member) {
+		return nil
+	}
+	if len(in.poisons) == 0 {
+		in.poisons = slices.Clone(poisonKinds)
+		in.rand.Shuffle(len(in.poisons), func(i, j int) { in.poisons[i], in.poisons[j] = in.poisons[j], in.poisons[i] })
+	}
+	kind := in.poisons[0]
+	in.poisons = in.poisons[1:]
+	p := in.soak.book.startPoison(a.actor, kind)
+	s.tellState()
+	in.later(lasts, func() { in.soak.book.endPoison(p) })
+	return &event{what: fmt.Sprintf("agent %d: %s", a.id, kind.name), g: a.gateway}
+}
+
+// limitFrames has the lines of a gateway be proxies that end a connection at a large WebSocket frame, while
+// there are large messages to carry. A gateway does not write such frames.
+func (in *injector) limitFrames() *event {
+	const size, agents = 200 << 10, 8
+	g, d := in.gateway(), in.between(3*time.Second, 6*time.Second)
+	if g.limited.Swap(true) {
+		return nil
+	}
+	var chosen []*agent
+	fleet := in.soak.fleet()
+	for _, i := range in.rand.Perm(len(fleet)) {
+		a := fleet[i]
+		if len(chosen) < agents && a.gateway == g && a.address != g.address && in.soak.book.isAlone(a.member) {
+			chosen = append(chosen, a)
+		}
+	}
+	in.later(d, func() { g.limited.Store(false) })
+	in.pending.Go(func() {
+		for _, a := range chosen {
+			a.talkMuch(1, size)
+			in.soak.server.push(a.member, nil, &protobufs.ServerToAgent{}, size)
+			select {
+			case <-time.After(d / agents):
+			case <-in.over:
+				return
+			}
+		}
+	})
+	return &event{what: fmt.Sprintf("by the lines of gateway %s, for %s", g.name, d.Round(time.Millisecond)), g: g}
+}
+
 // clone has another program speak under an agent's UID for a few seconds.
 func (in *injector) clone() *event {
 	a, _ := in.agent(false)
-	if a == nil {
+	if a == nil || in.soak.book.isFlooding(a.actor) {
 		return nil
 	}
 	d := in.between(time.Second, 5*time.Second)

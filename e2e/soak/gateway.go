@@ -12,10 +12,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -36,6 +38,10 @@ type gateway struct {
 	agents  *fault.Line // from some of the agents
 	above   *gateway    // nil if that is the server
 	dir     string      // of its configuration and log
+
+	limited atomic.Bool // its lines are proxies that take no large WebSocket frames
+
+	names map[string]string // at the end: what blames returns
 
 	ways []*way // guarded by ledger.mu: its links, in the order in which they were opened
 
@@ -282,6 +288,30 @@ func (g *gateway) complaints() (lines, races []string) {
 		lines = append(lines, "read the log: "+err.Error())
 	}
 	return lines, races
+}
+
+// blames returns which agents the log names for a link that the server ended, each with a line.
+func (g *gateway) blames() map[string]string {
+	log, err := os.Open(g.logPath())
+	if err != nil {
+		return nil
+	}
+	defer log.Close()
+	return blames(log)
+}
+
+var blamed = regexp.MustCompile(`server ends the connection when it reads a message of this agent.*"agent": "([0-9a-f-]{36})"`)
+
+func blames(log io.Reader) map[string]string {
+	named := map[string]string{}
+	scanner := bufio.NewScanner(log)
+	scanner.Buffer(nil, 1<<20)
+	for scanner.Scan() {
+		if match := blamed.FindStringSubmatch(scanner.Text()); match != nil {
+			named[match[1]] = scanner.Text()
+		}
+	}
+	return named
 }
 
 func complaints(log io.Reader) (lines, races []string, err error) {

@@ -23,6 +23,10 @@ type ledger struct {
 	findings []finding
 	excused  []excusedLoss
 	counts   map[string]int
+	floods   []*flood
+	poisons  []*poison
+	// longestWait is how long a message took at most that was said beside a flood.
+	longestWait time.Duration
 }
 
 // excusedLoss is a message of an agent that was lost and may be.
@@ -47,6 +51,8 @@ type actor struct {
 	member *member
 	clone  bool
 	epochs []*epoch
+	flood  *flood  // in which it is; nil for none
+	poison *poison // that it says; nil for none
 }
 
 // epoch is one connection of an actor, from the attempt to connect until its end.
@@ -66,8 +72,14 @@ type epoch struct {
 	ups      []up              // what it said, by number - 1
 	askings  [maxHops][]asking // by hop, in the order in which they were written
 	segments []*segment
-	lastDown uint32      // the last that was heard of what is for this connection
-	denials  []time.Time // when it was told that its UID is another's
+	lastDown uint32   // the last that was heard of what is for this connection
+	denials  []denial // what it was told instead of an answer
+}
+
+// denial is that an agent was told that something of it is not relayed.
+type denial struct {
+	at     time.Time
+	poison bool // because of its poison; else, because its UID is another's
 }
 
 // maxHops is how many gateways stand between an agent and the server at most.
@@ -75,8 +87,11 @@ const maxHops = 2
 
 // up is one message of an agent.
 type up struct {
-	said  time.Time
-	heard *segment // where it arrived first; nil for not
+	said    time.Time
+	heard   *segment // where it arrived first; nil for not
+	heardAt time.Time
+	flood   *flood  // of which it is; nil for none
+	poison  *poison // that it is; nil for none
 	// By hop: the way on which a gateway wrote it last, nil for none, when, and on how many.
 	written   [maxHops]*way
 	writtenAt [maxHops]time.Time
@@ -217,11 +232,18 @@ func (l *ledger) close(e *epoch, how string, byItself, polite bool) {
 	}
 }
 
-// say numbers the next message of an agent.
-func (l *ledger) say(e *epoch, size int) stamp {
+// say numbers the next message of an agent, which may be its full state. What is a poison by its size is
+// larger than was asked for.
+func (l *ledger) say(e *epoch, size int, state bool) stamp {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	e.ups = append(e.ups, up{said: time.Now()})
+	said := up{said: time.Now(), flood: e.actor.flood}
+	if p := e.actor.poison; p != nil && (state || p.kind.any) {
+		said.poison = p
+		size = max(size, p.kind.size)
+		p.said++
+	}
+	e.ups = append(e.ups, said)
 	l.counts["said by agents"]++
 	return stamp{actor: e.actor.id, epoch: e.number, number: uint32(len(e.ups)), size: uint32(size)}
 }
@@ -325,7 +347,7 @@ func (l *ledger) arrived(c *serverConn, s stamp, uid uuid.UUID, described bool) 
 		l.findLocked("reordered", e, now, "%s arrived on %s behind %d", s, c, seg.last)
 	}
 	if first == nil {
-		e.ups[s.number-1].heard = seg
+		e.ups[s.number-1].heard, e.ups[s.number-1].heardAt = seg, now
 	}
 	if described {
 		seg.described = now
@@ -412,17 +434,24 @@ func (e *epoch) movedBelow(since time.Time) bool {
 }
 
 // turnedDown takes what a gateway told an agent of a message that it does not relay. It may do that
-// while it knows of another that speaks under the same UID, and came with other credentials.
+// while it knows of another that speaks under the same UID, and came with other credentials; and when
+// the agent has said what the server ends links at.
 func (l *ledger) turnedDown(e *epoch, failure *protobufs.ServerErrorResponse) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := time.Now()
-	if !strings.Contains(failure.GetErrorMessage(), "in use by another agent") || !l.hasRivalLocked(e, now) {
-		l.findLocked("corrupted", e, now, "%s was told: %s", e, failure)
+	poison := l.poisonOfLocked(e.actor.member, now, now)
+	switch {
+	case strings.Contains(failure.GetErrorMessage(), "in use by another agent") && l.hasRivalLocked(e, now):
+		l.counts["turned down, of an agent or its clone"]++
+	case poison != nil && failure.GetType() == protobufs.ServerErrorResponseType_ServerErrorResponseType_BadRequest:
+		l.counts["turned down, of an agent with a poison"]++
+		poison.told = append(poison.told, now)
+	default:
+		l.findLocked("wrongly told", e, now, "%s was told: %s", e, failure)
 		return
 	}
-	l.counts["turned down, of an agent or its clone"]++
-	e.denials = append(e.denials, now)
+	e.denials = append(e.denials, denial{now, poison != nil})
 }
 
 // hasRivalLocked reports whether another program speaks as the same member below the gateway of e, or

@@ -23,6 +23,7 @@
 //	message.go   what is said: who, on which connection, the how manyth
 //	ledger.go    the book of what was said and heard
 //	verdict.go   what of that must not be
+//	sharing.go   what an agent may do to a link that it shares with others
 //	pulse.go     when the machine was too busy for anybody to be in time
 //	report.go    what is printed
 package main
@@ -34,6 +35,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"sync"
@@ -50,10 +52,16 @@ func main() {
 	agents := flag.Int("agents", 500, "number of agents")
 	seed := flag.Uint64("seed", uint64(time.Now().UnixNano())%100_000, "of the faults' order")
 	program := flag.String("collector", "../build/otelcol-opampgateway", "the collector with the gateway")
+	faults := flag.String("faults", ".", "a regular expression: only faults with such names happen")
 	trace := flag.String("trace", "", "where to write all that is known of the run; if it fails, with the gateways' logs")
 	flag.Parse()
 	runtime.LockOSThread() // see child
-	s := &soak{book: newLedger(), rand: rand.New(rand.NewPCG(*seed, 1)), seed: *seed, duration: *duration}
+	only, err := regexp.Compile(*faults)
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(2)
+	}
+	s := &soak{only: only, book: newLedger(), rand: rand.New(rand.NewPCG(*seed, 1)), seed: *seed, duration: *duration}
 	fmt.Printf("soak: %d agents for %s, seed %d\n", *agents, *duration, *seed)
 	if err := s.run(*program, *agents, *duration); err != nil {
 		s.book.find("soak", nil, time.Now(), "%v", err)
@@ -80,6 +88,7 @@ type soak struct {
 	book     *ledger
 	rand     *rand.Rand
 	seed     uint64
+	only     *regexp.Regexp // the names of the faults that happen
 	duration time.Duration
 	dir      string
 	server   *server
@@ -114,6 +123,7 @@ func (s *soak) run(program string, agents int, duration time.Duration) error {
 	s.faults = &injector{soak: s, rand: s.rand, over: make(chan struct{}), count: map[string]int{}, held: map[*fault.Conn]bool{}}
 	s.faults.run(time.Now().Add(duration))
 
+	s.await("the server ends no link any more", "unreachable", s.book.stillPoisoned)
 	s.await("agents are connected again", "unreachable", s.notConnected)
 	s.talked = time.Since(s.book.start)
 	s.server.hush()
@@ -183,7 +193,7 @@ func (s *soak) setUp(program string) error {
 		if g.up, err = fault.OpenTapped(target, s.book.tap(g)); err != nil {
 			return err
 		}
-		if g.agents, err = fault.Open(g.address); err != nil {
+		if g.agents, err = fault.OpenTapped(g.address, s.tapAgents(g)); err != nil {
 			return err
 		}
 		s.gateways = append(s.gateways, g)
@@ -230,6 +240,11 @@ func (s *soak) fleet() []*agent {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.agents)
+}
+
+// relayed are the agents of the fleet of which all is relayed.
+func (s *soak) relayed() []*agent {
+	return slices.DeleteFunc(s.fleet(), func(a *agent) bool { return s.book.isPoisonous(a.member) })
 }
 
 // await waits until wrong returns "", and reports whether it ever did.
@@ -286,7 +301,8 @@ func (s *soak) probe() {
 	}
 	ups := map[*agent]said{}
 	s.await("what every agent says arrives", "unreachable", func() string {
-		for _, a := range s.fleet() {
+		agents := s.relayed()
+		for _, a := range agents {
 			if ups[a].epoch == nil {
 				if e, n, err := a.sayNow(time.Second); err == nil {
 					ups[a] = said{e, n}
@@ -296,7 +312,7 @@ func (s *soak) probe() {
 		missing, example := 0, ""
 		s.book.mu.Lock()
 		defer s.book.mu.Unlock()
-		for _, a := range s.fleet() {
+		for _, a := range agents {
 			up := ups[a]
 			switch {
 			case up.epoch == nil:
@@ -313,7 +329,7 @@ func (s *soak) probe() {
 	downs := map[*agent]int{}
 	s.await("what the server tells every agent arrives", "unreachable", func() string {
 		missing, example := 0, ""
-		for _, a := range s.fleet() {
+		for _, a := range s.relayed() {
 			s.book.mu.Lock()
 			n, asked := downs[a]
 			heard := asked && a.member.downs[n].heard
@@ -418,8 +434,9 @@ func (s *soak) checkFiles(base map[*gateway]int, empty bool) {
 	})
 }
 
-// endGateways ends the gateways politely, the lower before the upper.
+// endGateways ends the gateways politely, the lower before the upper, and looks at their logs.
 func (s *soak) endGateways() {
+	defer func() { s.book.judgeNames(s.gateways) }()
 	for _, g := range slices.Backward(s.gateways) {
 		g.signal(syscall.SIGTERM)
 		code, err := g.wait(20 * time.Second)
@@ -430,6 +447,7 @@ func (s *soak) endGateways() {
 			s.book.find("gateway's end", nil, time.Now(), "gateway %s ended with %d on SIGTERM", g.name, code)
 		}
 		lines, races := g.complaints()
+		g.names = g.blames()
 		for _, line := range lines {
 			s.book.find("gateway's log", nil, time.Now(), "%s: %s", g.name, line)
 		}

@@ -47,11 +47,10 @@ func (s stamp) payload() []byte {
 
 // readStamp checks every byte of a payload.
 func readStamp(b []byte) (stamp, error) {
-	if len(b) < stampSize || b[0] > 1 {
-		return stamp{}, errors.New("not a payload of ours")
+	s, err := startOfStamp(b)
+	if err != nil {
+		return s, err
 	}
-	u := func(i int) uint32 { return binary.BigEndian.Uint32(b[1+4*i:]) }
-	s := stamp{down: b[0] == 1, actor: u(0), epoch: u(1), number: u(2), size: u(3)}
 	rest := b[stampSize:]
 	if uint32(len(rest)) != s.size {
 		return s, fmt.Errorf("%s: has %d bytes", s, len(rest))
@@ -68,6 +67,15 @@ func readStamp(b []byte) (stamp, error) {
 		rest = rest[n:]
 	}
 	return s, nil
+}
+
+// startOfStamp reads the stamp in the start of a payload.
+func startOfStamp(b []byte) (stamp, error) {
+	if len(b) < stampSize || b[0] > 1 {
+		return stamp{}, errors.New("not a payload of ours")
+	}
+	u := func(i int) uint32 { return binary.BigEndian.Uint32(b[1+4*i:]) }
+	return stamp{down: b[0] == 1, actor: u(0), epoch: u(1), number: u(2), size: u(3)}, nil
 }
 
 func (s stamp) seed() uint64 {

@@ -14,6 +14,7 @@ import (
 // mustBeNone are the kinds of findings, in the order of the report.
 var mustBeNone = []string{
 	"lost", "duplicated", "reordered", "misdelivered", "corrupted", "leaked", "unreachable",
+	"kept waiting", "poison", "wrongly told", "frame too large",
 	"disconnected without reason", "link lost without reason", "full state missing", "refused", "gateway's end", "gateway's log",
 	"data race", "soak",
 }
@@ -38,6 +39,7 @@ func (s *soak) report() bool {
 	}
 	heard := b.counts["heard by the server"] + b.counts["heard by agents"]
 	fmt.Printf("%8.0f  messages relayed a second\n", float64(heard)/max(1, s.talked.Seconds()))
+	fmt.Printf("%8d  ms that a message said beside a flood took at most\n", b.longestWait.Milliseconds())
 	fmt.Printf("%8d  MiB that a gateway had at most at the end\n", s.memory)
 	fmt.Printf("%8d  ms that the machine had no time for this process, at most\n", b.pulse.longest().Milliseconds())
 
@@ -112,6 +114,16 @@ func (s *soak) trace(path string) error {
 			}
 		}
 		fmt.Fprintln(w)
+	}
+	fmt.Fprintf(w, "\nall that took more than %s on its way up, or until something happened to its links:\n", keptWaiting)
+	for _, a := range b.actors {
+		for _, e := range a.epochs {
+			for i := range e.ups {
+				if waited, way := b.tookLocked(e, i); waited > keptWaiting {
+					fmt.Fprintf(w, "%d of %s, said at %s, on %s: %s\n", i+1, e, b.since(e.ups[i].said), way, waited.Round(time.Millisecond))
+				}
+			}
+		}
 	}
 	return w.Flush()
 }

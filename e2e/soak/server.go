@@ -2,7 +2,9 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -148,7 +150,7 @@ func (c *serverConn) read() {
 	var err error
 	for {
 		var frame []byte
-		if _, frame, err = c.ws.ReadMessage(); err != nil {
+		if frame, err = c.receive(); err != nil {
 			break
 		}
 		var m protobufs.AgentToServer
@@ -186,6 +188,40 @@ func (c *serverConn) read() {
 	if open && !hit && !s.excuse(c) {
 		s.book.find("link lost without reason", nil, time.Now(), "%s, after %s: %v", c, time.Since(c.opened).Round(time.Millisecond), err)
 	}
+}
+
+// maxMessage is the size of the largest message that the server takes, in bytes.
+const maxMessage = 1 << 20
+
+// receive returns the next message. The server ends the connection at one that is too large.
+func (c *serverConn) receive() ([]byte, error) {
+	_, r, err := c.ws.NextReader()
+	if err != nil {
+		return nil, err
+	}
+	frame, err := io.ReadAll(io.LimitReader(r, maxMessage+1))
+	if err != nil || len(frame) <= maxMessage {
+		return frame, err
+	}
+	_, data := customMessage(frame)
+	if said, wrong := startOfStamp(data); wrong == nil {
+		if p, _ := c.server.book.doings(said); p != nil {
+			return nil, c.endAt(p)
+		}
+	}
+	rest, err := io.ReadAll(r) // it does not end the connection any more, or nobody has said this
+	return append(frame, rest...), err
+}
+
+var errPoison = errors.New("the server ends the connection at what an agent said")
+
+// endAt ends the connection as the server does at a poison: like most, it reads no further.
+func (c *serverConn) endAt(p *poison) error {
+	c.server.book.endsAt(p, c)
+	if p.kind.code != 0 {
+		_ = c.ws.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(p.kind.code, "not this"), time.Now().Add(5*time.Second))
+	}
+	return errPoison
 }
 
 // answer lets every agent in.
@@ -233,6 +269,13 @@ func (c *serverConn) message(m *protobufs.AgentToServer) error {
 		s.book.find("corrupted", nil, time.Now(), "on %s: %v", c, wrong)
 		return nil
 	}
+	poison, flood := s.book.doings(said)
+	if poison != nil {
+		return c.endAt(poison)
+	}
+	if flood != nil {
+		time.Sleep(takesAMoment)
+	}
 	seg := s.book.arrived(c, said, uid, m.GetAgentDescription() != nil)
 	if seg == nil {
 		return nil
@@ -252,10 +295,14 @@ func (c *serverConn) message(m *protobufs.AgentToServer) error {
 		s.known[member] = seg.epoch
 	}
 	reply := &protobufs.ServerToAgent{}
-	if s.known[member] != seg.epoch { // whoever connects anew does not say by itself
+	stranger := s.known[member] != seg.epoch
+	if stranger { // whoever connects anew does not say by itself
 		reply.Flags = uint64(protobufs.ServerToAgentFlags_ServerToAgentFlags_ReportFullState)
 	}
 	s.mu.Unlock()
+	if flood != nil && !flood.answered && !stranger {
+		return nil
+	}
 	return c.tell(seg, uid, reply, someSize(rand.IntN))
 }
 

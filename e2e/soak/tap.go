@@ -63,14 +63,20 @@ type asking struct {
 }
 
 // tap returns what listens in on the links of a gateway.
-func (l *ledger) tap(g *gateway) func(*fault.Conn) func([]byte) {
-	return func(c *fault.Conn) func([]byte) {
+func (l *ledger) tap(g *gateway) func(*fault.Conn) (up, down func([]byte)) {
+	return func(c *fault.Conn) (up, down func([]byte)) {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		w := &way{gateway: g, conn: c, number: len(g.ways) + 1, opened: time.Now()}
 		g.ways = append(g.ways, w)
 		f := &frames{message: func(start []byte) { l.written(w, start) }, closing: func() { l.closing(w) }}
-		return f.read
+		f.frame = func(size int) { l.limitFrame(g, g, w, size) }
+		if g.above == nil {
+			return f.read, nil
+		}
+		back := &frames{message: func([]byte) {}, closing: func() {}}
+		back.frame = func(size int) { l.limitFrame(g, g.above, w, size) }
+		return f.read, back.read
 	}
 }
 
@@ -122,14 +128,14 @@ func (l *ledger) written(w *way, start []byte) {
 			e.askings[hop] = append(e.askings[hop], asking{w, time.Now()})
 		}
 	case "up":
-		if len(data) < stampSize {
+		s, err := startOfStamp(data)
+		if err != nil {
 			return
 		}
-		u := func(i int) uint32 { return binary.BigEndian.Uint32(data[1+4*i:]) }
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		if e := l.epochOfLocked(u(0), u(1)); e != nil && u(2) > 0 && int(u(2)) <= len(e.ups) {
-			said, hop := &e.ups[u(2)-1], e.hop(w.gateway)
+		if e := l.epochOfLocked(s.actor, s.epoch); e != nil && s.number > 0 && int(s.number) <= len(e.ups) {
+			said, hop := &e.ups[s.number-1], e.hop(w.gateway)
 			if said.written[hop] != w {
 				said.ways[hop]++
 			}
@@ -179,19 +185,20 @@ func beginnings(b []byte) map[protowire.Number][]byte {
 // startSize is how much of a message is looked at: a question about an agent in whole.
 const startSize = 4 << 10
 
-// frames follows the WebSocket frames of a client (RFC 6455, section 5.2), behind its upgrade
-// request.
+// frames follows the WebSocket frames of a client (RFC 6455, section 5.2), behind its upgrade request, or
+// of a server, behind its answer.
 type frames struct {
 	message func(start []byte) // is called with the start of each message, when the whole is there
 	closing func()             // is called when there is a close frame
+	frame   func(size int)     // is called when a frame starts, with the size of its payload; nil for nobody
 
 	upgraded bool
 	header   []byte // of the upgrade request, or the frame, as far as it is there
 	opcode   byte
 	fin      bool
-	key      [4]byte
-	at, left int    // in the payload
-	start    []byte // of the message
+	key      [4]byte // zero for none, as a server has none
+	at, left int     // in the payload
+	start    []byte  // of the message
 }
 
 func (f *frames) read(b []byte) {
@@ -216,7 +223,7 @@ func (f *frames) open() {
 		}
 		return
 	}
-	const fin, opcode, length = 0x80, 0x0f, 0x7f
+	const fin, opcode, masked, length = 0x80, 0x0f, 0x80, 0x7f
 	if len(f.header) < 2 {
 		return
 	}
@@ -227,7 +234,11 @@ func (f *frames) open() {
 	case 127:
 		more = 8
 	}
-	size += more + len(f.key)
+	size += more
+	f.key = [4]byte{}
+	if f.header[1]&masked != 0 {
+		size += len(f.key)
+	}
 	if len(f.header) < size {
 		return
 	}
@@ -240,8 +251,13 @@ func (f *frames) open() {
 		f.left = int(binary.BigEndian.Uint64(f.header[2:]))
 	}
 	f.fin, f.opcode, f.at = f.header[0]&fin != 0, f.header[0]&opcode, 0
-	copy(f.key[:], f.header[size-len(f.key):])
+	if f.header[1]&masked != 0 {
+		copy(f.key[:], f.header[size-len(f.key):])
+	}
 	f.header = f.header[:0]
+	if f.frame != nil {
+		f.frame(f.left)
+	}
 	if f.left == 0 {
 		f.close()
 	}

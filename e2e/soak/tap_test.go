@@ -81,3 +81,36 @@ func TestFrames(t *testing.T) {
 	f.read(last[len(last)-1:])
 	assert.Equal(t, 1, whole)
 }
+
+// Of what a server writes, which is not masked, and in fragments with other frames in between, the size of each
+// frame is known, and what is a whole message.
+func TestFramesOfServers(t *testing.T) {
+	stream := []byte("HTTP/1.1 101 Switching Protocols\r\n\r\n")
+	want := []int{}
+	add := func(first byte, size int) {
+		want = append(want, size)
+		stream = append(stream, first, 126, byte(size>>8), byte(size))
+		stream = append(stream, bytes.Repeat([]byte{'x'}, size)...)
+	}
+	const fin = 0x80
+	add(websocket.BinaryMessage, 16_384)
+	add(fin|websocket.PingMessage, 8)
+	add(0, 16_384)
+	add(fin, 300)
+	add(fin|websocket.BinaryMessage, 33_000)
+	for _, step := range []int{1, 1000, len(stream)} {
+		var sizes, messages []int
+		f := &frames{frame: func(size int) { sizes = append(sizes, size) }}
+		f.message = func(start []byte) {
+			messages = append(messages, len(sizes))
+			assert.Equal(t, strings.Repeat("x", startSize), string(start))
+		}
+		for rest := stream; len(rest) > 0; {
+			n := min(step, len(rest))
+			f.read(rest[:n])
+			rest = rest[n:]
+		}
+		assert.Equal(t, want, sizes)
+		assert.Equal(t, []int{4, 5}, messages, "how many frames there were when each was whole")
+	}
+}

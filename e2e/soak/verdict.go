@@ -56,6 +56,7 @@ const denied, deniedAfter = 10 * time.Second, 40 * time.Second
 //     knows what a gateway had written there. Otherwise the gateway had it and has to write it to
 //     another link, as long as the agent stays.
 //   - What was turned down, as the agent was told, was not written by the gateway that did so.
+//   - A poison is lost.
 //   - When the agent's own connection ended other than by a goodbye, or its gateway was ended, the
 //     last of that connection may be lost.
 //
@@ -77,6 +78,12 @@ func (l *ledger) judge(end time.Time) {
 	for _, m := range l.members {
 		l.judgeDownLocked(m)
 	}
+	for _, f := range l.floods {
+		l.judgeFloodLocked(f, end)
+	}
+	for _, p := range l.poisons {
+		l.judgePoisonLocked(p, end)
+	}
 }
 
 // judgeUpLocked looks for what a connection's agent said and the server has not heard.
@@ -85,15 +92,21 @@ func (l *ledger) judgeUpLocked(e *epoch) {
 	for last > 0 && e.ups[last-1].heard == nil && e.ups[last-1].written[0] == nil {
 		last--
 	}
+	tails := e.tailsLocked()
 	denials := e.denials
 	wrong, from := "", 0
 	for i := range e.ups {
 		is := ""
 		if e.ups[i].heard == nil {
 			var excuse string
-			excuse, is = l.whyLostLocked(e, i, last)
-			if is != "" && e.ups[i].wasTurnedDown(&denials) {
-				excuse, is = "turned down, of an agent or its clone", ""
+			excuse, is = l.whyLostLocked(e, i, last, tails)
+			switch {
+			case e.ups[i].poison != nil:
+				excuse, is = "a poison", ""
+			case is != "":
+				if of := e.ups[i].wasTurnedDown(&denials, e.hops()-1); of != "" {
+					excuse, is = "turned down, of an agent "+of, ""
+				}
 			}
 			if is == "" {
 				l.counts["lost up, "+excuse]++
@@ -108,21 +121,56 @@ func (l *ledger) judgeUpLocked(e *epoch) {
 	l.lostUpLocked(e, from, len(e.ups), wrong)
 }
 
-// wasTurnedDown reports whether u may be what one of the denials was about, which come in the order of
-// what was said; that is then used up.
-func (u *up) wasTurnedDown(denials *[]time.Time) bool {
-	for u.written[0] == nil && len(*denials) > 0 {
-		switch told := (*denials)[0]; {
-		case told.Before(u.said): // it was about what was lost in any case
+// wasTurnedDown reports of what agent u is, if it may be what one of the denials was about, which come in the
+// order of what was said; that is then used up. The gateway of the last hop may deny what another has written.
+func (u *up) wasTurnedDown(denials *[]denial, last int) (of string) {
+	for len(*denials) > 0 {
+		told := (*denials)[0]
+		by := 0
+		if told.poison {
+			by = last
+		}
+		switch {
+		case told.at.Before(u.said): // it was about what was lost in any case
 			*denials = (*denials)[1:]
-		case told.Sub(u.said) < denied:
-			*denials = (*denials)[1:]
-			return true
+		case told.at.Sub(u.said) >= denied || u.written[by] != nil:
+			return ""
 		default:
-			return false
+			*denials = (*denials)[1:]
+			if told.poison {
+				return "with a poison"
+			}
+			return "or its clone"
 		}
 	}
-	return false
+	return ""
+}
+
+// tail is which of an agent's messages, by index, was the last that was written to a link, and the last of
+// those that have arrived from there; -1 for none.
+type tail struct{ written, heard int }
+
+// tailsLocked returns the tail of each link to which a message of e was written last.
+func (e *epoch) tailsLocked() map[*way]tail {
+	tails := map[*way]tail{}
+	for i := range e.ups {
+		u := &e.ups[i]
+		for hop, w := range u.written {
+			if w == nil {
+				continue
+			}
+			of, some := tails[w]
+			if !some {
+				of.heard = -1
+			}
+			of.written = i
+			if u.heard != nil && (hop < e.hops()-1 || u.heard.conn.way == w) {
+				of.heard = i
+			}
+			tails[w] = of
+		}
+	}
+	return tails
 }
 
 func (l *ledger) lostUpLocked(e *epoch, from, to int, wrong string) {
@@ -134,31 +182,28 @@ func (l *ledger) lostUpLocked(e *epoch, from, to int, wrong string) {
 
 // whyLostLocked looks for why message i of e is lost; if nothing excuses it, it says what is wrong.
 // From last on no gateway has written anything.
-func (l *ledger) whyLostLocked(e *epoch, i, last int) (excuse, wrong string) {
+func (l *ledger) whyLostLocked(e *epoch, i, last int, tails map[*way]tail) (excuse, wrong string) {
 	said := &e.ups[i]
 	for hop := e.hops() - 1; hop >= 0; hop-- {
 		if said.written[hop] != nil {
-			return l.whyLostOnLocked(e, i, hop)
+			return l.whyLostOnLocked(e, i, hop, tails)
 		}
 	}
-	if l.wasCutOffLocked(e, i) {
+	if l.wasCutOffLocked(e, i, tails) {
 		return "in the last moment before a link was cut", ""
 	}
 	if i < last {
 		return "", "its gateway has not written it to any link, but what the agent said later"
 	}
-	return l.whyLastLocked(e, said.said)
+	return l.whyLastLocked(e, said.said, said.flood != nil)
 }
 
 // whyLostOnLocked is whyLostLocked for what was written, and by which gateway last.
-func (l *ledger) whyLostOnLocked(e *epoch, i, hop int) (excuse, wrong string) {
+func (l *ledger) whyLostOnLocked(e *epoch, i, hop int, tails map[*way]tail) (excuse, wrong string) {
 	said := &e.ups[i]
 	w, top := said.written[hop], hop == e.hops()-1
-	for j := range e.ups[i+1:] {
-		later := &e.ups[i+1+j]
-		if later.written[hop] == w && later.heard != nil && (!top || later.heard.conn.way == w) {
-			return "", fmt.Sprintf("it was written on %s, and %d, which was written there later, has arrived", w, i+2+j)
-		}
+	if later := tails[w].heard; later > i {
+		return "", fmt.Sprintf("it was written on %s, and %d, which was written there later, has arrived", w, later+1)
 	}
 	end := w.conn.End()
 	at := said.writtenAt[hop]
@@ -183,7 +228,7 @@ func (l *ledger) whyLostOnLocked(e *epoch, i, hop int) (excuse, wrong string) {
 
 // wasCutOffLocked reports whether message i of e, which the line has not seen, may have been
 // written to a link just before that was cut.
-func (l *ledger) wasCutOffLocked(e *epoch, i int) bool {
+func (l *ledger) wasCutOffLocked(e *epoch, i int, tails map[*way]tail) bool {
 	said := e.ups[i].said
 	for n, asked := range e.askings[0] {
 		cut := asked.way.conn.End().Cut
@@ -202,15 +247,16 @@ func (l *ledger) wasCutOffLocked(e *epoch, i int) bool {
 		if cut.After(late) {
 			continue
 		}
-		if !slices.ContainsFunc(e.ups[i+1:], func(later up) bool { return later.written[0] == asked.way }) {
+		if last, some := tails[asked.way]; !some || last.written <= i {
 			return true
 		}
 	}
 	return false
 }
 
-// whyLastLocked looks for why the last that an agent said, from said on, was never written.
-func (l *ledger) whyLastLocked(e *epoch, said time.Time) (excuse, wrong string) {
+// whyLastLocked looks for why the last that an agent said, from said on, was never written. Much of a flood waits
+// in the agent's own connection, and ends with it.
+func (l *ledger) whyLastLocked(e *epoch, said time.Time, flood bool) (excuse, wrong string) {
 	if e.ended.IsZero() {
 		return "", "its gateway has not written it to any link, and the agent is still connected"
 	}
@@ -227,7 +273,9 @@ func (l *ledger) whyLastLocked(e *epoch, said time.Time) (excuse, wrong string) 
 		why = "said long after a gateway that was reloaded had closed the connection"
 	case gateway != nil && e.wasHomelessLocked(gateway.at, settling+late):
 		why = "with a gateway that was reloaded when the agent had no link"
-	case e.polite && e.linkLostLocked(gateway, said.Add(-troubled), e.ended.Add(time.Second+late)):
+	case gateway != nil && flood:
+		why = "with a gateway that was reloaded, of a flood"
+	case e.polite && e.linkLostLocked(gateway, said.Add(-troubled), e.ended.Add(troubled+late)):
 		why = "with a link, last words before a goodbye"
 	case e.slow:
 		why = "with an agent that was too slow"
@@ -288,6 +336,9 @@ func (l *ledger) judgeStateLocked(e *epoch, end time.Time) {
 			if !at.IsZero() && at.Before(until) {
 				until = at
 			}
+		}
+		if l.poisonOfLocked(e.actor.member, s.asked, until) != nil {
+			continue // which is its state
 		}
 		if s.described.IsZero() && until.Sub(s.asked) > stateWithin+l.pulse.missed(s.asked, until) {
 			l.findLocked("full state missing", e, s.asked, "of %s on %s, since the server was asked about it at %s (for the %d. time) until %s",

@@ -56,7 +56,7 @@ func (tr *trial) link() *way {
 
 // says has the agent say something, which its gateway writes on w unless that is nil; it may be heard.
 func (tr *trial) says(w *way, heard bool) {
-	said := tr.say(tr.epoch, 0)
+	said := tr.say(tr.epoch, 0, false)
 	u := &tr.epoch.ups[said.number-1]
 	if w != nil {
 		u.written[0], u.writtenAt[0] = w, time.Now()
@@ -127,6 +127,22 @@ func TestLostUp(t *testing.T) {
 		tr.link()
 		tr.says(nil, false)
 		tr.want(1, map[string]int{})
+	})
+	t.Run("never written, and the gateway was reloaded", func(t *testing.T) {
+		for _, flooding := range []bool{false, true} {
+			tr := newTrial(t)
+			tr.link()
+			excuses := map[string]int{}
+			if flooding {
+				tr.startFlood(tr.epoch.actor, true)
+				excuses["lost up, with a gateway that was reloaded, of a flood"] = 1
+			}
+			tr.epoch.askings[0][0].at = time.Now().Add(-time.Minute)
+			tr.says(nil, false)
+			tr.gateway.disturbed = []disturbance{{time.Now(), syscall.SIGHUP}}
+			tr.close(tr.epoch, "1012", false, false)
+			tr.want(1-len(excuses), excuses)
+		}
 	})
 	t.Run("the last before a kill", func(t *testing.T) {
 		tr := newTrial(t)
