@@ -761,7 +761,7 @@ func (l *link) Ponged(payload []byte) {
 		l.pool.suspicion.Acknowledged(ack.Largest)
 	}
 	if c := ack.Trial.Sender; c != nil {
-		l.pool.suspicion.Acquit(suspicion.Message{UID: c.route.uid, Size: ack.Trial.Size})
+		l.pool.suspicion.Acquit(suspicion.Message{UID: c.route.uid, Size: ack.Trial.Size}, ack.NextTrial)
 	}
 }
 

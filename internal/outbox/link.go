@@ -38,6 +38,7 @@ type Acknowledgement[S any] struct {
 	RoundTrip time.Duration // of the ping
 	Largest   int           // of the messages acknowledged, in bytes
 	Trial     Sent[S]       // the message that was on trial, if its Size is not 0
+	NextTrial bool          // another message waits for its trial, on any link
 }
 
 // Link is the outbox of a link, on which many senders share a socket:
@@ -209,7 +210,7 @@ func (o *Link[S]) Pong(payload []byte) (ack Acknowledgement[S], expected bool) {
 	}
 	ack, expected, wasTrial := o.pong(binary.BigEndian.Uint64(payload))
 	if wasTrial {
-		o.trials.leave(o)
+		ack.NextTrial = o.trials.leave(o) || ack.NextTrial
 	}
 	return ack, expected
 }
@@ -231,6 +232,7 @@ func (o *Link[S]) pong(number uint64) (ack Acknowledgement[S], expected, wasTria
 		ack.Largest = max(ack.Largest, s.Size)
 		if o.sent.begin == o.trial {
 			ack.Trial, o.trial, wasTrial = s, 0, true
+			ack.NextTrial = o.lines.trials.len > 0
 		}
 	}
 	if o.lines.waiting > 0 {
@@ -640,12 +642,13 @@ func (t *Trials) enter(o holder) (again int64, ok bool) {
 	return t.until, false
 }
 
-// leave ends the trial of o, if there is one, and tells those who wait. The lock of none of them may be held.
-func (t *Trials) leave(o holder) {
+// leave ends the trial of o, if there is one, tells those who wait, and reports whether there are any. The lock of none
+// of them may be held.
+func (t *Trials) leave(o holder) (awaited bool) {
 	t.mu.Lock()
 	if t.busy != o {
 		t.mu.Unlock()
-		return
+		return false
 	}
 	waiting := t.waiting
 	t.busy, t.waiting = nil, nil
@@ -653,6 +656,7 @@ func (t *Trials) leave(o holder) {
 	for _, w := range waiting {
 		w.signal()
 	}
+	return len(waiting) > 0
 }
 
 // ring is a queue that counts what has passed through it.

@@ -11,8 +11,8 @@
 //	    ▲           │  ▲       │
 //	    └───────────┘  └───────┘
 //
-// Innocent again is a suspect whose message was acknowledged, one as large as what it is suspected for, or
-// after a while.
+// Innocent again is a suspect after a while; while others wait for their trials already when messages of it were
+// acknowledged that are as large as what it is suspected for.
 package suspicion
 
 import (
@@ -30,6 +30,9 @@ const (
 	// suspectFor is for how long somebody is a suspect at most; and how long after another end of a link for
 	// no reason that was told it counts as the second.
 	suspectFor = time.Minute
+	// enoughTrials is after how many messages a suspect may be acquitted: after a link was lost, an agent is asked for
+	// its full state, which is its second message at the latest, unless more waited.
+	enoughTrials = 2
 	// namedFor is for how long an agent is turned down that is named for the first time, when the server has said that it
 	// was for a message; otherwise unsureFor, since something else may just then have ended the link. It doubles each
 	// time, up to maxNamedFor. Afterwards the agent stays a suspect for as long again.
@@ -84,7 +87,8 @@ type Book struct {
 }
 
 type suspect struct {
-	size  int // an acknowledged message this large acquits it
+	size  int // of acknowledged messages that acquit it, at least, in bytes
+	tried int // how many of these there were
 	until time.Time
 }
 
@@ -139,14 +143,21 @@ func (b *Book) Acknowledged(size int) {
 	}
 }
 
-// Acquit tells that the server has read a message that was on trial.
-func (b *Book) Acquit(m Message) {
+// Acquit tells that the server has read a message that was on trial. While nobody else waits for a trial, that
+// costs next to nothing, so the suspect stays one: what it is asked for next may be what it is suspected for.
+func (b *Book) Acquit(m Message, othersWait bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if s, ok := b.suspects[m.UID]; ok && m.Size >= s.size {
-		delete(b.suspects, m.UID)
-		b.tidyLocked()
+	s, ok := b.suspects[m.UID]
+	if !ok || m.Size < s.size {
+		return
 	}
+	if s.tried++; s.tried < enoughTrials || !othersWait {
+		b.suspects[m.UID] = s
+		return
+	}
+	delete(b.suspects, m.UID)
+	b.tidyLocked()
 }
 
 // Ended tells that a link has ended, and returns the message because of which it did, if that is clear, and for how
@@ -216,7 +227,7 @@ func (b *Book) suspectLocked(uid wire.UID, size int, now time.Time) {
 	if until := now.Add(suspectFor); until.After(s.until) {
 		s.until = until
 	}
-	b.suspects[uid] = suspect{max(size, s.size), s.until}
+	b.suspects[uid] = suspect{size: max(size, s.size), until: s.until}
 }
 
 func (b *Book) nameLocked(uid wire.UID, sure bool, now time.Time) time.Duration {
@@ -230,7 +241,7 @@ func (b *Book) nameLocked(uid wire.UID, sure bool, now time.Time) time.Duration 
 		return 0
 	}
 	b.named[uid] = name{until: now.Add(lasts), remember: now.Add(2 * lasts), lasts: lasts, unsure: !sure}
-	b.suspects[uid] = suspect{math.MaxInt, now.Add(2 * lasts)}
+	b.suspects[uid] = suspect{size: math.MaxInt, until: now.Add(2 * lasts)}
 	return lasts
 }
 
