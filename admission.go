@@ -410,7 +410,7 @@ func (l *link) put(send []*question) {
 		}
 		q.Asker.frame = nil
 		hasLeft := func() bool { return l.book.Withdraw(q) }
-		_ = l.outbox.Push(entry{Frame: frame, Kind: outbox.Message, Stale: hasLeft}) // closed: its reader is about to find out
+		_ = l.Outbox.Push(entry{Frame: frame, Kind: outbox.Message, Stale: hasLeft}) // closed: its reader is about to find out
 	}
 }
 

@@ -21,6 +21,7 @@ import (
 	"github.com/opampgateway/opampgateway/internal/memory"
 	"github.com/opampgateway/opampgateway/internal/monotonic"
 	"github.com/opampgateway/opampgateway/internal/outbox"
+	"github.com/opampgateway/opampgateway/internal/peer"
 	"github.com/opampgateway/opampgateway/internal/socket"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
 	"github.com/opampgateway/opampgateway/internal/wire"
@@ -134,7 +135,7 @@ func (s *downstreamServer) cutOff() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for a := range s.agents {
-		a.sock.Close()
+		a.Socket.Close()
 	}
 }
 
@@ -154,7 +155,7 @@ func (s *downstreamServer) count() int {
 
 // sweep looks after all agents: it pings the quiet, closes the silent and those that
 // offended a while ago, and asks those that changed links for their state once more.
-func (s *downstreamServer) sweep(limits sweepLimits) {
+func (s *downstreamServer) sweep(limits peer.Limits) {
 	s.mu.Lock()
 	agents := slices.Collect(maps.Keys(s.agents))
 	s.mu.Unlock()
@@ -213,8 +214,8 @@ func (s *downstreamServer) shed() {
 	s.mu.Lock()
 	loads := make([]load, 0, len(s.agents))
 	for a := range s.agents {
-		if n := a.outbox.Memory(); n >= worthShedding {
-			stalled := a.sock.Stalled()
+		if n := a.Outbox.Memory(); n >= worthShedding {
+			stalled := a.Socket.Stalled()
 			if stalled < stallMoment {
 				stalled = 0
 			}
@@ -239,14 +240,14 @@ func (s *downstreamServer) shed() {
 
 // agentConn is the connection of one agent, or of another gateway with many behind it.
 type agentConn struct {
+	peer.Peer[*claim, *outbox.Outbox[*claim]]
+
 	// Set once, before the reader starts.
 	server      *downstreamServer
 	remote      string           // its address
 	question    connect.Question // asks the server about it; nil if the server is not asked
 	credentials credentials      // that it came with
-	sock        *socket.Socket
-	outbox      *outbox.Outbox[*claim]
-	gateway     bool // another gateway, which may ask about its agents
+	gateway     bool             // another gateway, which may ask about its agents
 
 	// Owned by the reader.
 	uid    wire.UID       // of its last message
@@ -284,8 +285,9 @@ func (a *agentConn) start(conn net.Conn) {
 	a.line.Shared = a.gateway
 	// A queue full of small messages may take some more than their bytes.
 	queueSize := s.cfg.Agents.MaxQueueSize
-	a.outbox = outbox.New(a, queueSize+queueSize/16, &s.memory.Down)
-	a.sock = socket.New(conn, socket.InputOf(conn), false, s.cfg.MaxMessageSize, s.cfg.Agents.WriteTimeout, a)
+	a.Relayed = &s.tel.Down
+	a.Outbox = outbox.New(a, queueSize+queueSize/16, &s.memory.Down)
+	a.Socket = socket.New(conn, socket.InputOf(conn), false, s.cfg.MaxMessageSize, s.cfg.Agents.WriteTimeout, a)
 	s.mu.Lock()
 	s.agents[a] = struct{}{}
 	closing := s.closing
@@ -312,7 +314,7 @@ func (a *agentConn) read() {
 
 func (a *agentConn) relayAll() error {
 	for {
-		frame, err := a.sock.Read()
+		frame, err := a.Socket.Read()
 		switch {
 		case err == nil:
 			err = a.relay(frame)
@@ -439,8 +441,8 @@ func (a *agentConn) ask(c *claim) bool {
 			other.sendOwn(c.format.ReportFullState(c.route.uid))
 		}
 	} else {
-		sign = other.sock.Await()
-		_ = other.outbox.Try(entry{Kind: outbox.Ping})
+		sign = other.Socket.Await()
+		_ = other.Outbox.Try(entry{Kind: outbox.Ping})
 	}
 	ctx, over := a.pause()
 	defer over()
@@ -463,11 +465,11 @@ func (a *agentConn) send(e entry) error {
 			if err := l.pool.judge(&e); err != nil {
 				return err
 			}
-			err := l.outbox.Try(e, &a.line, a.weight())
+			err := l.Outbox.Try(e, &a.line, a.weight())
 			if errors.Is(err, outbox.ErrFull) {
 				began := monotonic.Now()
 				ctx, over := a.pause()
-				err = l.outbox.Put(ctx, e, &a.line, a.weight())
+				err = l.Outbox.Put(ctx, e, &a.line, a.weight())
 				over()
 				a.noteWait(began)
 			}
@@ -511,7 +513,7 @@ func (a *agentConn) Return(piece []byte) { a.memory.Return(piece) }
 func (a *agentConn) Release(n int) { a.memory.Release(n) }
 
 // Received returns how many bytes of messages have come; the memory's budget calls it.
-func (a *agentConn) Received() uint64 { return a.sock.Received() }
+func (a *agentConn) Received() uint64 { return a.Socket.Received() }
 
 // Paused reports whether the reader waits for others than its agent; the memory's budget calls it.
 func (a *agentConn) Paused() bool { return a.ending.Paused(heldUpLimit) }
@@ -584,7 +586,7 @@ func (a *agentConn) logged(more ...zap.Field) []zap.Field {
 // moment: to close a socket with data unread would take back what was last written to it.
 func (a *agentConn) discard() {
 	for {
-		switch _, err := a.sock.Read(); {
+		switch _, err := a.Socket.Read(); {
 		case err == nil:
 			a.server.tel.Fault(telemetry.ReasonFrameLost)
 		case !socket.Skippable(err):
@@ -598,7 +600,7 @@ func (a *agentConn) discard() {
 // leave it silently out of date, while a reconnecting agent is brought up to date. It reports
 // whether the frame is the outbox's now.
 func (a *agentConn) deliver(frame []byte, taken int64) bool {
-	err := a.outbox.Try(entry{Frame: frame, Kind: outbox.Message, Taken: taken})
+	err := a.Outbox.Try(entry{Frame: frame, Kind: outbox.Message, Taken: taken})
 	if err == nil {
 		return true
 	}
@@ -611,12 +613,12 @@ func (a *agentConn) deliver(frame []byte, taken int64) bool {
 
 // sendOwn tries to send a frame of the gateway's own; it is no loss if it does not fit.
 func (a *agentConn) sendOwn(frame []byte) {
-	_ = a.outbox.Try(entry{Frame: frame, Kind: outbox.Message})
+	_ = a.Outbox.Try(entry{Frame: frame, Kind: outbox.Message})
 }
 
 // Pinged answers the agent's ping, unless too much waits already; the socket calls it.
 func (a *agentConn) Pinged(payload []byte) {
-	_ = a.outbox.Try(entry{Frame: payload, Kind: outbox.Pong})
+	_ = a.Outbox.Try(entry{Frame: payload, Kind: outbox.Pong})
 }
 
 // Ponged does nothing: any sign of life is as good; the socket calls it.
@@ -629,30 +631,19 @@ func (a *agentConn) askFullState() {
 	}
 }
 
-// TryBatch writes to the agent's socket what it takes at once; the outbox calls it.
-func (a *agentConn) TryBatch(batch []entry) (int, error) {
-	n, err := socket.TryBatch(a.sock, batch)
-	countRelayed(&a.server.tel.Down, batch[:n])
-	return n, err
-}
-
 // WriteBatch writes to the agent's socket; the outbox calls it.
 func (a *agentConn) WriteBatch(batch []entry) (int, error) {
-	n, err := socket.WriteBatch(a.sock, batch)
-	countRelayed(&a.server.tel.Down, batch[:n])
+	n, err := a.Peer.WriteBatch(batch)
 	if err != nil && errors.Is(err, socket.ErrStalled) {
 		a.cut(ending.Slow)
 	}
 	return n, err
 }
 
-// Hurry bounds what the connection may still take; the outbox calls it.
-func (a *agentConn) Hurry() { a.sock.Hurry() }
-
 // Close ends the connection after a write has failed; the outbox calls it.
 func (a *agentConn) Close() {
 	a.ending.Close(nil)
-	a.sock.Close()
+	a.Socket.Close()
 }
 
 // dismiss lets the agent go: what waits for it, and a close frame, are written if that takes
@@ -668,7 +659,7 @@ func (a *agentConn) dismiss(cause *ending.Cause) {
 			a.server.events.Info("closing agent's connection: "+cause.Text, a.logged()...)
 		}
 	}
-	a.outbox.Close(websocket.FormatCloseMessage(cause.Code, cause.Text))
+	a.Outbox.Close(websocket.FormatCloseMessage(cause.Code, cause.Text))
 }
 
 // cut is dismiss for an agent that would not read it. It reports whether it was not closed before.
@@ -676,12 +667,12 @@ func (a *agentConn) cut(cause *ending.Cause) bool {
 	cause, isNew := a.ending.Close(cause)
 	if isNew {
 		a.count(cause)
-		a.sock.Close()
+		a.Socket.Close()
 	}
 	return isNew
 }
 
-func (a *agentConn) sweep(limits sweepLimits) {
+func (a *agentConn) sweep(limits peer.Limits) {
 	if cause, offends := a.ending.Due(); offends {
 		if cause != nil {
 			a.dismiss(cause)
@@ -689,17 +680,18 @@ func (a *agentConn) sweep(limits sweepLimits) {
 		return
 	}
 	if a.Paused() {
-		a.sock.Excuse()
+		a.Socket.Excuse()
 		// Nobody reads, so only writing tells that the agent is gone. Not a ping: an agent that cannot
 		// get rid of its answer ends the connection. A pong wants none (RFC 6455, section 5.5.3).
-		_ = a.outbox.Try(entry{Kind: outbox.Pong})
+		_ = a.Outbox.Try(entry{Kind: outbox.Pong})
 	}
-	switch quiet := a.sock.Sweep(); {
-	case quiet >= limits.close:
+	switch a.Sweep(limits) {
+	case peer.Silent:
 		a.dismiss(ending.Silent)
-	case quiet >= limits.ping:
-		a.sock.PingSent()
-		_ = a.outbox.Try(entry{Kind: outbox.Ping})
+	case peer.Quiet:
+		a.Socket.PingSent()
+		_ = a.Outbox.Try(entry{Kind: outbox.Ping})
+	case peer.Alive:
 	}
 	if since := a.mute.Load(); since != 0 && !a.gateway && monotonic.Since(since) >= muteLimit {
 		a.dismiss(ending.Mute)
@@ -715,13 +707,9 @@ func (a *agentConn) sweep(limits sweepLimits) {
 // connected to it. An end while a ping is unanswered is silence: the agent may be elsewhere already.
 func (a *agentConn) end(err error) {
 	s := a.server
-	var closed *websocket.CloseError
-	if errors.As(err, &closed) && closed.Code != websocket.CloseAbnormalClosure {
-		a.outbox.Reply(closeReply(closed.Code))
-		a.outbox.Drain(s.ctx) // for a moment at most
-	}
+	a.Answer(s.ctx, err)
 	lost := 0
-	for _, e := range a.outbox.Abort() {
+	for _, e := range a.Outbox.Abort() {
 		if e.Taken != 0 {
 			lost++
 		}
@@ -744,12 +732,4 @@ func (a *agentConn) maxUIDs() int {
 		return maxGatewayUIDs
 	}
 	return a.server.cfg.Agents.MaxInstanceUIDs
-}
-
-// closeReply is the payload of the close frame that answers one with code (RFC 6455, section 5.5.1).
-func closeReply(code int) []byte {
-	if code == websocket.CloseNoStatusReceived {
-		return nil
-	}
-	return websocket.FormatCloseMessage(code, "")
 }

@@ -3,19 +3,17 @@ package opampgateway
 import (
 	"context"
 	"time"
-)
 
-// sweepLimits say after how many sweeps without a sign of life a connection is pinged, and
-// after how many it is closed.
-type sweepLimits struct{ ping, close int }
+	"github.com/opampgateway/opampgateway/internal/peer"
+)
 
 // sweep looks after all connections of one side until ctx ends, with look. No connection has a
 // timer of its own.
-func sweep(ctx context.Context, k KeepAliveConfig, interval time.Duration, look func(limits sweepLimits)) {
+func sweep(ctx context.Context, k KeepAliveConfig, interval time.Duration, look func(limits peer.Limits)) {
 	// A ping needs time to be answered between two sweeps.
 	interval = min(interval, k.Interval, k.Timeout-k.Interval)
 	sweeps := func(d time.Duration) int { return int((d + interval - 1) / interval) }
-	limits := sweepLimits{ping: sweeps(k.Interval), close: sweeps(k.Timeout)}
+	limits := peer.Limits{Ping: sweeps(k.Interval), Close: sweeps(k.Timeout)}
 	for sleep(ctx, interval) == nil {
 		look(limits)
 	}

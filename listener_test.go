@@ -166,7 +166,7 @@ func TestUnixSocket(t *testing.T) {
 	directory, err := os.MkdirTemp("", "opamp") //nolint:usetesting // t.TempDir is too long for a socket on some systems
 	require.NoError(t, err)
 	defer func() { _ = os.RemoveAll(directory) }()
-	path := filepath.Join(directory, "gateway.sock")
+	path := filepath.Join(directory, "gateway.Socket")
 	r := startLoopback(t, nil, map[string]any{"listener": map[string]any{"transport": "unix", "endpoint": path}}, nil)
 	r.door = gatewaytest.Door{URL: "ws://gateway/v1/opamp", Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", path)

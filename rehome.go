@@ -105,7 +105,7 @@ func (p *upstreamPool) resend(ctx context.Context, l *link, e *entry) bool {
 		p.memory.Recycle(e.Frame)
 		return true
 	}
-	return l.outbox.Put(ctx, *e, &a.line, a.weight()) == nil
+	return l.Outbox.Put(ctx, *e, &a.line, a.weight()) == nil
 }
 
 // countIn counts the memory of entries that are in no outbox, until countOut.
@@ -205,7 +205,7 @@ func (p *upstreamPool) sayGoodbyeNow(l *link, line *outbox.Line[*claim], gone []
 		if p.judge(&e) != nil {
 			continue // the server has had enough of it
 		}
-		if l.outbox.Put(p.ctx, e, line, c.agent.weight()) != nil {
+		if l.Outbox.Put(p.ctx, e, line, c.agent.weight()) != nil {
 			return // the link's end says it
 		}
 	}

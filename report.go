@@ -10,9 +10,6 @@ import (
 	"go.opentelemetry.io/collector/config/confignet"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
-
-	"github.com/opampgateway/opampgateway/internal/monotonic"
-	"github.com/opampgateway/opampgateway/internal/telemetry"
 )
 
 // sampled returns a logger that writes only the first few of each message in a while: for
@@ -63,26 +60,4 @@ func reportLink(host component.Host, err error) {
 		event = componentstatus.NewRecoverableErrorEvent(err)
 	}
 	componentstatus.ReportStatus(host, event)
-}
-
-// countRelayed counts messages that were handed to their socket. Of a batch, the first has waited
-// the longest.
-func countRelayed(direction *telemetry.Direction, batch []entry) {
-	messages, bytes, first := 0, 0, int64(0)
-	for i := range batch {
-		if e := &batch[i]; e.Taken != 0 {
-			if messages == 0 {
-				first = e.Taken
-			}
-			messages++
-			bytes += len(e.Frame)
-		}
-	}
-	if messages == 0 {
-		return
-	}
-	direction.Relayed(messages, bytes)
-	if direction.LatencyDue(first) {
-		direction.Latency(time.Duration(monotonic.Now() - first))
-	}
 }

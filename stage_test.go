@@ -273,7 +273,7 @@ func (r *running) wantIdle(l *link) {
 	r.pool.mu.Unlock()
 	waiting, _ := l.book.Len() // those sent keep their places until they are answered, or expire
 	require.Zero(r.t, waiting, "questions that wait on a link")
-	outbox := reflect.ValueOf(l.outbox).Elem()
+	outbox := reflect.ValueOf(l.Outbox).Elem()
 	mu := (*sync.Mutex)(unsafe.Pointer(outbox.FieldByName("mu").UnsafeAddr()))
 	mu.Lock()
 	defer mu.Unlock()

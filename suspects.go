@@ -6,10 +6,10 @@ import (
 	"math"
 	"time"
 
-	"github.com/gorilla/websocket"
 	"go.uber.org/zap"
 
 	"github.com/opampgateway/opampgateway/internal/monotonic"
+	"github.com/opampgateway/opampgateway/internal/peer"
 	"github.com/opampgateway/opampgateway/internal/suspicion"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
 )
@@ -64,8 +64,8 @@ func (p *upstreamPool) findCulprit(l *link, err error) {
 	if l.givenUp.Load() || p.dialing.Err() != nil {
 		return
 	}
-	sent, trial := l.outbox.Unacknowledged()
-	end := suspicion.End{Code: closeCode(err), Trial: trial, Unacknowledged: make([]suspicion.Message, len(sent))}
+	sent, trial := l.Outbox.Unacknowledged()
+	end := suspicion.End{Code: peer.CloseCode(err), Trial: trial, Unacknowledged: make([]suspicion.Message, len(sent))}
 	for i, s := range sent {
 		end.Unacknowledged[i].Size = s.Size
 		if s.Sender != nil {
@@ -92,17 +92,9 @@ func (p *upstreamPool) release() {
 	}
 }
 
-// closeCode returns the code with which the server has closed a link, 0 if it said none.
-func closeCode(err error) int {
-	if closed, ok := errors.AsType[*websocket.CloseError](err); ok {
-		return closed.Code
-	}
-	return 0
-}
-
 // endsLate reports whether the server may not have noticed yet that a link has ended with err.
 func endsLate(err error) bool {
-	return closeCode(err) == 0 && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF)
+	return peer.CloseCode(err) == 0 && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF)
 }
 
 // weight is how many turns the connection has on its link: one, or as many as there are agents behind it.

@@ -27,6 +27,7 @@ import (
 	"github.com/opampgateway/opampgateway/internal/memory"
 	"github.com/opampgateway/opampgateway/internal/monotonic"
 	"github.com/opampgateway/opampgateway/internal/outbox"
+	"github.com/opampgateway/opampgateway/internal/peer"
 	"github.com/opampgateway/opampgateway/internal/questions"
 	"github.com/opampgateway/opampgateway/internal/socket"
 	"github.com/opampgateway/opampgateway/internal/suspicion"
@@ -216,7 +217,7 @@ func (p *upstreamPool) keep(slot int) {
 		logged = ""
 		up := time.Now()
 		if !p.linkUp(l) {
-			l.outbox.Abort()
+			l.Outbox.Abort()
 			return
 		}
 		log.Info("connected to the server", l.redirected)
@@ -305,7 +306,7 @@ func (p *upstreamPool) linkUp(l *link) bool {
 //  5. Each agent that was at home here gets a goroutine that finds it a new one. Gateways
 //     are closed instead: they introduce their own agents again.
 func (p *upstreamPool) linkDown(l *link, err error) {
-	unwritten := l.outbox.Abort()
+	unwritten := l.Outbox.Abort()
 	l.late = endsLate(err)
 	p.findCulprit(l, err)
 	for _, e := range unwritten {
@@ -461,7 +462,7 @@ func (p *upstreamPool) detach(a *agentConn, gone []*claim) (home *link, farewell
 		home = l
 	}
 	p.detachLocked(a)
-	if cause := a.ending.End(); cause != nil && !cause.Told || cause == nil && a.sock != nil && a.sock.Unanswered() {
+	if cause := a.ending.End(); cause != nil && !cause.Told || cause == nil && a.Socket != nil && a.Socket.Unanswered() {
 		gone = nil
 	}
 	a.gone = gone
@@ -544,23 +545,24 @@ func (p *upstreamPool) links() []*link {
 // unacknowledged returns how many messages are on their way to the server.
 func (p *upstreamPool) unacknowledged() (n int) {
 	for _, l := range p.links() {
-		n += l.outbox.OnItsWay()
+		n += l.Outbox.OnItsWay()
 	}
 	return n
 }
 
 // sweep pings quiet links and ends silent ones; their slots dial again. Questions whose time is
 // over are forgotten.
-func (p *upstreamPool) sweep(limits sweepLimits) {
+func (p *upstreamPool) sweep(limits peer.Limits) {
 	for _, l := range p.links() {
-		switch quiet := l.sock.Sweep(); {
-		case quiet >= limits.close:
+		switch l.Sweep(limits) {
+		case peer.Silent:
 			p.tel.Fault(telemetry.ReasonLinkSilent)
 			p.log.Warn("no sign of life from the server; closing the connection", zap.String("link", p.linkName(l.slot)))
 			l.givenUp.Store(true)
-			l.sock.Close()
-		case quiet >= limits.ping:
-			l.outbox.Ping()
+			l.Socket.Close()
+		case peer.Quiet:
+			l.Outbox.Ping()
+		case peer.Alive:
 		}
 		expired, send := l.book.Sweep(time.Now())
 		l.put(send)
@@ -577,24 +579,24 @@ func (p *upstreamPool) finish(ctx, drained context.Context) {
 	links := p.links()
 	defer context.AfterFunc(ctx, func() {
 		for _, l := range links {
-			l.sock.Close()
+			l.Socket.Close()
 		}
 	})()
 	for _, l := range links {
-		l.outbox.Drain(drained)
-		l.outbox.Close(websocket.FormatCloseMessage(websocket.CloseGoingAway, "gateway is shutting down"))
+		l.Outbox.Drain(drained)
+		l.Outbox.Close(websocket.FormatCloseMessage(websocket.CloseGoingAway, "gateway is shutting down"))
 	}
 	p.slots.Wait()
 }
 
 // link is one WebSocket to the server.
 type link struct {
+	peer.Peer[*claim, *outbox.Link[*claim]]
+
 	// Set once.
 	pool       *upstreamPool
 	slot       int
-	redirected zap.Field // where the server has sent us
-	sock       *socket.Socket
-	outbox     *outbox.Link[*claim]
+	redirected zap.Field     // where the server has sent us
 	ended      chan struct{} // closed when it is not live any more
 	book       *questions.Book[*asker]
 	// To be read once ended is closed.
@@ -618,9 +620,10 @@ func newLink(p *upstreamPool, slot int, conn net.Conn, in *bufio.Reader) *link {
 		pool: p, slot: slot, book: questions.NewBook[*asker](p.server), ended: make(chan struct{}),
 		unwritten: map[*agentConn][]entry{}, agents: map[*agentConn]struct{}{},
 	}
-	l.sock = socket.New(conn, socket.LinkInput(conn, in, linkReadBuffer), true, p.cfg.MaxMessageSize, linkWriteTimeout, l)
+	l.Relayed = &p.tel.Up
+	l.Socket = socket.New(conn, socket.LinkInput(conn, in, linkReadBuffer), true, p.cfg.MaxMessageSize, linkWriteTimeout, l)
 	share := memory.LinkShare(int64(p.cfg.MaxBufferedSize), p.cfg.Server.Connections)
-	l.outbox = outbox.NewLink(l, share, &p.memory.Up, &p.trials)
+	l.Outbox = outbox.NewLink(l, share, &p.memory.Up, &p.trials)
 	return l
 }
 
@@ -628,7 +631,7 @@ func newLink(p *upstreamPool, slot int, conn net.Conn, in *bufio.Reader) *link {
 // returns when the connection has ended.
 func (l *link) read() error {
 	for {
-		frame, err := l.sock.Read()
+		frame, err := l.Socket.Read()
 		switch {
 		case err == nil:
 			l.relay(frame)
@@ -639,11 +642,7 @@ func (l *link) read() error {
 		case errors.Is(err, socket.ErrText):
 			l.pool.tel.Fault(telemetry.ReasonServerBadFrame)
 		default:
-			var closed *websocket.CloseError
-			if errors.As(err, &closed) && closed.Code != websocket.CloseAbnormalClosure {
-				l.outbox.Reply(closeReply(closed.Code))
-				l.outbox.Drain(l.pool.ctx) // for a moment at most
-			}
+			l.Answer(l.pool.ctx, err)
 			return err
 		}
 	}
@@ -672,7 +671,7 @@ func (l *link) relay(frame []byte) {
 		if !l.pool.router.takeFarewell(f.UID) { // otherwise it is the answer to a goodbye
 			l.pool.tel.Fault(telemetry.ReasonServerUnknownUID)
 		}
-		l.sock.Drop(frame)
+		l.Socket.Drop(frame)
 		return
 	}
 	l.noteCapabilities(frame, &f)
@@ -681,7 +680,7 @@ func (l *link) relay(frame []byte) {
 		l.rename(frame, c)
 	}
 	if !c.agent.deliver(frame, taken) {
-		l.sock.Drop(frame)
+		l.Socket.Drop(frame)
 		return
 	}
 	if untold != nil {
@@ -748,11 +747,11 @@ func (l *link) takeUnaddressed(frame []byte, f *wire.Fields) {
 }
 
 // Pinged answers the server's ping, unless too many wait to be answered; the socket calls it.
-func (l *link) Pinged(payload []byte) { _ = l.outbox.Control(outbox.Pong, payload) }
+func (l *link) Pinged(payload []byte) { _ = l.Outbox.Control(outbox.Pong, payload) }
 
 // Ponged takes the server's answer to a ping; the socket calls it.
 func (l *link) Ponged(payload []byte) {
-	ack, expected := l.outbox.Pong(payload)
+	ack, expected := l.Outbox.Pong(payload)
 	if !expected {
 		return
 	}
@@ -779,20 +778,13 @@ func (l *link) Release(n int) { l.pool.memory.Down.Give(n) }
 
 // WriteBatch writes to the link's socket; the outbox calls it.
 func (l *link) WriteBatch(batch []entry) (int, error) {
-	n, err := socket.WriteBatch(l.sock, batch)
-	countRelayed(&l.pool.tel.Up, batch[:n])
+	n, err := l.Peer.WriteBatch(batch)
 	if err != nil && errors.Is(err, socket.ErrStalled) {
 		l.givenUp.Store(true)
-		l.sock.Close()
+		l.Close()
 	}
 	return n, err
 }
-
-// Hurry bounds what the connection may still take; the outbox calls it.
-func (l *link) Hurry() { l.sock.Hurry() }
-
-// Close ends the connection; the outbox calls it.
-func (l *link) Close() { l.sock.Close() }
 
 // failureReason is what stays the same when an attempt fails again in the same way: the text
 // of a network error holds a port that does not.
