@@ -264,6 +264,10 @@ type agentConn struct {
 	fullState atomic.Int64 // when it is asked for its state once more, of the monotonic clock; 0 for not
 	many      atomic.Int32 // how many agents it speaks for, of a gateway
 
+	// Until when all that it says is turned down, of the monotonic clock, since the server has ended links because
+	// of it; 0 for not.
+	turnedDown atomic.Int64
+
 	// Where its messages wait on its link; see outbox.Line.
 	line outbox.Line[*claim]
 

@@ -32,6 +32,9 @@ var (
 // judge decides whether a message of an agent may go to the server, or only on trial. An error is errSuspect or
 // errServerLimit.
 func (p *upstreamPool) judge(e *entry) error {
+	if until := e.Sender.agent.turnedDown.Load(); until != 0 && monotonic.Now() < until {
+		return errSuspect // whatever UID it uses now
+	}
 	switch p.suspicion.Judge(e.Sender.route.uid, len(e.Frame)) {
 	case suspicion.Named:
 		return errSuspect
@@ -77,6 +80,9 @@ func (p *upstreamPool) findCulprit(l *link, err error) {
 		return
 	}
 	c := sent[trial].Sender
+	if !c.agent.gateway {
+		c.agent.turnedDown.Store(monotonic.Now() + int64(turnedDown))
+	}
 	p.log.Warn("server ends the connection when it reads a message of this agent, so the message is dropped, and what the agent says is turned down for a while",
 		c.agent.logged(zap.Stringer("agent", culprit.UID), zap.Int("bytes", culprit.Size), zap.Duration("for", turnedDown),
 			zap.String("link", p.linkName(l.slot)), zap.NamedError("server_said", err))...)
