@@ -41,6 +41,7 @@ extensions:
       endpoint: {{yaml .Server}}
       headers:
         Authorization: "Secret-Key ${env:`+secretKeyEnv+`}"
+      agent_id: demo
       connections: {{.Connections}}
     listener:
       endpoint: {{yaml .Listen}}

@@ -21,6 +21,7 @@ extensions:
       endpoint: "wss://server/v1/opamp?a=$$b"
       headers:
         Authorization: "Secret-Key ${env:OPAMP_SECRET_KEY}"
+      agent_id: demo
       connections: 3
     listener:
       endpoint: "localhost:4320"
