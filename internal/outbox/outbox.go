@@ -90,14 +90,14 @@ type Outbox[S any] struct {
 
 	// mu guards what follows. It is never held while the socket is written to.
 	mu      sync.Mutex
-	queue   []Entry[S]   // waits to be written
-	size    int          // of the queue and of the batch being written
-	taken   int          // what they take, of the account
-	closed  bool         // nothing more is taken
-	writing bool         // somebody is the writer, and has something to write
-	changed sync.Cond    // writing
-	aside   []Entry[S]   // what a failed write, or Reply, left unwritten
-	first   [1]Entry[S]  // memory for a queue of one
+	queue   []Entry[S]  // waits to be written
+	size    int         // of the queue and of the batch being written
+	taken   int         // what they take, of the account
+	closed  bool        // nothing more is taken
+	writing bool        // somebody is the writer, and has something to write
+	changed sync.Cond   // writing
+	aside   []Entry[S]  // what a failed write, or Reply, left unwritten
+	first   [1]Entry[S] // memory for a queue of one
 }
 
 // New returns an agent's outbox, for socket, that holds up to limit bytes, or one entry of any
