@@ -2,8 +2,12 @@ package outbox
 
 import (
 	"context"
+	"encoding/binary"
+	"errors"
 
 	"fmt"
+	"math/rand/v2"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -769,4 +773,625 @@ func TestADecisionIsForWhomItWasMade(t *testing.T) {
 		bobWaits.want(t, nil, "bob")
 		require.Contains(t, s.said(), "bob0")
 	})
+}
+
+// The gateway's own, and the window.
+
+func TestAPingIsTheFirstThatALinkWrites(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(true)
+		o := startLink(t, 1<<20, s, &Trials{})
+		require.NoError(t, newSpeaker(o, "alice").say(0))
+		time.Sleep(time.Hour)
+		require.Equal(t, "ping", s.wrote()[0])
+		require.Equal(t, []string{"ping", "alice0", "ping"}, s.wrote(), "and no more than is needed to know what was read")
+		require.Len(t, s.acks, 2)
+		assert.Positive(t, s.acks[1].Largest)
+		assert.Zero(t, s.acks[1].Trial)
+		assert.Zero(t, o.OnItsWay())
+	})
+}
+
+func TestTheGatewaysOwnGoesFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 1<<20, s, &Trials{})
+		synctest.Wait()
+		resume := s.stall()
+		require.NoError(t, o.Push(message("own", "first")))
+		synctest.Wait()
+		newSpeaker(o, "alice").sayAll(t, 2, 0)
+		require.NoError(t, o.Push(message("own", "question1")))
+		require.NoError(t, o.Push(message("own", "question2")))
+		require.NoError(t, o.Control(Pong, []byte("1")))
+		o.Ping()
+		resume()
+		synctest.Wait()
+		require.Equal(t, []string{"ping", "first", "pong", "ping", "question1", "question2", "alice0", "alice1"}, s.wrote()[:8])
+	})
+}
+
+func TestNoMoreIsOnItsWayThanTheWindowHolds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 1<<20, s, &Trials{})
+		fill(t, o, s)
+		newSpeaker(o, "alice").sayAll(t, 10, 0)
+		synctest.Wait()
+		require.Len(t, s.said(), startMessages, "what is beyond the window waits")
+		require.Equal(t, startMessages, o.OnItsWay())
+
+		require.NoError(t, o.Push(message("own", "question")))
+		require.NoError(t, o.Control(Pong, nil))
+		synctest.Wait()
+		require.Equal(t, "question", s.said()[startMessages], "the gateway's own passes a closed window")
+		require.Equal(t, "pong", s.wrote()[len(s.wrote())-2])
+		require.Len(t, s.said(), startMessages+1)
+
+		s.answer()
+		synctest.Wait()
+		require.Len(t, s.said(), startMessages+1+10, "what was read makes room")
+		_, trial := o.Unacknowledged()
+		assert.Equal(t, -1, trial)
+	})
+}
+
+func TestAServerThatNeverAnswersPingsIsServed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 1<<20, s, &Trials{})
+		alice, bob := newSpeaker(o, "alice"), newSpeaker(o, "bob")
+		bob.trial = true
+		alice.sayAll(t, 100, 0)
+		bob.sayAll(t, 3, 0)
+		time.Sleep(time.Second)
+		require.Less(t, len(s.said()), 100)
+		time.Sleep(4 * time.Second)
+		require.Len(t, s.said(), 103, "also what is on trial")
+		_, trial := o.Unacknowledged()
+		assert.Equal(t, -1, trial, "of which nobody can say anything")
+		for range 30 * time.Minute / time.Second {
+			require.NoError(t, alice.say(0))
+			require.NoError(t, bob.say(0))
+			synctest.Wait()
+			require.Zero(t, o.lines.waiting, "nothing waits any more")
+			time.Sleep(time.Second)
+		}
+		for range 2 * maxSent {
+			require.NoError(t, alice.say(0))
+			synctest.Wait()
+		}
+		require.LessOrEqual(t, o.OnItsWay(), maxSent, "what is remembered is bounded")
+	})
+}
+
+// What comes when nothing waits any more, and the window is open, is written at once.
+func TestAWindowThatWasClosedOnceHoldsUpNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 1<<20, s, &Trials{})
+		s.settle()
+		alice := newSpeaker(o, "alice")
+		resume := s.stall()
+		require.NoError(t, alice.say(0))
+		synctest.Wait()
+		alice.sayAll(t, startMessages+2, 0)
+		resumeNext := s.stall()
+		resume()
+		synctest.Wait() // a batch of as many as the window holds is being written
+		o.Pong(binary.BigEndian.AppendUint64(nil, o.lastPing))
+		resumeNext()
+		synctest.Wait()
+		require.Len(t, s.said(), startMessages+3)
+		s.settle()
+		before := len(s.said())
+		require.NoError(t, alice.say(0))
+		synctest.Wait()
+		require.Len(t, s.said(), before+1)
+	})
+}
+
+func TestTooManyPongsAreNotKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 1<<20, s, &Trials{})
+		synctest.Wait()
+		s.stall()
+		require.NoError(t, o.Push(message("own", "1")))
+		synctest.Wait()
+		for range maxControls {
+			require.NoError(t, o.Control(Pong, nil))
+		}
+		require.ErrorIs(t, o.Control(Pong, nil), ErrFull)
+		o.Ping()
+		assert.Len(t, o.controls, maxControls)
+	})
+}
+
+func TestPongsThatNobodyAskedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 1<<20, s, &Trials{})
+		fill(t, o, s)
+		for _, payload := range [][]byte{nil, {1}, make([]byte, 8), []byte("12345678"), make([]byte, 125)} {
+			_, expected := o.Pong(payload)
+			require.False(t, expected)
+		}
+		require.Equal(t, startMessages, o.OnItsWay())
+		s.answer()
+		synctest.Wait()
+		_, expected := o.Pong(binary.BigEndian.AppendUint64(nil, 1))
+		require.False(t, expected, "twice")
+	})
+}
+
+// Trials.
+
+func TestAMessageOnTrialStandsBetweenTwoPings(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 1<<20, s, &Trials{})
+		s.settle()
+		alice, bob := newSpeaker(o, "alice"), newSpeaker(o, "bob")
+		require.NoError(t, bob.say(0))
+		synctest.Wait()
+		alice.trial = true
+		alice.sayAll(t, 2, 100)
+		synctest.Wait()
+		require.NoError(t, bob.say(0), "others go on meanwhile")
+		synctest.Wait()
+		require.Equal(t, []string{"ping", "bob0", "ping", "alice0", "ping", "bob1"}, s.wrote(), "alice1 waits until alice0 is acknowledged")
+
+		sent, trial := o.Unacknowledged()
+		require.Equal(t, -1, trial, "the server may not have come to it")
+		require.Len(t, sent, 3)
+
+		s.answerFirst(t)
+		sent, trial = o.Unacknowledged()
+		require.Equal(t, []Sent[string]{{"alice", 100}, {"bob", 4}}, sent)
+		require.Equal(t, 0, trial)
+
+		s.answerFirst(t)
+		require.Equal(t, Sent[string]{"alice", 100}, s.acks[len(s.acks)-1].Trial)
+		require.Equal(t, 100, s.acks[len(s.acks)-1].Largest)
+		_, trial = o.Unacknowledged()
+		require.Equal(t, -1, trial)
+		synctest.Wait()
+		require.Contains(t, s.said(), "alice1")
+		s.settle()
+		assert.Zero(t, s.acks[0].Trial.Size)
+	})
+}
+
+func TestAPingBeforeATrialThatWasAnsweredLongAgoProvesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 1<<20, s, &Trials{})
+		s.settle()
+		alice := newSpeaker(o, "alice")
+		alice.trial = true
+		require.NoError(t, alice.say(0))
+		synctest.Wait()
+		s.answerFirst(t)
+		time.Sleep(trialTime - time.Millisecond)
+		_, trial := o.Unacknowledged()
+		require.Equal(t, 0, trial)
+		time.Sleep(2 * time.Millisecond)
+		_, trial = o.Unacknowledged()
+		require.Equal(t, -1, trial)
+	})
+}
+
+func TestOneMessageIsOnTrialOnAllLinks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var trials Trials
+		servers, speakers := []*fakeServer{newServer(false), newServer(false), newServer(false)}, []*speaker(nil)
+		for i, s := range servers {
+			o := startLink(t, 1<<20, s, &trials)
+			s.settle()
+			speaker := newSpeaker(o, "suspect"+strconv.Itoa(i)+"-")
+			speaker.trial = true
+			speakers = append(speakers, speaker)
+			require.NoError(t, speaker.say(0))
+			synctest.Wait()
+			require.NoError(t, newSpeaker(o, "other").say(0))
+			synctest.Wait()
+		}
+		for i, s := range servers {
+			require.Contains(t, s.said(), "other0")
+			require.Equal(t, i == 0, slices.Contains(s.said(), "suspect"+strconv.Itoa(i)+"-0"), i)
+		}
+		onTrial := func() (n int) {
+			for i, s := range servers {
+				if said := s.said(); slices.Contains(said, fmt.Sprintf("suspect%d-%d", i, speakers[i].n-1)) {
+					n++
+				}
+			}
+			return n
+		}
+		servers[0].settle() // is acknowledged
+		require.Equal(t, 2, onTrial(), "the next one's turn")
+		for i, s := range servers[1:] {
+			if slices.Contains(s.said(), fmt.Sprintf("suspect%d-0", i+1)) {
+				s.link.Abort() // its link ends
+				break
+			}
+		}
+		synctest.Wait()
+		require.Equal(t, 3, onTrial(), "the last one's turn")
+	})
+}
+
+// A server that does not answer, or a link that is stuck, keeps those of other links no longer than trialTime.
+func TestATrialThatIsStuckDoesNotBlockOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var trials Trials
+		stuck, fine := newServer(false), newServer(true)
+		a, b := startLink(t, 1<<20, stuck, &trials), startLink(t, 1<<20, fine, &trials)
+		stuck.settle()
+		alice, bob := newSpeaker(a, "alice"), newSpeaker(b, "bob")
+		alice.trial, bob.trial = true, true
+		require.NoError(t, alice.say(0))
+		synctest.Wait()
+		began := time.Now()
+		bob.sayAll(t, 3, 0)
+		time.Sleep(trialTime - time.Millisecond)
+		require.Empty(t, fine.said())
+		for len(fine.said()) < 3 {
+			time.Sleep(time.Millisecond)
+			require.Less(t, time.Since(began), trialTime+10*time.Millisecond)
+		}
+	})
+}
+
+// A link that may not try yet, and has its window closed when it may, waits for the window.
+func TestATrialWaitsForTheWindow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var trials Trials
+		busy, s := newServer(false), newServer(false)
+		a, b := startLink(t, 1<<20, busy, &trials), startLink(t, 1<<20, s, &trials)
+		busy.settle()
+		s.settle()
+		alice, bob := newSpeaker(a, "alice"), newSpeaker(b, "bob")
+		alice.trial, bob.trial = true, true
+		require.NoError(t, alice.say(0))
+		synctest.Wait()
+		require.NoError(t, bob.say(0))
+		synctest.Wait()
+		fill(t, b, s)
+		time.Sleep(trialTime + time.Second) // bob may try, but the window is closed
+		require.NotContains(t, s.said(), "bob0")
+		s.settle()
+		require.Contains(t, s.said(), "bob0")
+		// Without a window there is nothing to try.
+		bob.sayAll(t, 1, 0)
+		time.Sleep(time.Hour)
+		require.Contains(t, s.said(), "bob1")
+	})
+}
+
+// The end.
+
+// What a link did not write before it was lost is written to the next link: nothing may be missing, nothing that was
+// written may come again, and the order of each sender's stays.
+func TestAbortOfALinkReturnsExactlyWhatWasNotWritten(t *testing.T) {
+	for breaksAt := range 14 {
+		t.Run(fmt.Sprintf("breaks after %d", breaksAt), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newServer(true)
+				s.breakAt(breaksAt)
+				o := startLink(t, 1<<20, s, &Trials{})
+				resume := s.stall()
+				synctest.Wait()
+				var want [][]string
+				speakers := newSpeakers(o, "s", 4)
+				speakers[3].trial = true
+				for i := range 3 {
+					for _, speaker := range speakers {
+						if speaker.say(50) != nil {
+							speaker.n-- // the first ping broke it
+						}
+						if i == 1 {
+							synctest.Wait()
+						}
+					}
+				}
+				resume()
+				synctest.Wait()
+				if breaksAt < 13 {
+					require.ErrorIs(t, speakers[0].say(1), ErrClosed)
+					assert.GreaterOrEqual(t, s.hurried, 1, "the reader has a moment to learn why")
+				}
+				unwritten := o.Abort()
+				for _, e := range unwritten {
+					assert.Equal(t, Message, e.Kind)
+				}
+				all := append(slices.Clone(s.got), unwritten...)
+				for _, speaker := range speakers {
+					var of []string
+					for _, e := range all {
+						if e.Sender == speaker.name {
+							of = append(of, textOf(e))
+						}
+					}
+					want = append(want, of)
+					require.Len(t, of, 3)
+					for i, text := range of {
+						require.Equal(t, speaker.name+strconv.Itoa(i), text)
+					}
+					assert.Nil(t, speaker.line.queue)
+				}
+				assert.Empty(t, o.Abort(), "once")
+				_ = want
+			})
+		})
+	}
+}
+
+func TestAbortDoesNotWaitForALinkThatIsStuck(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 1<<20, s, &Trials{})
+		synctest.Wait()
+		s.stall()
+		alice := newSpeaker(o, "alice")
+		alice.sayAll(t, 3, 0)
+		synctest.Wait()
+		require.NoError(t, o.Push(message("own", "question")))
+		began := time.Now()
+		unwritten := o.Abort()
+		assert.Zero(t, time.Since(began))
+		assert.ElementsMatch(t, []string{"alice0", "alice1", "alice2", "question"}, texts(unwritten))
+		assert.Equal(t, 1, s.closed)
+	})
+}
+
+func TestCloseWritesAllThatWaitsWhateverTheWindowSays(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 8<<20, s, &Trials{})
+		fill(t, o, s)
+		speakers := newSpeakers(o, "s", 20)
+		for i, speaker := range speakers {
+			speaker.trial = i%2 == 0
+			speaker.sayAll(t, 3, 10<<10)
+		}
+		o.Close([]byte("goodbye"))
+		assert.Equal(t, 1, s.hurried)
+		assert.Zero(t, s.closed, "the reader is left to hear the server's answer")
+		synctest.Wait()
+		require.Len(t, s.said(), startMessages+60)
+		wrote := s.wrote()
+		require.Equal(t, "close", wrote[len(wrote)-1])
+		require.Equal(t, "goodbye", string(s.got[len(s.got)-1].Frame))
+		for _, speaker := range speakers {
+			assert.Less(t, slices.Index(wrote, speaker.name+"0"), slices.Index(wrote, speaker.name+"1"))
+			assert.Less(t, slices.Index(wrote, speaker.name+"1"), slices.Index(wrote, speaker.name+"2"))
+		}
+		o.Close([]byte("again"))
+		o.Reply([]byte("and again"))
+		synctest.Wait()
+		assert.Len(t, s.wrote(), len(wrote))
+		assert.Empty(t, o.Abort())
+	})
+}
+
+// A server that has said that it is closing reads no more: what waits for it is for the next link.
+func TestReplyOfALinkKeepsWhatWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 1<<20, s, &Trials{})
+		synctest.Wait()
+		resume := s.stall()
+		alice, bob := newSpeaker(o, "alice"), newSpeaker(o, "bob")
+		bob.trial = true
+		alice.sayAll(t, 1, 0)
+		synctest.Wait()
+		alice.sayAll(t, 2, 0)
+		bob.sayAll(t, 2, 0)
+		require.NoError(t, o.Push(message("own", "question")))
+		require.NoError(t, o.Control(Pong, nil))
+		o.Reply([]byte("goodbye"))
+		assert.Equal(t, 1, s.hurried)
+		resume()
+		synctest.Wait()
+		require.Equal(t, []string{"alice0"}, s.said())
+		require.Equal(t, "close", s.wrote()[len(s.wrote())-1])
+		require.Equal(t, []string{"question", "alice1", "alice2", "bob0", "bob1"}, texts(o.Abort()))
+	})
+}
+
+func TestDrainOfALinkWaitsUntilNothingIsLeft(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 1<<20, s, &Trials{})
+		began := time.Now()
+		o.Drain(t.Context()) // nothing to do
+		assert.Zero(t, time.Since(began))
+
+		fill(t, o, s)
+		newSpeaker(o, "alice").sayAll(t, 3, 0)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		o.Drain(ctx)
+		assert.Equal(t, time.Second, time.Since(began), "no longer than its context")
+		time.AfterFunc(time.Second, func() { s.answer() })
+		o.Drain(t.Context())
+		assert.Equal(t, 2*time.Second, time.Since(began))
+		assert.Contains(t, s.said(), "alice2")
+
+		s.settle()
+		resume := s.stall()
+		time.AfterFunc(time.Second, resume)
+		o.signal() // the writer has a look at the window
+		require.NoError(t, newSpeaker(o, "bob").say(0))
+		began = time.Now()
+		o.Drain(t.Context())
+		assert.Equal(t, time.Second, time.Since(began))
+		assert.Contains(t, s.said(), "bob0")
+
+		newSpeaker(o, "cathy").sayAll(t, 30, 0)
+		time.AfterFunc(time.Second, s.Close) // and with the socket
+		began = time.Now()
+		o.Drain(t.Context())
+		assert.LessOrEqual(t, time.Since(began), 3*time.Second)
+	})
+}
+
+// Memory.
+
+func TestAMessageAllocatesNothing(t *testing.T) {
+	account := newAccount()
+	o := NewLink[string](discard{}, 1<<20, account, &Trials{})
+	defer o.Abort()
+	lines := make([]Line[string], 100)
+	e := message("alice", "hello")
+	allocations := testing.AllocsPerRun(100, func() {
+		for i := range lines {
+			if o.Put(context.Background(), e, &lines[i], 1) != nil {
+				t.Fail()
+			}
+		}
+		for account.Held() > 0 {
+			o.signal()
+			runtime.Gosched()
+			o.mu.Lock()
+			n := o.lastPing
+			o.mu.Unlock()
+			o.Pong(pongOf(n))
+		}
+	})
+	assert.LessOrEqual(t, allocations/float64(len(lines)), 0.3, "allocations of a message: none but of pings")
+}
+
+// pongOf returns the payload of a pong; of the same number, the same memory.
+func pongOf(number uint64) []byte {
+	p := pongs.Get().(*[8]byte)
+	defer pongs.Put(p)
+	binary.BigEndian.PutUint64(p[:], number)
+	return p[:]
+}
+
+var pongs = sync.Pool{New: func() any { return new([8]byte) }}
+
+func TestASenderWithNothingWaitingHasNoQueue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(true)
+		o := startLink(t, 8<<20, s, &Trials{})
+		speakers := newSpeakers(o, "s", 2*keptQueues)
+		for range 3 {
+			resume := s.stall()
+			for _, speaker := range speakers {
+				speaker.sayAll(t, 3, 100)
+			}
+			speakers[0].sayAll(t, 200, 0)
+			resume()
+			synctest.Wait()
+			for _, speaker := range speakers {
+				require.Nil(t, speaker.line.queue)
+			}
+			require.Equal(t, keptQueues, o.lines.spares)
+			require.Empty(t, o.lines.round.len+o.lines.fresh.len+o.lines.trials.len)
+		}
+		require.ErrorIs(t, newSpeaker(o, "s").o.Try(Entry[string]{Frame: make([]byte, 9<<20)}, &speakers[0].line, 1), nil)
+	})
+}
+
+// A burst is over; an hour later nothing of what was said may still be held.
+func TestAnIdleLinkHoldsNoMemory(t *testing.T) {
+	var said released
+	s := newServer(true)
+	s.fakeSocket.breaksAt = -1
+	o := NewLink[string](forgetfulServer{s}, 8<<20, newAccount(), &Trials{})
+	s.link = o
+	close(s.ready)
+	s.reading.Go(s.read)
+	resume := s.stall()
+	lines := make([]Line[string], 300)
+	for i := range lines {
+		for range 5 {
+			require.NoError(t, o.Try(said.entry(), &lines[i], 1))
+		}
+	}
+	resume()
+	o.Drain(t.Context())
+	said.want(t)
+	for q := o.lines.spare; q != nil; q = q.next {
+		require.LessOrEqual(t, cap(q.entries), keptPlaces)
+	}
+	o.Abort()
+	s.reading.Wait()
+}
+
+// forgetfulServer keeps nothing of what is written but pings.
+type forgetfulServer struct{ *fakeServer }
+
+func (s forgetfulServer) WriteBatch(batch []Entry[string]) (int, error) {
+	n, err := s.fakeServer.WriteBatch(batch)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.got = nil
+	s.unread = slices.DeleteFunc(s.unread, func(e Entry[string]) bool { return e.Kind == Message })
+	return n, err
+}
+
+// Many at once.
+
+// Many senders at once, some of which give up, or are on trial; the socket breaks at some point, or not. Whatever was
+// taken is written or returned, exactly once, and in the order in which each sender sent.
+func TestManySendersAtOnce(t *testing.T) {
+	const senders, each = 16, 200
+	for _, breaksAt := range []int{-1, 0, 1000, 2500} {
+		t.Run(fmt.Sprintf("breaks at %d", breaksAt), func(t *testing.T) {
+			s := newServer(true)
+			s.breakAt(breaksAt)
+			o := startLink(t, 10_000, s, &Trials{})
+			taken := make([][]string, senders)
+			var sending sync.WaitGroup
+			for sender := range senders {
+				sending.Go(func() {
+					random := rand.New(rand.NewPCG(uint64(sender), uint64(breaksAt)))
+					var line Line[string]
+					for i := range each {
+						e := message(strconv.Itoa(sender), fmt.Sprintf("%d/%d", sender, i))
+						e.Frame = append(e.Frame, make([]byte, random.IntN(1+random.IntN(8000)))...)
+						e.Trial = random.IntN(20) == 0
+						text := string(e.Frame)
+						err := ErrFull
+						if random.IntN(2) == 0 {
+							err = o.Try(e, &line, 1+sender%3)
+						}
+						if errors.Is(err, ErrFull) {
+							ctx, cancel := context.WithCancel(context.Background())
+							if random.IntN(8) == 0 {
+								go func() {
+									runtime.Gosched()
+									cancel()
+								}()
+							}
+							err = o.Put(ctx, e, &line, 1+sender%3)
+							cancel()
+						}
+						switch {
+						case err == nil:
+							taken[sender] = append(taken[sender], text)
+						case errors.Is(err, ErrClosed):
+							return
+						case !errors.Is(err, context.Canceled):
+							t.Errorf("unexpected: %v", err)
+						}
+					}
+				})
+			}
+			sending.Wait()
+			if breaksAt < 0 {
+				o.Drain(t.Context())
+			}
+			unwritten := o.Abort()
+			if breaksAt < 0 {
+				assert.Empty(t, unwritten)
+			}
+			wantAllOnce(t, taken, append(s.got, unwritten...))
+		})
+	}
 }
