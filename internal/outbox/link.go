@@ -63,6 +63,7 @@ type Link[S any] struct {
 	own      []Entry[S] // messages of the gateway's own
 	lines    turns[S]
 	size     int         // of all messages that wait or are being written
+	large    int         // of those of them that do not fit always
 	taken    int         // what these take, of the account
 	crowd    []*queue[S] // senders that wait for room that all share, longest wait first
 	window   *window.Window
@@ -306,7 +307,7 @@ func (o *Link[S]) Abort() (unwritten []Entry[S]) {
 	o.wake.Stop()
 	unwritten = slices.Concat(o.aside, o.own, o.lines.drop())
 	o.account.Give(o.taken)
-	o.aside, o.own, o.controls, o.size, o.taken = nil, nil, nil, 0, 0
+	o.aside, o.own, o.controls, o.size, o.large, o.taken = nil, nil, nil, 0, 0, 0
 	return unwritten
 }
 
@@ -314,9 +315,15 @@ func (o *Link[S]) Abort() (unwritten []Entry[S]) {
 // that have nothing waiting.
 func (o *Link[S]) fitsLocked(q *queue[S], e *Entry[S], weight int) bool {
 	if q.empty() {
-		return e.size() <= alwaysFits || o.size == 0 || len(o.crowd) == 0 && o.size+e.size() <= o.limit
+		return e.size() <= alwaysFits || len(o.crowd) == 0 && o.roomLocked(e)
 	}
 	return q.fits(e, weight) && o.size+e.size() <= o.limit/2
+}
+
+// roomLocked reports whether there is room for e, which does not fit always. One that is larger than what is left gets in
+// when half of the room is free: those that come later keep no more than the other half filled.
+func (o *Link[S]) roomLocked(e *Entry[S]) bool {
+	return o.large <= o.limit/2 || o.large+e.size() <= o.limit
 }
 
 // addLocked has e wait in q.
@@ -331,6 +338,9 @@ func (o *Link[S]) addLocked(q *queue[S], e Entry[S], weight int) {
 // takeLocked counts e.
 func (o *Link[S]) takeLocked(e *Entry[S]) {
 	o.size += e.size()
+	if e.size() > alwaysFits {
+		o.large += e.size()
+	}
 	o.taken += e.Memory()
 	o.account.Take(e.Memory())
 }
@@ -369,7 +379,7 @@ func (o *Link[S]) decideLocked(q *queue[S], err error) {
 func (o *Link[S]) thinLocked() {
 	for len(o.crowd) > 0 {
 		q := o.crowd[0]
-		if o.size > 0 && o.size+q.pending.size() > o.limit {
+		if !o.roomLocked(&q.pending) {
 			return
 		}
 		o.crowd[0] = nil
@@ -392,8 +402,9 @@ func (o *Link[S]) giveUpLocked(q *queue[S]) {
 
 // startLocked has the writer see what there is to write.
 func (o *Link[S]) startLocked() {
+	o.idle = false
 	if o.parked {
-		o.parked, o.idle = false, false
+		o.parked = false
 		o.changed.Broadcast()
 	}
 }
@@ -479,6 +490,7 @@ func (o *Link[S]) waitLocked() {
 
 // gatherLocked appends to batch what is to be written now.
 func (o *Link[S]) gatherLocked(batch []Entry[S]) []Entry[S] {
+	o.held, o.again = false, math.MaxInt64
 	if o.replies {
 		return o.lastLocked(batch)
 	}
@@ -520,7 +532,7 @@ func (o *Link[S]) gatherLocked(batch []Entry[S]) []Entry[S] {
 	switch {
 	case o.closing != nil && o.lines.waiting == 0:
 		return o.lastLocked(batch)
-	case o.closing == nil && o.window.PingDue(monotonic.Now()):
+	case !o.closed && o.window.PingDue(monotonic.Now()):
 		batch = o.pingLocked(batch)
 	}
 	return batch
@@ -580,6 +592,9 @@ func (o *Link[S]) forgetLocked(written []Entry[S]) {
 	for i := range written {
 		if e := &written[i]; e.Kind == Message {
 			o.size -= e.size()
+			if e.size() > alwaysFits {
+				o.large -= e.size()
+			}
 			given += e.Memory()
 		}
 	}

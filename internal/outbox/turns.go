@@ -172,6 +172,8 @@ func (t *turns[S]) add(q *queue[S], weight int, e Entry[S]) {
 	case e.Trial || q.left >= cost(&e):
 		q.in.remove(q)
 		t.file(q, &t.fresh)
+	default:
+		q.left += turn * weight // which it would have got at the end of its turn, had it had this waiting by then
 	}
 }
 
@@ -258,8 +260,8 @@ func (t *turns[S]) take(q *queue[S]) Entry[S] {
 func (t *turns[S]) forget(q *queue[S]) {
 	q.line.queue, q.line = nil, nil
 	q.share, q.taken, q.since = 0, 0, 0
-	if t.spares >= keptQueues {
-		return
+	if t.spares >= keptQueues || len(q.decided) > 0 {
+		return // the latter is for its sender, which has not received it yet
 	}
 	if q.entries, q.head = q.entries[:0], 0; cap(q.entries) > keptPlaces {
 		q.entries = nil
