@@ -449,9 +449,7 @@ func (o *Link[S]) next(batch []Entry[S]) []Entry[S] {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.forgetLocked(batch)
-	if batch = batch[:0]; cap(batch) > keptEntries {
-		batch = nil
-	}
+	batch = batch[:0]
 	for {
 		if o.lines.waiting > 0 && o.size < batchSize {
 			// Those who are about to bring something do so first: it is all written in one call.
@@ -463,6 +461,9 @@ func (o *Link[S]) next(batch []Entry[S]) []Entry[S] {
 			return batch
 		}
 		o.idle = o.lines.waiting == 0
+		if o.idle && cap(batch) > keptEntries {
+			batch = nil
+		}
 		if o.closed {
 			o.stays, o.idle = false, true
 			o.changed.Broadcast()

@@ -476,7 +476,7 @@ func wantServedWithin(t *testing.T, turns int, between []Entry[string], who stri
 
 // boundOf is for how many turns of each other sender a message waits at most, once it is the first of its own: as many as
 // it costs, one that the other is in, and one for which the other goes first because it had nothing waiting.
-func boundOf(e *Entry[string], weight int) int { return (cost(e)+turn*weight-1)/(turn*weight) + 2 }
+func boundOf[S any](e *Entry[S], weight int) int { return (cost(e)+turn*weight-1)/(turn*weight) + 2 }
 
 func TestALargeMessageIsServedWithinABoundedNumberOfTurns(t *testing.T) {
 	for _, size := range []int{0, 5 << 10, 64 << 10, 500 << 10} {

@@ -17,6 +17,7 @@ package suspicion
 
 import (
 	"math"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -178,6 +179,10 @@ func (b *Book) Ended(e End) (culprit Message, turnedDown time.Duration) {
 		}
 		return culprit, b.nameLocked(culprit.UID, accuses(e.Code), now)
 	}
+	larger := func(m Message) bool { return m.Size > b.largest }
+	if e.Code == websocket.CloseMessageTooBig && !slices.ContainsFunc(e.Unacknowledged, larger) {
+		b.largest = 0 // the server takes less than it did
+	}
 	for _, m := range e.Unacknowledged {
 		if m.UID == (wire.UID{}) {
 			continue
@@ -185,7 +190,7 @@ func (b *Book) Ended(e End) (culprit Message, turnedDown time.Duration) {
 		before, again := b.last[m.UID]
 		switch {
 		case e.Code == websocket.CloseMessageTooBig:
-			if m.Size > b.largest { // smaller ones it has taken
+			if larger(m) { // smaller ones it has taken
 				b.suspectLocked(m.UID, m.Size, now)
 			}
 		case accuses(e.Code), again && now.Sub(before) < suspectFor:

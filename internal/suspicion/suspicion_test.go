@@ -1,0 +1,456 @@
+package suspicion
+
+import (
+	"encoding/binary"
+	"math"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/opampgateway/opampgateway/internal/wire"
+)
+
+// agent returns the UID of an agent.
+func agent(n int) wire.UID {
+	if n == own {
+		return wire.UID{}
+	}
+	uid, err := wire.ParseUID(binary.BigEndian.AppendUint64(make([]byte, 8), uint64(n)))
+	if err != nil {
+		panic(err)
+	}
+	return uid
+}
+
+const (
+	alice, bob, cathy = 1, 2, 3
+	own               = 0 // the gateway itself
+)
+
+func says(n, size int) Message { return Message{UID: agent(n), Size: size} }
+
+// ends tells that a link has ended while none was on trial.
+func ends(b *Book, code int, unacknowledged ...Message) End {
+	e := End{Code: code, Unacknowledged: unacknowledged, Trial: -1}
+	if culprit, d := b.Ended(e); d != 0 || culprit != (Message{}) {
+		panic("somebody was named though nothing was on trial")
+	}
+	return e
+}
+
+// wantNamed has a link end at the first of these, which is on trial, and asserts that its agent is named.
+func wantNamed(t *testing.T, b *Book, code int, lasts time.Duration, unacknowledged ...Message) {
+	t.Helper()
+	culprit, d := b.Ended(End{Code: code, Unacknowledged: unacknowledged, Trial: 0})
+	require.Equal(t, unacknowledged[0], culprit)
+	require.Equal(t, lasts, d)
+}
+
+// forHowLong is how long an agent is turned down that is named for the first time.
+func forHowLong(code int) time.Duration {
+	if code == 0 {
+		return unsureFor
+	}
+	return namedFor
+}
+
+func want(t *testing.T, b *Book, j Judgement, m Message, why string) {
+	t.Helper()
+	require.Equal(t, j, b.Judge(m.UID, m.Size), why)
+}
+
+// acquit has the server read so many messages on trial, while others wait for theirs, that it may be enough.
+func acquit(b *Book, m Message) {
+	for range enoughTrials {
+		b.Acquit(m, true)
+	}
+}
+
+func bubble(t *testing.T, test func(t *testing.T, b *Book)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) { test(t, NewBook()) })
+}
+
+// When the server says that it was for a message, it takes two links.
+func TestAPoisonIsNamedAtTheSecondEnd(t *testing.T) {
+	for _, code := range []int{
+		websocket.CloseMessageTooBig, websocket.CloseProtocolError, websocket.CloseUnsupportedData,
+		websocket.CloseInvalidFramePayloadData, websocket.ClosePolicyViolation,
+	} {
+		bubble(t, func(t *testing.T, b *Book) {
+			poison, small := says(alice, 2<<20), says(bob, 30)
+			b.Acknowledged(100)
+			want(t, b, Pass, poison, "innocent")
+			ends(b, code, small, poison)
+			want(t, b, Try, poison, "suspect")
+			want(t, b, Pass, says(cathy, 30), "was not there")
+			if code == websocket.CloseMessageTooBig {
+				want(t, b, Pass, small, "the server has taken one as large")
+			} else {
+				want(t, b, Try, small, "may have been it")
+				acquit(b, small)
+				want(t, b, Pass, small, "was read")
+			}
+			wantNamed(t, b, code, namedFor, poison, small)
+			want(t, b, Named, poison, "")
+			want(t, b, Named, says(alice, 1), "whatever else it says")
+			want(t, b, Pass, small, "was not on trial")
+		})
+	}
+}
+
+// When the server says nothing, or nothing of use, it takes three.
+func TestAPoisonIsNamedAtTheThirdEndWithoutAReason(t *testing.T) {
+	for _, code := range []int{
+		0, websocket.CloseNormalClosure, websocket.CloseNoStatusReceived, websocket.CloseAbnormalClosure,
+		websocket.CloseInternalServerErr, 4000,
+	} {
+		bubble(t, func(t *testing.T, b *Book) {
+			poison := says(alice, 200)
+			ends(b, code, poison, says(bob, 30))
+			want(t, b, Pass, poison, "once is no reason")
+			time.Sleep(30 * time.Second)
+			ends(b, code, says(cathy, 10), poison)
+			want(t, b, Try, poison, "both times")
+			want(t, b, Pass, says(bob, 30), "only the first time")
+			want(t, b, Pass, says(cathy, 30), "only the second time")
+			wantNamed(t, b, code, unsureFor, poison)
+			want(t, b, Named, poison, "")
+		})
+	}
+}
+
+func TestTheSecondEndCountsForAMinute(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		ends(b, 0, says(alice, 200), says(alice, 20))
+		want(t, b, Pass, says(alice, 200), "two messages of one end are one end")
+		time.Sleep(suspectFor)
+		ends(b, 0, says(alice, 200))
+		want(t, b, Pass, says(alice, 200), "too long ago")
+		time.Sleep(suspectFor - time.Nanosecond)
+		ends(b, 0, says(alice, 200))
+		want(t, b, Try, says(alice, 200), "the second in a minute")
+		time.Sleep(suspectFor - time.Nanosecond)
+		want(t, b, Try, says(alice, 1), "still")
+		time.Sleep(time.Nanosecond)
+		want(t, b, Pass, says(alice, 200), "nobody is a suspect for longer, unless it goes on")
+	})
+}
+
+// A server that goes away, or wants to be left alone, says so of itself.
+func TestCodesThatAccuseNobody(t *testing.T) {
+	for _, code := range []int{websocket.CloseGoingAway, websocket.CloseServiceRestart, websocket.CloseTryAgainLater} {
+		bubble(t, func(t *testing.T, b *Book) {
+			for range 5 {
+				ends(b, code, says(alice, 200))
+				want(t, b, Pass, says(alice, 200), "")
+			}
+			culprit, d := b.Ended(End{Code: code, Unacknowledged: []Message{says(alice, 200)}, Trial: 0})
+			require.Zero(t, culprit)
+			require.Zero(t, d)
+			ends(b, 0, says(alice, 200))
+			want(t, b, Pass, says(alice, 200), "those before do not count")
+		})
+	}
+}
+
+// A network that drops a link twice makes suspects, who are acquitted by the next thing they say.
+func TestANetworkThatDropsALinkTwiceNamesNobody(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		speakers := []Message{says(alice, 30), says(bob, 64<<10), says(cathy, 3000)}
+		for range 2 {
+			ends(b, 0, speakers...)
+			time.Sleep(time.Second)
+		}
+		for _, m := range speakers {
+			want(t, b, Try, m, "")
+			acquit(b, m)
+			want(t, b, Pass, m, "")
+		}
+		require.True(t, b.clean.Load())
+	})
+}
+
+// Heartbeats of one that has a poison among what it says prove nothing.
+func TestOnlyAMessageAsLargeAcquits(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		ends(b, websocket.CloseProtocolError, says(alice, 20), says(alice, 8000), says(alice, 100))
+		acquit(b, says(alice, 20))
+		acquit(b, says(alice, 6999))
+		want(t, b, Try, says(alice, 20), "the large one was not tried")
+		acquit(b, says(bob, 1<<20))
+		want(t, b, Try, says(alice, 20), "somebody else's")
+		acquit(b, says(alice, 7000)) // said again, it may have changed a little
+		want(t, b, Pass, says(alice, 8000), "")
+
+		ends(b, websocket.CloseMessageTooBig, says(bob, 8000))
+		acquit(b, says(bob, 7999))
+		want(t, b, Try, says(bob, 8000), "for its size, it is exact")
+		acquit(b, says(bob, 8000))
+		want(t, b, Pass, says(bob, 8000), "")
+	})
+}
+
+func TestTwoPoisonsAtOnce(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		a, c, innocent := says(alice, 500), says(bob, 700), says(cathy, 600)
+		ends(b, websocket.ClosePolicyViolation, a, innocent, c)
+		acquit(b, innocent)
+		wantNamed(t, b, websocket.ClosePolicyViolation, namedFor, a, innocent, c)
+		want(t, b, Named, a, "")
+		want(t, b, Try, c, "is next")
+		want(t, b, Pass, innocent, "")
+		wantNamed(t, b, websocket.ClosePolicyViolation, namedFor, c)
+		want(t, b, Named, a, "")
+		want(t, b, Named, c, "")
+		want(t, b, Pass, innocent, "")
+	})
+}
+
+// One of a thousand who spoke: on trial one after the other, all others are acquitted, and are never named.
+func TestAPoisonAmongAThousandSpeakers(t *testing.T) {
+	for _, code := range []int{websocket.CloseInvalidFramePayloadData, 0} {
+		bubble(t, func(t *testing.T, b *Book) {
+			const poison = 617
+			var all []Message
+			for n := 1; n <= 1000; n++ {
+				all = append(all, says(n, 20+n%300))
+			}
+			links := 1
+			for ends(b, code, all...); b.Judge(all[0].UID, all[0].Size) == Pass; links++ {
+				ends(b, code, all...)
+			}
+			for _, m := range all { // each speaks in turn
+				want(t, b, Try, m, "")
+				time.Sleep(10 * time.Millisecond)
+				if m.UID == agent(poison) {
+					links++
+					wantNamed(t, b, code, forHowLong(code), m)
+					continue
+				}
+				acquit(b, m)
+			}
+			for _, m := range all {
+				if m.UID == agent(poison) {
+					want(t, b, Named, m, "")
+				} else {
+					want(t, b, Pass, m, "")
+				}
+			}
+			assert.LessOrEqual(t, links, 3)
+			if code != 0 {
+				assert.Equal(t, 2, links)
+			}
+		})
+	}
+}
+
+func TestTheServersLimitIsLearned(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		const tooLarge = 1 << 20
+		require.EqualValues(t, math.MaxInt64, b.Limit())
+		b.Acknowledged(200 << 10)
+		ends(b, websocket.CloseMessageTooBig, says(alice, tooLarge))
+		require.EqualValues(t, math.MaxInt64, b.Limit(), "it may have been another's")
+		wantNamed(t, b, websocket.CloseMessageTooBig, namedFor, says(alice, tooLarge))
+		require.EqualValues(t, tooLarge, b.Limit())
+		want(t, b, TooLarge, says(bob, tooLarge), "as large")
+		want(t, b, TooLarge, says(bob, tooLarge+1), "larger")
+		want(t, b, Pass, says(bob, tooLarge-1), "smaller")
+		want(t, b, Named, says(alice, 2*tooLarge), "is named anyway")
+
+		time.Sleep(limitFor - time.Nanosecond)
+		b.Sweep()
+		want(t, b, TooLarge, says(bob, tooLarge), "still")
+		time.Sleep(time.Nanosecond)
+		want(t, b, Try, says(bob, tooLarge), "servers may be configured anew")
+		want(t, b, Pass, says(bob, tooLarge-1), "")
+		wantNamed(t, b, websocket.CloseMessageTooBig, namedFor, says(bob, tooLarge))
+		want(t, b, TooLarge, says(cathy, tooLarge), "it was not")
+
+		time.Sleep(limitFor)
+		b.Acknowledged(tooLarge - 1)
+		want(t, b, Try, says(cathy, tooLarge), "")
+		b.Acknowledged(tooLarge)
+		want(t, b, Pass, says(cathy, 10*tooLarge), "it was")
+		require.EqualValues(t, math.MaxInt64, b.Limit())
+	})
+}
+
+func TestALimitIsLearnedOnlyFromWhatTheServerSaysOfSizes(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		b.Acknowledged(1000)
+		for n, code := range []int{0, websocket.CloseProtocolError, websocket.ClosePolicyViolation} {
+			wantNamed(t, b, code, forHowLong(code), says(10+n, 1<<20))
+		}
+		require.EqualValues(t, math.MaxInt64, b.Limit())
+		wantNamed(t, b, websocket.CloseMessageTooBig, namedFor, says(alice, 1000))
+		require.EqualValues(t, math.MaxInt64, b.Limit(), "it has taken one as large")
+	})
+}
+
+// A server that comes back with a smaller limit has taken larger messages before.
+func TestALimitThatBecameSmaller(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		b.Acknowledged(4 << 20)
+		ends(b, websocket.CloseMessageTooBig, says(bob, 30), says(alice, 2<<20))
+		want(t, b, Try, says(alice, 2<<20), "suspect")
+		b.Acknowledged(30)
+		wantNamed(t, b, websocket.CloseMessageTooBig, namedFor, says(alice, 2<<20))
+		want(t, b, TooLarge, says(cathy, 2<<20), "")
+	})
+	bubble(t, func(t *testing.T, b *Book) {
+		b.Acknowledged(4 << 20)
+		ends(b, websocket.CloseMessageTooBig, says(bob, 30), Message{Size: 5 << 20})
+		want(t, b, Pass, says(bob, 30), "the gateway's own was too large")
+	})
+}
+
+func TestTheGatewaysOwnIsNeverNamed(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		for range 3 {
+			ends(b, websocket.CloseProtocolError, says(own, 500))
+		}
+		require.True(t, b.clean.Load())
+		want(t, b, Pass, says(own, 500), "")
+		culprit, d := b.Ended(End{Unacknowledged: []Message{says(own, 500)}, Trial: 0})
+		require.Zero(t, culprit)
+		require.Zero(t, d)
+		ends(b, websocket.CloseProtocolError) // with nothing on its way
+		require.True(t, b.clean.Load())
+	})
+}
+
+func TestWhoIsNamedAgainIsTurnedDownForLonger(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		m := says(alice, 100)
+		for _, lasts := range []time.Duration{10, 20, 40, 60, 60} {
+			lasts *= time.Minute
+			wantNamed(t, b, websocket.ClosePolicyViolation, lasts, m)
+			time.Sleep(lasts - time.Nanosecond)
+			b.Sweep()
+			want(t, b, Named, m, "")
+			time.Sleep(time.Nanosecond)
+			b.Sweep()
+			want(t, b, Try, m, "on trial afterwards")
+			acquit(b, says(alice, 1<<30))
+			want(t, b, Try, m, "whatever it says")
+		}
+		time.Sleep(time.Hour - time.Nanosecond)
+		want(t, b, Try, m, "for as long again")
+		time.Sleep(time.Nanosecond)
+		b.Sweep()
+		want(t, b, Pass, m, "then it is forgotten")
+		require.True(t, b.clean.Load())
+		wantNamed(t, b, 0, unsureFor, m)
+	})
+}
+
+func TestSweepForgetsAll(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		for n := range 100 {
+			ends(b, 0, says(10+n, 10))
+			ends(b, websocket.CloseProtocolError, says(200+n, 10))
+		}
+		wantNamed(t, b, 0, unsureFor, says(alice, 10))
+		require.False(t, b.clean.Load())
+		time.Sleep(suspectFor)
+		b.Sweep()
+		require.Empty(t, b.last)
+		require.Len(t, b.suspects, 1)
+		time.Sleep(2 * namedFor)
+		b.Sweep()
+		require.Empty(t, b.suspects)
+		require.Empty(t, b.named)
+		require.True(t, b.clean.Load())
+	})
+}
+
+func TestABookIsBounded(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		for n := range maxAgents + 100 {
+			ends(b, 0, says(1+n, 10))
+			ends(b, websocket.CloseProtocolError, says(1<<20+n, 10))
+			b.Ended(End{Unacknowledged: []Message{says(1<<30+n, 10)}})
+		}
+		require.Len(t, b.last, maxAgents)
+		require.LessOrEqual(t, len(b.suspects), 2*maxAgents)
+		require.Len(t, b.named, maxAgents)
+		culprit, d := b.Ended(End{Unacknowledged: []Message{says(math.MaxInt32, 10)}})
+		require.Equal(t, says(math.MaxInt32, 10), culprit)
+		require.Zero(t, d, "there is no more room for names")
+	})
+}
+
+func TestJudgeAllocatesNothing(t *testing.T) {
+	b := NewBook()
+	m := says(alice, 100)
+	assert.Zero(t, testing.AllocsPerRun(1000, func() { b.Judge(m.UID, m.Size) }))
+	b.Ended(End{Unacknowledged: []Message{says(bob, 100)}})
+	assert.Zero(t, testing.AllocsPerRun(1000, func() { b.Judge(m.UID, m.Size) }))
+}
+
+// Judge takes no lock while nobody is suspected.
+func TestJudgeWaitsForNobodyWhileAllAreInnocent(t *testing.T) {
+	b := NewBook()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	want(t, b, Pass, says(alice, 100), "")
+}
+
+func BenchmarkJudge(b *testing.B) {
+	for name, accused := range map[string]int{"clean": 0, "one is named": 1} {
+		b.Run(name, func(b *testing.B) {
+			book, m := NewBook(), says(alice, 100)
+			for range accused {
+				book.Ended(End{Unacknowledged: []Message{says(bob, 100)}})
+			}
+			b.ReportAllocs()
+			b.RunParallel(func(pb *testing.PB) {
+				for pb.Next() {
+					if book.Judge(m.UID, m.Size) != Pass {
+						b.Error("alice is innocent")
+					}
+				}
+			})
+		})
+	}
+}
+
+// TestSuspectsStayWhileNobodyWaits has a suspect say what is harmless first: it is tried on, as long as that costs
+// nobody else a trial.
+func TestSuspectsStayWhileNobodyWaits(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		poison := says(alice, 100)
+		ends(b, websocket.CloseUnsupportedData, poison)
+		for range 10 {
+			b.Acquit(poison, false)
+			want(t, b, Try, poison, "nobody waits")
+		}
+		b.Acquit(poison, true)
+		want(t, b, Pass, poison, "others wait")
+
+		ends(b, websocket.CloseUnsupportedData, poison)
+		b.Acquit(poison, true)
+		want(t, b, Try, poison, "its full state may be still to come")
+	})
+}
+
+// TestWhoMayBeNamedByMistakeIsReleased tells once whom to ask for what was turned down.
+func TestWhoMayBeNamedByMistakeIsReleased(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		wantNamed(t, b, 0, unsureFor, says(alice, 100))
+		wantNamed(t, b, websocket.CloseUnsupportedData, namedFor, says(bob, 100))
+		require.Empty(t, b.Sweep())
+		time.Sleep(unsureFor)
+		require.Equal(t, []wire.UID{says(alice, 0).UID}, b.Sweep())
+		want(t, b, Try, says(alice, 100), "may have been it after all")
+		require.Empty(t, b.Sweep())
+		time.Sleep(namedFor)
+		require.Empty(t, b.Sweep(), "there was no doubt")
+	})
+}
