@@ -328,8 +328,8 @@ func TestTheGatewaysOwnIsNeverNamed(t *testing.T) {
 func TestWhoIsNamedAgainIsTurnedDownForLonger(t *testing.T) {
 	bubble(t, func(t *testing.T, b *Book) {
 		m := says(alice, 100)
-		for _, lasts := range []time.Duration{10, 20, 40, 60, 60} {
-			lasts *= time.Minute
+		for _, minutes := range []int{10, 20, 40, 60, 60} {
+			lasts := time.Duration(minutes) * time.Minute
 			wantNamed(t, b, websocket.ClosePolicyViolation, lasts, m)
 			time.Sleep(lasts - time.Nanosecond)
 			b.Sweep()
