@@ -102,6 +102,7 @@ type upstreamPool struct {
 	server        *questions.Server // whether it can be asked
 	suspicion     *suspicion.Book   // whose messages the server may have ended links for
 	trials        outbox.Trials
+	blind         atomic.Bool   // the server does not answer pings, as the link has shown that ended last
 	asked         atomic.Uint64 // questions of ours
 
 	// mu guards which links are live and who is attached to them. It is taken when
@@ -307,6 +308,7 @@ func (p *upstreamPool) linkUp(l *link) bool {
 //     are closed instead: they introduce their own agents again.
 func (p *upstreamPool) linkDown(l *link, err error) {
 	unwritten := l.Outbox.Abort()
+	p.blind.Store(l.Outbox.Blind())
 	l.late = endsLate(err)
 	p.findCulprit(l, err)
 	for _, e := range unwritten {
@@ -623,7 +625,7 @@ func newLink(p *upstreamPool, slot int, conn net.Conn, in *bufio.Reader) *link {
 	l.Relayed = &p.tel.Up
 	l.Socket = socket.New(conn, socket.LinkInput(conn, in, linkReadBuffer), true, p.cfg.MaxMessageSize, linkWriteTimeout, l)
 	share := memory.LinkShare(int64(p.cfg.MaxBufferedSize), p.cfg.Server.Connections)
-	l.Outbox = outbox.NewLink(l, share, &p.memory.Up, &p.trials)
+	l.Outbox = outbox.NewLink(l, share, &p.memory.Up, &p.trials, p.blind.Load())
 	return l
 }
 

@@ -182,7 +182,7 @@ func BenchmarkLink(b *testing.B) {
 		b.Run(fmt.Sprintf("%d senders", senders), func(b *testing.B) {
 			account := newAccount()
 			s := &echo{ready: make(chan struct{})}
-			o := NewLink[string](s, 8<<20, account, &Trials{})
+			o := NewLink[string](s, 8<<20, account, &Trials{}, false)
 			s.link = o
 			close(s.ready)
 			e, lines := message("alice", "hello, this is a heartbeat"), make([]Line[string], senders)

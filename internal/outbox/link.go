@@ -86,8 +86,9 @@ type Link[S any] struct {
 }
 
 // NewLink returns a link's outbox, for socket. All that senders have waiting is about limit bytes at most,
-// but for what is alwaysFits; what it holds is counted in account. Its end is an Abort.
-func NewLink[S any](socket Socket[S], limit int, account *memory.Account, trials *Trials) *Link[S] {
+// but for what is alwaysFits; what it holds is counted in account. A server that is blind to pings, as another link
+// has shown, is sent all that comes until it answers one. Its end is an Abort.
+func NewLink[S any](socket Socket[S], limit int, account *memory.Account, trials *Trials, blind bool) *Link[S] {
 	o := &Link[S]{
 		socket: socket, limit: limit, account: account, trials: trials, window: window.New(monotonic.Now()), again: math.MaxInt64, wakeAt: math.MaxInt64, stays: true,
 	}
@@ -95,6 +96,9 @@ func NewLink[S any](socket Socket[S], limit int, account *memory.Account, trials
 	o.controls = o.pingLocked(nil) // before anything else: it shows the link's own round trip
 	o.wake = time.AfterFunc(time.Hour, o.awake)
 	o.wake.Stop()
+	if blind {
+		o.window.Blinden()
+	}
 	go o.write()
 	return o
 }
@@ -252,6 +256,13 @@ func (o *Link[S]) Unacknowledged() (sent []Sent[S], trial int) {
 		trial = int(o.trial - o.sent.begin - 1)
 	}
 	return o.sent.all(), trial
+}
+
+// Blind reports whether the server does not answer pings.
+func (o *Link[S]) Blind() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.window.Blind()
 }
 
 // OnItsWay returns how many messages were handed to the socket and are not acknowledged.

@@ -53,7 +53,7 @@ func newServer(answers bool) *fakeServer {
 func startLink(t *testing.T, limit int, s *fakeServer, trials *Trials) *Link[string] {
 	t.Helper()
 	account := newAccount()
-	o := NewLink[string](s, limit, account, trials)
+	o := NewLink[string](s, limit, account, trials, false)
 	s.link = o
 	close(s.ready)
 	s.reading.Go(s.read)
@@ -764,6 +764,9 @@ func TestADecisionIsForWhomItWasMade(t *testing.T) {
 		var resume func()
 		ctx := &whenAsked{Context: t.Context(), done: make(chan struct{})}
 		ctx.meanwhile = func() {
+			println("in", o.lines.spares, o.lines.round.len, alice.line.queue != nil, len(o.crowd))
+			s.settle()
+			println(o.lines.spares, o.lines.round.len, alice.line.queue != nil)
 			s.settle() // alice's message is written, and nothing waits
 			resume = s.stall()
 			require.NoError(t, newSpeaker(o, "second").say(100<<10))
@@ -1247,7 +1250,7 @@ func TestDrainOfALinkWaitsUntilNothingIsLeft(t *testing.T) {
 
 func TestAMessageAllocatesNothing(t *testing.T) {
 	account := newAccount()
-	o := NewLink[string](discard{}, 1<<20, account, &Trials{})
+	o := NewLink[string](discard{}, 1<<20, account, &Trials{}, false)
 	defer o.Abort()
 	lines := make([]Line[string], 100)
 	e := message("alice", "hello")
@@ -1307,7 +1310,7 @@ func TestAnIdleLinkHoldsNoMemory(t *testing.T) {
 	var said released
 	s := newServer(true)
 	s.breaksAt = -1
-	o := NewLink[string](forgetfulServer{s}, 8<<20, newAccount(), &Trials{})
+	o := NewLink[string](forgetfulServer{s}, 8<<20, newAccount(), &Trials{}, false)
 	s.link = o
 	close(s.ready)
 	s.reading.Go(s.read)

@@ -12,7 +12,7 @@
 //	    └───────────┘  └───────┘
 //
 // Innocent again is a suspect after a while; while others wait for their trials already when messages of it were
-// acknowledged that are as large as what it is suspected for.
+// acknowledged. Who is suspected for the size of a message is tried for large ones only.
 package suspicion
 
 import (
@@ -31,9 +31,9 @@ const (
 	// suspectFor is for how long somebody is a suspect at most; and how long after another end of a link for
 	// no reason that was told it counts as the second.
 	suspectFor = time.Minute
-	// enoughTrials is after how many messages a suspect may be acquitted: after a link was lost, an agent is asked for
-	// its full state, which is its second message at the latest, unless more waited.
-	enoughTrials = 2
+	// enoughTrials is after how many messages a suspect may be acquitted; those as large as what it is suspected for count
+	// twice. After a link was lost, an agent is asked for its full state, which is then among the first.
+	enoughTrials = 4
 	// namedFor is for how long an agent is turned down that is named for the first time, when the server has said that it
 	// was for a message; otherwise unsureFor, since something else may just then have ended the link. It doubles each
 	// time, up to maxNamedFor. Afterwards the agent stays a suspect for as long again.
@@ -88,9 +88,11 @@ type Book struct {
 }
 
 type suspect struct {
-	size  int // of acknowledged messages that acquit it, at least, in bytes
-	tried int // how many of these there were
+	large bool // only for the size of a message
+	size  int  // of the message, or somewhat less, in bytes
+	tried int  // how many messages of it were acknowledged that had been on trial; one as large counts as two
 	until time.Time
+	named bool // before, and so not acquitted
 }
 
 type name struct {
@@ -125,7 +127,7 @@ func (b *Book) Judge(uid wire.UID, size int) Judgement {
 		}
 		return Try // the server may take more by now
 	}
-	if s, ok := b.suspects[uid]; ok && now.Before(s.until) {
+	if s, ok := b.suspects[uid]; ok && now.Before(s.until) && (!s.large || size > b.largest) {
 		return Try
 	}
 	return Pass
@@ -150,10 +152,13 @@ func (b *Book) Acquit(m Message, othersWait bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	s, ok := b.suspects[m.UID]
-	if !ok || m.Size < s.size {
+	if !ok || s.named {
 		return
 	}
-	if s.tried++; s.tried < enoughTrials || !othersWait {
+	if s.tried++; m.Size >= s.size {
+		s.tried++
+	}
+	if s.tried < enoughTrials || !othersWait {
 		b.suspects[m.UID] = s
 		return
 	}
@@ -191,10 +196,10 @@ func (b *Book) Ended(e End) (culprit Message, turnedDown time.Duration) {
 		switch {
 		case e.Code == websocket.CloseMessageTooBig:
 			if larger(m) { // smaller ones it has taken
-				b.suspectLocked(m.UID, m.Size, now)
+				b.suspectLocked(m.UID, suspect{large: true, size: m.Size}, now)
 			}
 		case accuses(e.Code), again && now.Sub(before) < suspectFor:
-			b.suspectLocked(m.UID, m.Size-m.Size/8, now) // said again, it may have changed a little
+			b.suspectLocked(m.UID, suspect{size: m.Size - m.Size/8}, now) // said again, it may have changed a little
 		}
 	}
 	for _, m := range e.Unacknowledged { // once all were looked at: several may be of one agent
@@ -224,7 +229,7 @@ func innocent(code int) bool {
 	return false
 }
 
-func (b *Book) suspectLocked(uid wire.UID, size int, now time.Time) {
+func (b *Book) suspectLocked(uid wire.UID, fresh suspect, now time.Time) {
 	s, known := b.suspects[uid]
 	if !known && len(b.suspects) >= maxAgents {
 		return
@@ -232,7 +237,8 @@ func (b *Book) suspectLocked(uid wire.UID, size int, now time.Time) {
 	if until := now.Add(suspectFor); until.After(s.until) {
 		s.until = until
 	}
-	b.suspects[uid] = suspect{size: max(size, s.size), until: s.until}
+	s.large, s.size, s.tried = fresh.large && (s.large || !known), max(s.size, fresh.size), 0
+	b.suspects[uid] = s
 }
 
 func (b *Book) nameLocked(uid wire.UID, sure bool, now time.Time) time.Duration {
@@ -246,7 +252,7 @@ func (b *Book) nameLocked(uid wire.UID, sure bool, now time.Time) time.Duration 
 		return 0
 	}
 	b.named[uid] = name{until: now.Add(lasts), remember: now.Add(2 * lasts), lasts: lasts, unsure: !sure}
-	b.suspects[uid] = suspect{size: math.MaxInt, until: now.Add(2 * lasts)}
+	b.suspects[uid] = suspect{named: true, until: now.Add(2 * lasts)}
 	return lasts
 }
 

@@ -175,23 +175,37 @@ func TestANetworkThatDropsALinkTwiceNamesNobody(t *testing.T) {
 	})
 }
 
-// Heartbeats of one that has a poison among what it says prove nothing.
-func TestOnlyAMessageAsLargeAcquits(t *testing.T) {
+// Heartbeats of one that has a poison among what it says prove less than a message as large.
+func TestAMessageAsLargeCountsTwice(t *testing.T) {
 	bubble(t, func(t *testing.T, b *Book) {
 		ends(b, websocket.CloseProtocolError, says(alice, 20), says(alice, 8000), says(alice, 100))
-		acquit(b, says(alice, 20))
-		acquit(b, says(alice, 6999))
-		want(t, b, Try, says(alice, 20), "the large one was not tried")
 		acquit(b, says(bob, 1<<20))
-		want(t, b, Try, says(alice, 20), "somebody else's")
-		acquit(b, says(alice, 7000)) // said again, it may have changed a little
+		b.Acquit(says(alice, 20), true)
+		b.Acquit(says(alice, 6999), true)
+		want(t, b, Try, says(alice, 20), "the large one was not tried")
+		b.Acquit(says(alice, 7000), true) // said again, it may have changed a little
 		want(t, b, Pass, says(alice, 8000), "")
 
-		ends(b, websocket.CloseMessageTooBig, says(bob, 8000))
-		acquit(b, says(bob, 7999))
-		want(t, b, Try, says(bob, 8000), "for its size, it is exact")
-		acquit(b, says(bob, 8000))
-		want(t, b, Pass, says(bob, 8000), "")
+		ends(b, websocket.CloseProtocolError, says(alice, 8000))
+		for range enoughTrials {
+			want(t, b, Try, says(alice, 20), "")
+			b.Acquit(says(alice, 20), true)
+		}
+		want(t, b, Pass, says(alice, 20), "others wait too long")
+	})
+}
+
+// Who is suspected for the size of a message is not held up with all others.
+func TestOnlyLargeMessagesAreTriedForTheirSize(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		b.Acknowledged(500)
+		ends(b, websocket.CloseMessageTooBig, says(alice, 8000))
+		want(t, b, Pass, says(alice, 500), "the server has taken one as large")
+		want(t, b, Try, says(alice, 501), "")
+		ends(b, websocket.CloseProtocolError, says(alice, 20))
+		want(t, b, Try, says(alice, 20), "it may be another reason")
+		ends(b, websocket.CloseMessageTooBig, says(alice, 8000))
+		want(t, b, Try, says(alice, 20), "that still stands")
 	})
 }
 

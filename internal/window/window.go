@@ -522,3 +522,7 @@ func (w *Window) Answers() bool { return w.spoke && w.inForce }
 
 // Blind reports whether the server is served without a window, since it does not answer pings.
 func (w *Window) Blind() bool { return !w.inForce }
+
+// Blinden has the server served without a window until it answers a ping: another link to it showed that it does
+// not.
+func (w *Window) Blinden() { w.inForce, w.giveUpAt = false, never }

@@ -506,3 +506,21 @@ func TestServerIsNotGivenUpForAPingAlone(t *testing.T) {
 	require.True(t, w.Answers())
 	require.Equal(t, never, w.Next())
 }
+
+// A link to a server that did not answer on another link does not begin with a pause, and has its window once the
+// server answers after all.
+func TestBlindedFromTheBeginning(t *testing.T) {
+	w := New(0)
+	require.True(t, w.PingDue(0))
+	n := w.Ping(0)
+	w.Blinden()
+	for range 10 * startMessages {
+		require.True(t, w.Open())
+		w.Sent(100)
+	}
+	require.True(t, w.Blind())
+	_, _, ok := w.Pong(n, int64(time.Second), true)
+	require.True(t, ok)
+	require.False(t, w.Blind())
+	require.False(t, w.Open())
+}
