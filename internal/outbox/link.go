@@ -363,11 +363,11 @@ func (o *Link[S]) leaveLocked(q *queue[S]) {
 	}
 }
 
-// goOnLocked lets the sender of q, who waits, go on if it has room by now. One who has nothing waiting, and has not,
-// joins the crowd.
+// goOnLocked lets the sender of q, who waits, go on if it has room by now, and for more than one message: it costs
+// as much to wake it for one as for many. One who has nothing waiting, and no room, joins the crowd.
 func (o *Link[S]) goOnLocked(q *queue[S]) {
 	switch {
-	case !q.waits || q.crowds:
+	case !q.waits || q.crowds || !q.halfEmpty():
 	case o.fitsLocked(q, &q.pending, q.weight):
 		o.decideLocked(q, nil)
 	case q.empty():

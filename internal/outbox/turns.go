@@ -69,6 +69,11 @@ func (q *queue[S]) fits(e *Entry[S], weight int) bool {
 	return !q.line.Shared || len(q.entries)-q.head < max(q.share, sharedLeast)
 }
 
+// halfEmpty reports whether no more waits than half of what may.
+func (q *queue[S]) halfEmpty() bool {
+	return q.size <= lineShare*q.weight/2 && (!q.line.Shared || len(q.entries)-q.head <= max(q.share, sharedLeast)/2)
+}
+
 // pace notes that an entry was taken out of a shared line.
 func (q *queue[S]) pace() {
 	q.taken++
