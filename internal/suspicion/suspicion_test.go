@@ -266,7 +266,7 @@ func TestAPoisonAmongAThousandSpeakers(t *testing.T) {
 func TestTheServersLimitIsLearned(t *testing.T) {
 	bubble(t, func(t *testing.T, b *Book) {
 		const tooLarge = 1 << 20
-		require.EqualValues(t, math.MaxInt64, b.Limit())
+		require.EqualValues(t, int64(math.MaxInt64), b.Limit())
 		b.Acknowledged(200 << 10)
 		ends(b, websocket.CloseMessageTooBig, says(alice, tooLarge))
 		require.EqualValues(t, math.MaxInt64, b.Limit(), "it may have been another's")
