@@ -759,24 +759,30 @@ func TestADecisionIsForWhomItWasMade(t *testing.T) {
 		o := startLink(t, 100<<10, s, &Trials{})
 		fill(t, o, s)
 		require.NoError(t, newSpeaker(o, "first").say(100<<10))
-		alice, bob := newSpeaker(o, "alice"), newSpeaker(o, "bob")
-		var bobWaits putting
+		alice := newSpeaker(o, "alice")
+		var others []putting // one of which gets the queue that was alice's
 		var resume func()
 		ctx := &whenAsked{Context: t.Context(), done: make(chan struct{})}
 		ctx.meanwhile = func() {
 			s.settle() // alice's message is written, and nothing waits
 			resume = s.stall()
-			require.NoError(t, newSpeaker(o, "second").say(100<<10))
-			bobWaits = bob.insist(t.Context(), 10<<10)
+			require.NoError(t, o.Push(message("own", strings.Repeat(".", 100<<10)))) // takes the room, and no queue
+			for _, other := range newSpeakers(o, "other", 4) {
+				others = append(others, other.insist(t.Context(), 10<<10))
+			}
 			synctest.Wait()
 		}
 		require.NoError(t, o.Put(ctx, alice.next(10<<10), &alice.line, 1), "it was written")
 		require.Contains(t, s.said(), "alice0")
-		bobWaits.wantWaiting(t, "bob, for whom there is no room")
+		for i, waits := range others {
+			waits.wantWaiting(t, fmt.Sprintf("other%d, for whom there is no room", i))
+		}
 		resume()
 		s.settle()
-		bobWaits.want(t, nil, "bob")
-		require.Contains(t, s.said(), "bob0")
+		for i, waits := range others {
+			waits.want(t, nil, strconv.Itoa(i))
+			require.Contains(t, s.said(), fmt.Sprintf("other%d-0", i))
+		}
 	})
 }
 
