@@ -458,6 +458,23 @@ func TestTurnsAreWorthTheSame(t *testing.T) {
 	}
 }
 
+// Rounds in which nobody can say anything are passed at once, and no more of them than that.
+func TestMessagesOfSeveralTurnsAlternate(t *testing.T) {
+	var tr turns[string]
+	lines := make([]Line[string], 3)
+	for i := range lines {
+		for range 4 {
+			tr.add(tr.queueOf(&lines[i]), 1, Entry[string]{Kind: Message, Frame: make([]byte, 30*turn), Sender: strconv.Itoa(i)})
+		}
+	}
+	order := ""
+	for q := tr.next(); q != nil; q = tr.next() {
+		e := tr.take(q)
+		order += e.Sender
+	}
+	require.Equal(t, strings.Repeat("012", 4), order)
+}
+
 // wantServedWithin asserts that nobody else had more than so many turns between two places in what was written.
 func wantServedWithin(t *testing.T, turns int, between []Entry[string], who string) {
 	t.Helper()
