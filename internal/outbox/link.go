@@ -49,7 +49,7 @@ type Acknowledgement[S any] struct {
 //     trial is written between two pings, and no other on trial until it is acknowledged.
 //
 // One goroutine writes, and stays until the end.
-type Link[S any] struct {
+type Link[S comparable] struct {
 	// Set once.
 	socket  Socket[S]
 	limit   int
@@ -88,7 +88,7 @@ type Link[S any] struct {
 // NewLink returns a link's outbox, for socket. All that senders have waiting is about limit bytes at most,
 // but for what is alwaysFits; what it holds is counted in account. A server that is blind to pings, as another link
 // has shown, is sent all that comes until it answers one. Its end is an Abort.
-func NewLink[S any](socket Socket[S], limit int, account *memory.Account, trials *Trials, blind bool) *Link[S] {
+func NewLink[S comparable](socket Socket[S], limit int, account *memory.Account, trials *Trials, blind bool) *Link[S] {
 	o := &Link[S]{
 		socket: socket, limit: limit, account: account, trials: trials, window: window.New(monotonic.Now()), again: math.MaxInt64, wakeAt: math.MaxInt64, stays: true,
 	}
@@ -244,6 +244,29 @@ func (o *Link[S]) pong(number uint64) (ack Acknowledgement[S], expected, wasTria
 		o.startLocked() // the window may be open
 	}
 	return ack, true, wasTrial
+}
+
+// Absolve has none of what waits of a sender be on trial.
+func (o *Link[S]) Absolve(line *Line[S], sender S) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	q := line.queue
+	if q == nil {
+		return
+	}
+	for i := q.head; i < len(q.entries); i++ {
+		if e := &q.entries[i]; e.Sender == sender {
+			e.Trial = false
+		}
+	}
+	if q.pending.Sender == sender {
+		q.pending.Trial = false
+	}
+	if q.in == &o.lines.trials && !q.first().Trial {
+		q.in.remove(q)
+		o.lines.file(q, &o.lines.fresh)
+		o.startLocked()
+	}
 }
 
 // Unacknowledged returns what was handed to the socket, or begun, and not acknowledged, in order. trial is the

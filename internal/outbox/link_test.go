@@ -991,6 +991,28 @@ func TestAMessageOnTrialStandsBetweenTwoPings(t *testing.T) {
 	})
 }
 
+// Who is innocent after all does not have to wait for a round trip with each message.
+func TestWhatWaitsOfAnInnocentIsNotOnTrialAnyMore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 1<<20, s, &Trials{})
+		synctest.Wait()
+		s.settle()
+		alice, bob := newSpeaker(o, "alice"), newSpeaker(o, "bob")
+		alice.trial, bob.trial = true, true
+		alice.sayAll(t, 5, 0)
+		bob.sayAll(t, 2, 0)
+		synctest.Wait()
+		require.Equal(t, []string{"alice0"}, s.said())
+		o.Absolve(&alice.line, "alice")
+		synctest.Wait()
+		require.Equal(t, []string{"alice0", "alice1", "alice2", "alice3", "alice4"}, s.said(), "bob still waits for his trial")
+		s.settle()
+		require.ElementsMatch(t, []string{"bob0", "bob1"}, s.said()[5:])
+		o.Absolve(&alice.line, "alice") // with nothing waiting
+	})
+}
+
 func TestAPingBeforeATrialThatWasAnsweredLongAgoProvesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)

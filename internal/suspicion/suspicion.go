@@ -148,22 +148,24 @@ func (b *Book) Acknowledged(size int) {
 
 // Acquit tells that the server has read a message that was on trial. While nobody else waits for a trial, that
 // costs next to nothing, so the suspect stays one: what it is asked for next may be what it is suspected for.
-func (b *Book) Acquit(m Message, othersWait bool) {
+// It reports whether the suspect is innocent.
+func (b *Book) Acquit(m Message, othersWait bool) (innocent bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	s, ok := b.suspects[m.UID]
 	if !ok || s.named {
-		return
+		return !ok
 	}
 	if s.tried++; m.Size >= s.size {
 		s.tried++
 	}
 	if s.tried < enoughTrials || !othersWait {
 		b.suspects[m.UID] = s
-		return
+		return false
 	}
 	delete(b.suspects, m.UID)
 	b.tidyLocked()
+	return true
 }
 
 // Ended tells that a link has ended, and returns the message because of which it did, if that is clear, and for how
@@ -179,6 +181,9 @@ func (b *Book) Ended(e End) (culprit Message, turnedDown time.Duration) {
 	if e.Trial == 0 && e.Unacknowledged[0].UID != (wire.UID{}) {
 		culprit = e.Unacknowledged[0]
 		if e.Code == websocket.CloseMessageTooBig && culprit.Size > b.largest {
+			if !now.Before(b.limited) {
+				b.limit.Store(math.MaxInt64) // what is known is too old
+			}
 			b.limit.Store(min(b.limit.Load(), int64(culprit.Size)))
 			b.limited = now.Add(limitFor)
 		}
@@ -203,7 +208,7 @@ func (b *Book) Ended(e End) (culprit Message, turnedDown time.Duration) {
 		}
 	}
 	for _, m := range e.Unacknowledged { // once all were looked at: several may be of one agent
-		if m.UID != (wire.UID{}) && len(b.last) < maxAgents {
+		if _, known := b.last[m.UID]; m.UID != (wire.UID{}) && (known || len(b.last) < maxAgents) {
 			b.last[m.UID] = now
 		}
 	}
