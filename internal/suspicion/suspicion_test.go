@@ -266,10 +266,10 @@ func TestAPoisonAmongAThousandSpeakers(t *testing.T) {
 func TestTheServersLimitIsLearned(t *testing.T) {
 	bubble(t, func(t *testing.T, b *Book) {
 		const tooLarge = 1 << 20
-		require.EqualValues(t, int64(math.MaxInt64), b.Limit())
+		require.Equal(t, int64(math.MaxInt64), b.Limit())
 		b.Acknowledged(200 << 10)
 		ends(b, websocket.CloseMessageTooBig, says(alice, tooLarge))
-		require.EqualValues(t, int64(math.MaxInt64), b.Limit(), "it may have been another's")
+		require.Equal(t, int64(math.MaxInt64), b.Limit(), "it may have been another's")
 		wantNamed(t, b, websocket.CloseMessageTooBig, namedFor, says(alice, tooLarge))
 		require.EqualValues(t, tooLarge, b.Limit())
 		want(t, b, TooLarge, says(bob, tooLarge), "as large")
@@ -291,7 +291,7 @@ func TestTheServersLimitIsLearned(t *testing.T) {
 		want(t, b, Try, says(cathy, tooLarge), "")
 		b.Acknowledged(tooLarge)
 		want(t, b, Pass, says(cathy, 10*tooLarge), "it was")
-		require.EqualValues(t, int64(math.MaxInt64), b.Limit())
+		require.Equal(t, int64(math.MaxInt64), b.Limit())
 	})
 }
 
@@ -301,9 +301,9 @@ func TestALimitIsLearnedOnlyFromWhatTheServerSaysOfSizes(t *testing.T) {
 		for n, code := range []int{0, websocket.CloseProtocolError, websocket.ClosePolicyViolation} {
 			wantNamed(t, b, code, forHowLong(code), says(10+n, 1<<20))
 		}
-		require.EqualValues(t, int64(math.MaxInt64), b.Limit())
+		require.Equal(t, int64(math.MaxInt64), b.Limit())
 		wantNamed(t, b, websocket.CloseMessageTooBig, namedFor, says(alice, 1000))
-		require.EqualValues(t, int64(math.MaxInt64), b.Limit(), "it has taken one as large")
+		require.Equal(t, int64(math.MaxInt64), b.Limit(), "it has taken one as large")
 	})
 }
 
