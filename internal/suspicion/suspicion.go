@@ -178,7 +178,7 @@ func (b *Book) Ended(e End) (culprit Message, turnedDown time.Duration) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	defer b.tidyLocked()
-	if e.Trial == 0 && e.Unacknowledged[0].UID != (wire.UID{}) {
+	if e.Trial == 0 && b.provesLocked(&e) {
 		culprit = e.Unacknowledged[0]
 		if e.Code == websocket.CloseMessageTooBig && culprit.Size > b.largest {
 			if !now.Before(b.limited) {
@@ -213,6 +213,15 @@ func (b *Book) Ended(e End) (culprit Message, turnedDown time.Duration) {
 		}
 	}
 	return Message{}, 0
+}
+
+// provesLocked reports whether a link has ended because of the message on trial, which was the first that was not
+// acknowledged. If the server has not said so, and has taken some of the agent on trial before, something else may just then
+// have ended the link.
+func (b *Book) provesLocked(e *End) bool {
+	uid := e.Unacknowledged[0].UID
+	s := b.suspects[uid]
+	return uid != (wire.UID{}) && (accuses(e.Code) || s.named || s.tried < enoughTrials)
 }
 
 // accuses reports whether a server that closes a link with code says that it is for a message that it was sent.

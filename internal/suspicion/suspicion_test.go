@@ -468,3 +468,23 @@ func TestWhoMayBeNamedByMistakeIsReleased(t *testing.T) {
 		require.Empty(t, b.Sweep(), "there was no doubt")
 	})
 }
+
+// TestManyTrialsAreAnAlibi has a link end for no reason that was told while somebody is on trial who says much: whatever
+// it said before was taken, so it is only suspected again.
+func TestManyTrialsAreAnAlibi(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		flood := says(alice, 100)
+		for range 5 {
+			ends(b, 0, flood)
+			ends(b, 0, flood)
+			for range enoughTrials {
+				want(t, b, Try, flood, "")
+				b.Acquit(flood, false)
+			}
+			culprit, d := b.Ended(End{Unacknowledged: []Message{flood}, Trial: 0})
+			require.Zero(t, culprit)
+			require.Zero(t, d)
+		}
+		wantNamed(t, b, 0, unsureFor, flood)
+	})
+}
