@@ -100,7 +100,6 @@ func TestShareOfLowerGateway(t *testing.T) {
 		{name: "one floods above, many are busy below", floodingAbove: 1, busyBelow: 20},
 		{name: "one floods below", floodingBelow: 1},
 		{name: "ten flood below", floodingBelow: 10},
-		{name: "one floods above, one below, many are busy below", floodingAbove: 1, floodingBelow: 1, busyBelow: 20},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var slow pace
