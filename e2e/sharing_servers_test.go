@@ -222,8 +222,6 @@ func TestPoisonousQuestion(t *testing.T) {
 				took := time.Since(start)
 				close(over)
 				coming.Wait()
-				t.Logf("agent %d was answered after %s, with %d links lost; %d others were let in meanwhile, the slowest after %s",
-					nth, took.Round(time.Millisecond), server.opened()-lost, arrivals.n, arrivals.slowest.Round(time.Millisecond))
 				require.Error(t, err)
 				require.NotNil(t, resp, "%v", err)
 				require.Equal(t, http.StatusServiceUnavailable, resp.StatusCode)
@@ -236,6 +234,8 @@ func TestPoisonousQuestion(t *testing.T) {
 					}
 					return ""
 				})
+				t.Logf("agent %d was answered after %s, with %d links lost; %d others came meanwhile, the slowest was answered after %s",
+					nth, took.Round(time.Millisecond), server.opened()-lost, arrivals.n, arrivals.slowest.Round(time.Millisecond))
 				server.wantLost(t, lost, most)
 			}
 			stopTalk()
