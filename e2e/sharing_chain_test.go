@@ -122,7 +122,7 @@ func TestShareOfLowerGateway(t *testing.T) {
 			}
 			throughout(t, 2*time.Second, func() string { return "" }) // until all queues are full
 			since := time.Now()
-			stops = append(stops, above.talk(t, time.Second), below.talk(t, time.Second), busy.talk(t, 50*time.Millisecond))
+			stops = append(stops, above.talk(t, time.Second), below.talk(t, time.Second), busy.talk(t, 100*time.Millisecond))
 			throughout(t, 8*time.Second, func() string { return "" })
 			for _, who := range []struct {
 				name  string
