@@ -23,8 +23,8 @@ type flood struct {
 // takesAMoment is how long the server works on a message of a flood.
 const takesAMoment = time.Millisecond
 
-// keptWaiting is how long a message may be on its way beside a flood. One in waitingShare may take longer, but no
-// more than waitingFew of one agent. It is many times what a fair gateway needs, since here everything goes wrong at the same time on
+// keptWaiting is how long a message may be on its way beside a flood. One in waitingShare may take longer, or
+// waitingFew: a suspect's messages are on trial, one after the other, each behind what the server has to read. It is many times what a fair gateway needs, since here everything goes wrong at the same time on
 // a machine that has no time; a queue that all share takes much longer still.
 const keptWaiting, waitingShare, waitingFew = 3 * time.Second, 10, 5
 
@@ -186,7 +186,6 @@ func (l *ledger) judgeFloodLocked(f *flood, end time.Time) {
 	var all, late int
 	var longest time.Duration
 	var longestOf *epoch
-	lateOf := map[*epoch]int{}
 	for _, flooder := range f.actor.epochs {
 		for i, asked := range flooder.askings[0] {
 			from, to := laterOf(f.from, asked.at), f.to
@@ -207,7 +206,6 @@ func (l *ledger) judgeFloodLocked(f *flood, end time.Time) {
 						case !counts:
 						case waited > keptWaiting:
 							late++
-							lateOf[e]++
 							fallthrough
 						default:
 							if all++; waited > longest {
@@ -225,12 +223,6 @@ func (l *ledger) judgeFloodLocked(f *flood, end time.Time) {
 	if late > waitingFew && late*waitingShare > all {
 		l.findLocked("kept waiting", longestOf, f.from, "%d of %d messages of others took more than %s, one %s, %s",
 			late, all, keptWaiting, longest.Round(time.Millisecond), while)
-		return
-	}
-	for e, late := range lateOf {
-		if late > waitingFew {
-			l.findLocked("kept waiting", e, f.from, "%d messages of %s took more than %s, %s", late, e, keptWaiting, while)
-		}
 	}
 }
 

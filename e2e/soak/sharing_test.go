@@ -242,11 +242,6 @@ func TestKeptWaiting(t *testing.T) {
 		tr.beside(tr.link(), func(i int) time.Duration { return time.Duration(min(1, max(0, 5-i))) * 2 * keptWaiting })
 		assert.Empty(t, judged(tr))
 	})
-	t.Run("seven of one agent", func(t *testing.T) {
-		tr := newTrial(t)
-		tr.beside(tr.link(), func(i int) time.Duration { return time.Duration(min(1, max(0, 7-i))) * 2 * keptWaiting })
-		assert.Len(t, judged(tr), 1)
-	})
 	t.Run("on another link", func(t *testing.T) {
 		tr := newTrial(t)
 		other := tr.link()

@@ -82,7 +82,7 @@ func (q *queue[S]) pace() {
 		q.since = now
 	}
 	if lasts := now - q.since; lasts >= sharedWait {
-		q.share, q.taken, q.since = int(2*int64(q.taken)*sharedWait/lasts), 0, now // twice: it may be that that held it up
+		q.share, q.taken, q.since = int(2*int64(q.taken)*sharedWait/lasts), 0, now // twice: it may have held it up
 	} else {
 		q.share = max(q.share, q.taken)
 	}
