@@ -26,7 +26,7 @@ const takesAMoment = time.Millisecond
 // keptWaiting is how long a message may be on its way beside a flood. One in waitingShare may take longer, or
 // waitingFew: a suspect's messages are on trial, one after the other, each behind what the server has to read. It is many times what a fair gateway needs, since here everything goes wrong at the same time on
 // a machine that has no time; a queue that all share takes much longer still.
-const keptWaiting, waitingShare, waitingFew = 3 * time.Second, 10, 5
+const keptWaiting, waitingShare, waitingFew = 6 * time.Second, 10, 5
 
 // poisonKind is what an agent says, and how the server ends the connection at it.
 type poisonKind struct {
