@@ -64,10 +64,10 @@ func TestPoison(t *testing.T) {
 		assert.Equal(t, 2, tr.counts["lost up, a poison"])
 		assert.Equal(t, 1, tr.counts["lost up, turned down, of an agent with a poison"])
 	})
-	t.Run("it costs three links", func(t *testing.T) {
+	t.Run("it costs more links than it may", func(t *testing.T) {
 		tr := newTrial(t)
 		p := tr.startPoison(tr.epoch.actor, poisonOf(t, "1008"))
-		for range 3 {
+		for range 3 + besideOthers {
 			tr.swallowed(p, tr.link())
 		}
 		tr.turnedDown(tr.epoch, badRequest)
