@@ -74,6 +74,7 @@ type Link[S comparable] struct {
 	trial    uint64        // the place in sent of what is on trial, from 1; 0 for nothing
 	before   uint64        // the number of the ping before it
 	reached  int64         // when that was answered; 0 if it was not
+	owed     int           // what others may say before the next trial, if they have something to say; see cost
 	closing  []byte        // payload of the close frame that is to come last; nil while there is none
 	replies  bool          // what waits is not to be written
 	closed   bool          // nothing more is taken
@@ -543,7 +544,7 @@ func (o *Link[S]) gatherLocked(batch []Entry[S]) []Entry[S] {
 	clear(o.own)
 	o.own = o.own[:0]
 	if o.closing == nil {
-		if q := o.lines.trials.first; q != nil && o.mayTryLocked() {
+		if q := o.lines.trials.first; q != nil && (o.owed <= 0 || o.lines.next() == nil) && o.mayTryLocked() {
 			return o.tryLocked(batch, q)
 		}
 	}
@@ -560,6 +561,7 @@ func (o *Link[S]) gatherLocked(batch []Entry[S]) []Entry[S] {
 			break
 		}
 		e := o.lines.take(q)
+		o.owed -= cost(&e)
 		size += len(e.Frame)
 		batch = o.sendLocked(batch, e)
 		o.goOnLocked(q)
@@ -590,7 +592,9 @@ func (o *Link[S]) mayTryLocked() bool {
 func (o *Link[S]) tryLocked(batch []Entry[S], q *queue[S]) []Entry[S] {
 	batch = o.pingLocked(batch)
 	o.before, o.reached = o.lastPing, 0
-	batch = o.sendLocked(batch, o.lines.take(q))
+	e := o.lines.take(q)
+	o.owed = cost(&e) * (o.lines.fresh.len + o.lines.round.len) // the others' turns: each as much
+	batch = o.sendLocked(batch, e)
 	o.trial = o.sent.end
 	o.goOnLocked(q)
 	return o.pingLocked(batch)

@@ -22,8 +22,8 @@ import (
 	"github.com/opampgateway/opampgateway/internal/memory"
 )
 
-// startMessages is how many messages a link's window holds in the beginning.
-const startMessages = 16
+// startMessages is how many messages a link's window holds in the beginning, and startBytes how many bytes.
+const startMessages, startBytes = 16, 256 << 10
 
 // fakeServer is a link's socket, and the server behind it, which reads what was written.
 type fakeServer struct {
@@ -988,6 +988,29 @@ func TestAMessageOnTrialStandsBetweenTwoPings(t *testing.T) {
 		require.Contains(t, s.said(), "alice1")
 		s.settle()
 		assert.Zero(t, s.acks[0].Trial.Size)
+	})
+}
+
+// A suspect has no more of the link than anybody else, even if each message of its fills the window, so that its next one's
+// trial could always be the first to go.
+func TestTrialsTakePartInTheTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 8<<20, s, &Trials{})
+		synctest.Wait()
+		s.settle()
+		suspect, bob := newSpeaker(o, "suspect"), newSpeaker(o, "bob")
+		suspect.trial = true
+		require.NoError(t, suspect.say(startBytes+1))
+		synctest.Wait()
+		require.NoError(t, suspect.say(startBytes+1))
+		for range 3 {
+			require.NoError(t, bob.say(100))
+		}
+		synctest.Wait()
+		require.Equal(t, []string{"suspect0"}, s.said(), "it fills the window")
+		s.settle()
+		require.Equal(t, []string{"suspect0", "bob0", "bob1", "bob2", "suspect1"}, s.said())
 	})
 }
 

@@ -488,3 +488,47 @@ func TestManyTrialsAreAnAlibi(t *testing.T) {
 		wantNamed(t, b, 0, unsureFor, flood)
 	})
 }
+
+// TestEndsWithoutSomebodySpeakForIt has a network end one link after the other: an agent that was there at few of
+// these ends is not named when it is on trial at one.
+func TestEndsWithoutSomebodySpeakForIt(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		m := says(alice, 100)
+		unfortunate := func() (Message, time.Duration) {
+			return b.Ended(End{Unacknowledged: []Message{m}, Trial: 0})
+		}
+		for n := range 10 {
+			ends(b, 0, says(10+n, 100))
+			time.Sleep(2 * together)
+		}
+		ends(b, 0, m)
+		time.Sleep(2 * together)
+		ends(b, 0, m)
+		time.Sleep(2 * together)
+		_, d := unfortunate()
+		require.Zero(t, d, "at 3 of 13")
+		time.Sleep(suspectFor) // those are forgotten
+		for range 2 {
+			ends(b, 0, m, says(bob, 1))
+			ends(b, 0, says(cathy, 1)) // the same moment, on another link
+			time.Sleep(2 * together)
+		}
+		wantNamed(t, b, 0, unsureFor, m)
+	})
+}
+
+// TestAnAlibiCountsWhateverTheServerSays has the server say that it was for a message, while somebody is on trial of whom
+// it has taken several since it last said so.
+func TestAnAlibiCountsWhateverTheServerSays(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		m := says(alice, 100)
+		ends(b, websocket.ClosePolicyViolation, m)
+		for range enoughTrials {
+			b.Acquit(m, false)
+		}
+		_, d := b.Ended(End{Code: websocket.ClosePolicyViolation, Unacknowledged: []Message{m}, Trial: 0})
+		require.Zero(t, d)
+		want(t, b, Try, m, "suspected again")
+		wantNamed(t, b, websocket.ClosePolicyViolation, namedFor, m)
+	})
+}
