@@ -248,9 +248,11 @@ type agentConn struct {
 	question    connect.Question // asks the server about it; nil if the server is not asked
 	credentials credentials      // that it came with
 	gateway     bool             // another gateway, which may ask about its agents
+	came        int64            // when it has connected, of the monotonic clock
 
 	// Owned by the reader.
 	uid    wire.UID       // of its last message
+	first  wire.UID       // of its first; once set it stays
 	bad    int32          // unreadable messages in a row
 	claim  *claim         // to uid; nil when it has to be made
 	memory *memory.Reader // of the message being read
@@ -263,10 +265,6 @@ type agentConn struct {
 	mute      atomic.Int64 // since when it has said nothing, of the monotonic clock; 0 when it has
 	fullState atomic.Int64 // when it is asked for its state once more, of the monotonic clock; 0 for not
 	many      atomic.Int32 // how many agents it speaks for, of a gateway
-
-	// Until when all that it says is turned down, of the monotonic clock, since the server has ended links because
-	// of it; 0 for not.
-	turnedDown atomic.Int64
 
 	// Where its messages wait on its link; see outbox.Line.
 	line outbox.Line[*claim]
@@ -285,7 +283,8 @@ type agentConn struct {
 func (a *agentConn) start(conn net.Conn) {
 	s := a.server
 	a.memory = s.memory.NewReader(a)
-	a.mute.Store(monotonic.Now())
+	a.came = monotonic.Now()
+	a.mute.Store(a.came)
 	a.line.Shared = a.gateway
 	// A queue full of small messages may take some more than their bytes.
 	queueSize := s.cfg.Agents.MaxQueueSize
@@ -400,6 +399,9 @@ func (a *agentConn) speakAs(f *wire.Fields) (telemetry.Reason, error) {
 			s.events.Warn("instance UID is in use on two connections with the same credentials: an agent has reconnected, or was cloned; the one that spoke last gets the replies",
 				zap.Stringer("agent", uid), telemetry.Peer("client", a.remote), telemetry.Peer("other", other.agent.remote))
 		}
+	}
+	if a.first == (wire.UID{}) {
+		a.first = uid
 	}
 	a.uid, a.claim = uid, c
 	a.speaks()

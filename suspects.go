@@ -9,6 +9,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/opampgateway/opampgateway/internal/monotonic"
+	"github.com/opampgateway/opampgateway/internal/outbox"
 	"github.com/opampgateway/opampgateway/internal/peer"
 	"github.com/opampgateway/opampgateway/internal/suspicion"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
@@ -32,10 +33,7 @@ var (
 // judge decides whether a message of an agent may go to the server, or only on trial. An error is errSuspect or
 // errServerLimit.
 func (p *upstreamPool) judge(e *entry) error {
-	if until := e.Sender.agent.turnedDown.Load(); until != 0 && monotonic.Now() < until {
-		return errSuspect // whatever UID it uses now
-	}
-	switch p.suspicion.Judge(e.Sender.route.uid, len(e.Frame)) {
+	switch p.suspicion.Judge(e.Sender.says(len(e.Frame))) {
 	case suspicion.Named:
 		return errSuspect
 	case suspicion.TooLarge:
@@ -62,29 +60,43 @@ func (p *upstreamPool) turnDown(c *claim, reason telemetry.Reason, err error) {
 	c.agent.sendOwn(c.format.BadRequest(c.route.uid.Bytes(), "opampgateway: "+err.Error()))
 }
 
+// says returns what suspicion is to know of a message. Whatever UIDs an agent uses on one connection, it is the same agent;
+// those behind a gateway are known by theirs alone.
+func (c *claim) says(size int) suspicion.Message {
+	switch {
+	case c == nil:
+		return suspicion.Message{Size: size, Came: suspicion.Always}
+	case c.agent.gateway:
+		return suspicion.Message{UID: c.route.uid, Size: size, Came: suspicion.Always}
+	default:
+		return suspicion.Message{UID: c.agent.first, Size: size, Came: c.agent.came}
+	}
+}
+
+// allSay is says for several.
+func allSay(sent []outbox.Sent[*claim]) []suspicion.Message {
+	said := make([]suspicion.Message, len(sent))
+	for i, s := range sent {
+		said[i] = s.Sender.says(s.Size)
+	}
+	return said
+}
+
 // findCulprit finds out whether the server has ended l because of a message. If so, its agent is told, and named.
 func (p *upstreamPool) findCulprit(l *link, err error) {
 	if l.givenUp.Load() || p.dialing.Err() != nil {
 		return
 	}
-	sent, trial := l.Outbox.Unacknowledged()
-	end := suspicion.End{Code: peer.CloseCode(err), Trial: trial, Unacknowledged: make([]suspicion.Message, len(sent))}
-	for i, s := range sent {
-		end.Unacknowledged[i].Size = s.Size
-		if s.Sender != nil {
-			end.Unacknowledged[i].UID = s.Sender.route.uid
-		}
-	}
-	culprit, turnedDown := p.suspicion.Ended(end)
+	sent, caught, before := l.Outbox.Unacknowledged()
+	culprit, turnedDown := p.suspicion.Ended(suspicion.End{
+		Code: peer.CloseCode(err), Unacknowledged: allSay(sent), Caught: caught, Before: allSay(before),
+	})
 	if turnedDown == 0 {
 		return
 	}
-	c := sent[trial].Sender
-	if !c.agent.gateway {
-		c.agent.turnedDown.Store(monotonic.Now() + int64(turnedDown))
-	}
+	c := sent[0].Sender
 	p.log.Warn("server ends the connection when it reads a message of this agent, so the message is dropped, and what the agent says is turned down for a while",
-		c.agent.logged(zap.Stringer("agent", culprit.UID), zap.Int("bytes", culprit.Size), zap.Duration("for", turnedDown),
+		c.agent.logged(zap.Stringer("agent", c.route.uid), zap.Int("bytes", culprit.Size), zap.Duration("for", turnedDown),
 			zap.String("link", p.linkName(l.slot)), zap.NamedError("server_said", err))...)
 	p.turnDown(c, telemetry.ReasonServerEndsLink, errSuspect)
 }

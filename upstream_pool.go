@@ -101,9 +101,8 @@ type upstreamPool struct {
 	homing        sync.WaitGroup    // agents on their way to a new link, and goodbyes that wait to be said
 	server        *questions.Server // whether it can be asked
 	suspicion     *suspicion.Book   // whose messages the server may have ended links for
-	trials        outbox.Trials
-	blind         atomic.Bool   // the server does not answer pings, as the link has shown that ended last
-	asked         atomic.Uint64 // questions of ours
+	blind         atomic.Bool       // the server does not answer pings, as the link has shown that ended last
+	asked         atomic.Uint64     // questions of ours
 
 	// mu guards which links are live and who is attached to them. It is taken when
 	// connections come and go, never for a frame.
@@ -625,7 +624,7 @@ func newLink(p *upstreamPool, slot int, conn net.Conn, in *bufio.Reader) *link {
 	l.Relayed = &p.tel.Up
 	l.Socket = socket.New(conn, socket.LinkInput(conn, in, linkReadBuffer), true, p.cfg.MaxMessageSize, linkWriteTimeout, l)
 	share := memory.LinkShare(int64(p.cfg.MaxBufferedSize), p.cfg.Server.Connections)
-	l.Outbox = outbox.NewLink(l, share, &p.memory.Up, &p.trials, p.blind.Load())
+	l.Outbox = outbox.NewLink(l, share, &p.memory.Up, p.blind.Load())
 	return l
 }
 
@@ -761,10 +760,8 @@ func (l *link) Ponged(payload []byte) {
 	if ack.Largest > 0 {
 		l.pool.suspicion.Acknowledged(ack.Largest)
 	}
-	if c := ack.Trial.Sender; c != nil {
-		if l.pool.suspicion.Acquit(suspicion.Message{UID: c.route.uid, Size: ack.Trial.Size}, ack.NextTrial) {
-			l.Outbox.Absolve(&c.agent.line, c) // it is at home here as long as the link lives
-		}
+	for _, s := range ack.Tried {
+		l.pool.suspicion.Taken(s.Sender.says(s.Size))
 	}
 }
 

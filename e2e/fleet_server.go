@@ -345,6 +345,16 @@ func (l *FleetLink) take(f readFrame) error {
 			uid, _ := uuid.FromBytes(m.GetInstanceUid()) // whether it is one is seen below
 			does = heeds(uid, &m, len(f.bytes))
 		}
+		if does.end != nil && does.after > 0 {
+			l.server.work.Go(func() {
+				select {
+				case <-time.After(does.after):
+					does.end(l)
+				case <-l.ended:
+				}
+			})
+			return nil
+		}
 		if does.end != nil {
 			does.end(l)
 			return errEndedAtMessage

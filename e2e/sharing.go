@@ -28,6 +28,7 @@ const echo = "echo"
 type response struct {
 	silent bool             // it is not answered
 	end    func(*FleetLink) // nil, or the way in which the link is ended at it
+	after  time.Duration    // how long after it was read, while more is; 0: nothing more is read
 }
 
 var errEndedAtMessage = errors.New("the server ends the link at a message")

@@ -49,9 +49,6 @@ func FuzzTurns(f *testing.F) {
 		serve := func() {
 			q := tr.next()
 			if q == nil {
-				q = tr.trials.first
-			}
-			if q == nil {
 				require.Zero(t, total)
 				return
 			}
@@ -63,7 +60,7 @@ func FuzzTurns(f *testing.F) {
 			total--
 			come(s)
 			for other, w := range first {
-				if w == nil || other == s || w.e.Trial || e.Trial {
+				if w == nil || other == s {
 					continue
 				}
 				w.served[s] += cost(&e)
@@ -123,8 +120,7 @@ func FuzzLink(f *testing.F) {
 			if breaksAt > 0 {
 				s.breakAt(int(breaksAt))
 			}
-			var trials Trials
-			o := startLink(t, 200<<10, s, &trials)
+			o := startLink(t, 200<<10, s)
 			speakers := make([]*speaker, senders)
 			taken, putting := make([][]string, senders), make([]chan struct{}, senders)
 			for i := range speakers {
@@ -193,7 +189,7 @@ func BenchmarkLink(b *testing.B) {
 		b.Run(fmt.Sprintf("%d senders", senders), func(b *testing.B) {
 			account := newAccount()
 			s := &echo{ready: make(chan struct{})}
-			o := NewLink[string](s, 8<<20, account, &Trials{}, false)
+			o := NewLink[string](s, 8<<20, account, false)
 			s.link = o
 			close(s.ready)
 			e, lines := message("alice", "hello, this is a heartbeat"), make([]Line[string], senders)

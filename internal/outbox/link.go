@@ -23,6 +23,13 @@ const (
 	maxControls = 64
 	// alwaysFits is the largest entry that its sender can always have waiting, if nothing else of it is, in bytes.
 	alwaysFits = memory.TinyMessage + overhead
+	// maxPings is how many pings may be on their way for the sake of messages on trial.
+	maxPings = 8
+	// trialTime is how long after a ping was answered the server is still at the message behind it; otherwise it, or the
+	// network, is stuck. lateFor is how long after a message it may still end the link because of it.
+	trialTime, lateFor = 5 * time.Second, time.Second
+	// maxTried is how many messages on trial are remembered that were acknowledged.
+	maxTried = 64
 	// maxSent is how many messages are remembered that a server has not acknowledged that acknowledges nothing.
 	maxSent = 8192
 )
@@ -31,14 +38,15 @@ const (
 type Sent[S any] struct {
 	Sender S
 	Size   int // in bytes
+
+	ping uint64 // the number of the one just before it, if it is on trial; 0 otherwise
 }
 
 // Acknowledgement is what the answer to a ping tells.
 type Acknowledgement[S any] struct {
 	RoundTrip time.Duration // of the ping
 	Largest   int           // of the messages acknowledged, in bytes
-	Trial     Sent[S]       // the message that was on trial, if its Size is not 0
-	NextTrial bool          // another message waits for its trial, on any link
+	Tried     []Sent[S]     // those of them that were on trial
 }
 
 // Link is the outbox of a link, on which many senders share a socket:
@@ -46,7 +54,8 @@ type Acknowledgement[S any] struct {
 //   - Each sender's messages wait in a line of their own, and senders take turns, see turns.
 //   - No more is written than the server reads soon: pings show what it has read, see package window.
 //   - What was written and not acknowledged is known when the link ends, by sender and size. A message on
-//     trial is written between two pings, and no other on trial until it is acknowledged.
+//     trial is written between two pings: if the server answers the first and then ends the link, it is because of
+//     this message.
 //
 // One goroutine writes, and stays until the end.
 type Link[S comparable] struct {
@@ -54,7 +63,6 @@ type Link[S comparable] struct {
 	socket  Socket[S]
 	limit   int
 	account *memory.Account
-	trials  *Trials
 	wake    *time.Timer // has the writer look at the window again
 
 	// mu guards what follows. It is never held while the socket is written to.
@@ -69,12 +77,11 @@ type Link[S comparable] struct {
 	window   *window.Window
 	sent     ring[Sent[S]] // what was taken to be written, and is not acknowledged
 	lastPing uint64        // its number
+	pinged   uint64        // what was sent before it, as sent counts
+	answered uint64        // the number of the last ping that was answered
+	reached  int64         // when it was
+	tried    []tried[S]    // messages on trial that were acknowledged, the last maxTried
 	wakeAt   int64         // when the timer goes off; math.MaxInt64 for not
-	again    int64         // when to see again whether something may be on trial; math.MaxInt64 for not
-	trial    uint64        // the place in sent of what is on trial, from 1; 0 for nothing
-	before   uint64        // the number of the ping before it
-	reached  int64         // when that was answered; 0 if it was not
-	owed     int           // what others may say before the next trial, if they have something to say; see cost
 	closing  []byte        // payload of the close frame that is to come last; nil while there is none
 	replies  bool          // what waits is not to be written
 	closed   bool          // nothing more is taken
@@ -86,12 +93,19 @@ type Link[S comparable] struct {
 	aside    []Entry[S]    // what a failed write left unwritten
 }
 
+// tried is a message that was on trial.
+type tried[S any] struct {
+	Sent[S]
+
+	at int64 // when it was acknowledged
+}
+
 // NewLink returns a link's outbox, for socket. All that senders have waiting is about limit bytes at most,
 // but for what is alwaysFits; what it holds is counted in account. A server that is blind to pings, as another link
 // has shown, is sent all that comes until it answers one. Its end is an Abort.
-func NewLink[S comparable](socket Socket[S], limit int, account *memory.Account, trials *Trials, blind bool) *Link[S] {
+func NewLink[S comparable](socket Socket[S], limit int, account *memory.Account, blind bool) *Link[S] {
 	o := &Link[S]{
-		socket: socket, limit: limit, account: account, trials: trials, window: window.New(monotonic.Now()), again: math.MaxInt64, wakeAt: math.MaxInt64, stays: true,
+		socket: socket, limit: limit, account: account, window: window.New(monotonic.Now()), wakeAt: math.MaxInt64, stays: true,
 	}
 	o.changed.L = &o.mu
 	o.controls = o.pingLocked(nil) // before anything else: it shows the link's own round trip
@@ -214,72 +228,49 @@ func (o *Link[S]) Pong(payload []byte) (ack Acknowledgement[S], expected bool) {
 	if len(payload) != pingSize {
 		return ack, false
 	}
-	ack, expected, wasTrial := o.pong(binary.BigEndian.Uint64(payload))
-	if wasTrial {
-		ack.NextTrial = o.trials.leave(o) || ack.NextTrial
-	}
-	return ack, expected
-}
-
-func (o *Link[S]) pong(number uint64) (ack Acknowledgement[S], expected, wasTrial bool) {
+	number := binary.BigEndian.Uint64(payload)
+	now := monotonic.Now()
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	waiting := o.lines.waiting > 0
-	acknowledged, roundTrip, expected := o.window.Pong(number, monotonic.Now(), waiting)
+	acknowledged, roundTrip, expected := o.window.Pong(number, now, o.lines.waiting > 0)
 	if !expected {
-		return ack, false, false
+		return ack, false
 	}
 	ack.RoundTrip = roundTrip
-	if number >= o.before && o.reached == 0 {
-		o.reached = monotonic.Now()
-	}
+	o.answered, o.reached = number, now
 	for o.sent.begin < acknowledged && o.sent.len() > 0 {
 		s := o.sent.pop()
 		ack.Largest = max(ack.Largest, s.Size)
-		if o.sent.begin == o.trial {
-			ack.Trial, o.trial, wasTrial = s, 0, true
-			ack.NextTrial = o.lines.trials.len > 0
+		if s.ping != 0 {
+			ack.Tried = append(ack.Tried, s)
+			if len(o.tried) == maxTried {
+				o.tried = slices.Delete(o.tried, 0, 1)
+			}
+			o.tried = append(o.tried, tried[S]{s, now})
 		}
 	}
 	if o.lines.waiting > 0 {
 		o.startLocked() // the window may be open
 	}
-	return ack, true, wasTrial
+	return ack, true
 }
 
-// Absolve has none of what waits of a sender be on trial.
-func (o *Link[S]) Absolve(line *Line[S], sender S) {
+// Unacknowledged returns what was handed to the socket, or begun, and not acknowledged, in order; whether the first of
+// it was on trial, and the server had just come to it; and what was on trial and acknowledged shortly before. It is to be
+// called after Abort.
+func (o *Link[S]) Unacknowledged() (sent []Sent[S], caught bool, before []Sent[S]) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	q := line.queue
-	if q == nil {
-		return
+	if o.sent.len() > 0 {
+		ping := o.sent.first().ping
+		caught = ping != 0 && ping <= o.answered && monotonic.Since(o.reached) < trialTime
 	}
-	for i := q.head; i < len(q.entries); i++ {
-		if e := &q.entries[i]; e.Sender == sender {
-			e.Trial = false
+	for _, t := range o.tried {
+		if monotonic.Since(t.at) < lateFor {
+			before = append(before, t.Sent)
 		}
 	}
-	if q.pending.Sender == sender {
-		q.pending.Trial = false
-	}
-	if q.in == &o.lines.trials && !q.first().Trial {
-		q.in.remove(q)
-		o.lines.file(q, &o.lines.fresh)
-		o.startLocked()
-	}
-}
-
-// Unacknowledged returns what was handed to the socket, or begun, and not acknowledged, in order. trial is the
-// index of the message on trial, if the server had just come to it; -1 otherwise. It is to be called after Abort.
-func (o *Link[S]) Unacknowledged() (sent []Sent[S], trial int) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	trial = -1
-	if o.trial > o.sent.begin && o.reached != 0 && monotonic.Since(o.reached) < trialTime {
-		trial = int(o.trial - o.sent.begin - 1)
-	}
-	return o.sent.all(), trial
+	return o.sent.all(), caught, before
 }
 
 // Blind reports whether the server does not answer pings.
@@ -332,7 +323,6 @@ func (o *Link[S]) Drain(ctx context.Context) {
 // order of each sender's, the entries that were not handed to the socket whole.
 func (o *Link[S]) Abort() (unwritten []Entry[S]) {
 	o.socket.Close()
-	defer o.trials.leave(o)
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.closeLocked()
@@ -514,7 +504,7 @@ func (o *Link[S]) waitLocked() {
 		o.changed.Broadcast() // for Drain
 	}
 	// A timer that goes off too early is set anew then: that is cheaper than each time.
-	if at := min(o.window.Next(), o.again); at < o.wakeAt {
+	if at := o.window.Next(); at < o.wakeAt {
 		o.wakeAt = at
 		o.wake.Reset(time.Duration(max(0, at-monotonic.Now())))
 	}
@@ -526,15 +516,11 @@ func (o *Link[S]) waitLocked() {
 
 // gatherLocked appends to batch what is to be written now.
 func (o *Link[S]) gatherLocked(batch []Entry[S]) []Entry[S] {
-	o.held, o.again = false, math.MaxInt64
+	o.held = false
 	if o.replies {
 		return o.lastLocked(batch)
 	}
-	o.held = false
 	o.window.PingDue(monotonic.Now()) // which notices what time has changed
-	if o.window.Blind() {
-		o.trial = 0
-	}
 	batch = append(batch, o.controls...)
 	clear(o.controls)
 	o.controls = o.controls[:0]
@@ -543,25 +529,27 @@ func (o *Link[S]) gatherLocked(batch []Entry[S]) []Entry[S] {
 	}
 	clear(o.own)
 	o.own = o.own[:0]
-	if o.closing == nil {
-		if q := o.lines.trials.first; q != nil && (o.owed <= 0 || o.lines.next() == nil) && o.mayTryLocked() {
-			return o.tryLocked(batch, q)
-		}
-	}
 	for size := 0; size < batchSize; {
 		if o.closing == nil && o.lines.waiting > 0 && !o.window.Open() {
 			o.held = true
 			break
 		}
 		q := o.lines.next()
-		if q == nil && (o.closing != nil || o.window.Blind()) {
-			q = o.lines.trials.first // there is no time to try, or nothing would tell that it is over
-		}
 		if q == nil {
 			break
 		}
+		trial := q.first().Trial && o.closing == nil && !o.window.Blind()
+		if trial && o.window.Outstanding() > maxPings-2 {
+			o.held = true
+			break
+		}
 		e := o.lines.take(q)
-		o.owed -= cost(&e)
+		if trial {
+			batch = o.tryLocked(batch, e)
+			size += len(e.Frame)
+			o.goOnLocked(q)
+			continue
+		}
 		size += len(e.Frame)
 		batch = o.sendLocked(batch, e)
 		o.goOnLocked(q)
@@ -575,28 +563,13 @@ func (o *Link[S]) gatherLocked(batch []Entry[S]) []Entry[S] {
 	return batch
 }
 
-// mayTryLocked reports whether a message may be on trial now.
-func (o *Link[S]) mayTryLocked() bool {
-	if o.trial != 0 || o.window.Blind() || !o.window.Open() {
-		return false
+// tryLocked appends to batch a message on trial, between two pings; one between it and the last on trial is enough.
+func (o *Link[S]) tryLocked(batch []Entry[S], e Entry[S]) []Entry[S] {
+	if o.pinged != o.sent.end || o.lastPing == o.answered {
+		batch = o.pingLocked(batch)
 	}
-	var ok bool
-	if o.again, ok = o.trials.enter(o); ok {
-		o.again = math.MaxInt64
-	}
-	return ok
-}
-
-// tryLocked appends to batch the first message of q, which is on trial, between two pings: if the server answers the first
-// and then ends the link, it is because of this message.
-func (o *Link[S]) tryLocked(batch []Entry[S], q *queue[S]) []Entry[S] {
-	batch = o.pingLocked(batch)
-	o.before, o.reached = o.lastPing, 0
-	e := o.lines.take(q)
-	o.owed = cost(&e) * (o.lines.fresh.len + o.lines.round.len) // the others' turns: each as much
 	batch = o.sendLocked(batch, e)
-	o.trial = o.sent.end
-	o.goOnLocked(q)
+	o.sent.last().ping = o.lastPing
 	return o.pingLocked(batch)
 }
 
@@ -606,13 +579,13 @@ func (o *Link[S]) sendLocked(batch []Entry[S], e Entry[S]) []Entry[S] {
 	if o.sent.len() >= maxSent && o.window.Blind() {
 		o.sent.pop()
 	}
-	o.sent.push(Sent[S]{e.Sender, len(e.Frame)})
+	o.sent.push(Sent[S]{Sender: e.Sender, Size: len(e.Frame)})
 	return append(batch, e)
 }
 
 // pingLocked appends a ping to batch.
 func (o *Link[S]) pingLocked(batch []Entry[S]) []Entry[S] {
-	o.lastPing = o.window.Ping(monotonic.Now())
+	o.lastPing, o.pinged = o.window.Ping(monotonic.Now()), o.sent.end
 	return append(batch, Entry[S]{Kind: Ping, Frame: binary.BigEndian.AppendUint64(nil, o.lastPing)})
 }
 
@@ -665,54 +638,6 @@ func (o *Link[S]) fail(unwritten []Entry[S]) {
 // pingSize is how long the payload of a numbered ping is, in bytes.
 const pingSize = 8
 
-// Trials has one message on trial at a time on all links that share it: when a server that ends all its
-// connections does so because of one, it is clear because of which. The zero value is ready for use.
-type Trials struct {
-	mu      sync.Mutex
-	busy    holder
-	until   int64 // another may enter even if the last has not left
-	waiting []holder
-}
-
-// holder is a link's outbox.
-type holder interface{ signal() }
-
-// trialTime is how long a trial lasts at most: afterwards the server, or the network, is stuck, those of other links
-// wait no longer, and an end of the link proves nothing.
-const trialTime = 5 * time.Second
-
-// enter reports whether a message of o may be on trial now. If not, o is signaled when it may ask again, and may do so
-// at the time returned anyway.
-func (t *Trials) enter(o holder) (again int64, ok bool) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if now := monotonic.Now(); t.busy == nil || now >= t.until {
-		t.busy, t.until = o, now+int64(trialTime)
-		return 0, true
-	}
-	if !slices.Contains(t.waiting, o) {
-		t.waiting = append(t.waiting, o)
-	}
-	return t.until, false
-}
-
-// leave ends the trial of o, if there is one, tells those who wait, and reports whether there are any. The lock of none
-// of them may be held.
-func (t *Trials) leave(o holder) (awaited bool) {
-	t.mu.Lock()
-	if t.busy != o {
-		t.mu.Unlock()
-		return false
-	}
-	waiting := t.waiting
-	t.busy, t.waiting = nil, nil
-	t.mu.Unlock()
-	for _, w := range waiting {
-		w.signal()
-	}
-	return len(waiting) > 0
-}
-
 // ring is a queue that counts what has passed through it.
 type ring[T any] struct {
 	places     []T // their number is a power of two
@@ -733,8 +658,12 @@ func (r *ring[T]) push(v T) {
 	r.end++
 }
 
+func (r *ring[T]) first() *T { return &r.places[r.begin%uint64(len(r.places))] }
+
+func (r *ring[T]) last() *T { return &r.places[(r.end-1)%uint64(len(r.places))] }
+
 func (r *ring[T]) pop() (v T) {
-	place := &r.places[r.begin%uint64(len(r.places))]
+	place := r.first()
 	v, *place = *place, v
 	if r.begin++; r.begin == r.end && len(r.places) > keptEntries {
 		r.places = nil

@@ -50,10 +50,10 @@ func newServer(answers bool) *fakeServer {
 }
 
 // startLink returns a link to s that ends with the test.
-func startLink(t *testing.T, limit int, s *fakeServer, trials *Trials) *Link[string] {
+func startLink(t *testing.T, limit int, s *fakeServer) *Link[string] {
 	t.Helper()
 	account := newAccount()
-	o := NewLink[string](s, limit, account, trials, false)
+	o := NewLink[string](s, limit, account, false)
 	s.link = o
 	close(s.ready)
 	s.reading.Go(s.read)
@@ -297,7 +297,7 @@ func fill(t *testing.T, o *Link[string], s *fakeServer) {
 func TestWhatASenderSaysStaysInOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(true)
-		o := startLink(t, 1<<20, s, &Trials{})
+		o := startLink(t, 1<<20, s)
 		resume := s.stall()
 		alice := newSpeaker(o, "alice")
 		var want []string
@@ -321,7 +321,7 @@ func TestASenderThatHadNothingWaitingGoesFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(true)
 		s.pace = time.Millisecond
-		o := startLink(t, 1<<20, s, &Trials{})
+		o := startLink(t, 1<<20, s)
 		for _, flooder := range newSpeakers(o, "flooder", 10) {
 			go flooder.flood(50)
 		}
@@ -350,7 +350,7 @@ func TestASenderThatRefillsItsQueueGetsNoMoreThanItsTurn(t *testing.T) {
 				_ = speakers[e.Sender].say(oneTurn)
 			}
 		}
-		o := startLink(t, 1<<20, s, &Trials{})
+		o := startLink(t, 1<<20, s)
 		synctest.Wait()
 		resume := s.stall()
 		for _, name := range []string{"clever", "alice", "bob", "cathy"} {
@@ -393,7 +393,7 @@ func runs(entries []Entry[string]) (who []string, times []int) {
 func TestATurnOfTinyMessagesIsShort(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(true)
-		o := startLink(t, 1<<20, s, &Trials{})
+		o := startLink(t, 1<<20, s)
 		resume := s.stall()
 		speakers := newSpeakers(o, "s", 4)
 		speakers[0].sayAll(t, 1, 0)
@@ -428,7 +428,7 @@ func TestTurnsAreWorthTheSame(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					s := newServer(true)
 					s.pace = 20 * time.Millisecond // so few are on their way that all have something waiting
-					o := startLink(t, 8<<20, s, &Trials{})
+					o := startLink(t, 8<<20, s)
 					speakers := newSpeakers(o, "s", len(sizes))
 					speakers[0].weight = weight
 					for i, speaker := range speakers {
@@ -503,7 +503,7 @@ func TestALargeMessageIsServedWithinABoundedNumberOfTurns(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					s := newServer(true)
 					s.pace = 5 * time.Millisecond
-					o := startLink(t, 8<<20, s, &Trials{})
+					o := startLink(t, 8<<20, s)
 					for _, flooder := range newSpeakers(o, "flooder", 10) {
 						go flooder.flood(others)
 					}
@@ -533,7 +533,7 @@ func TestAMessageLargerThanTheRoomIsNotStarved(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := newServer(true)
 				s.pace = time.Millisecond
-				o := startLink(t, 256<<10, s, &Trials{})
+				o := startLink(t, 256<<10, s)
 				for _, flooder := range newSpeakers(o, "flooder", 20) {
 					go flooder.flood(flood)
 				}
@@ -552,7 +552,7 @@ func TestAMessageLargerThanTheRoomIsNotStarved(t *testing.T) {
 func TestASenderHasABoundOfItsOwn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, 8<<20, s, &Trials{})
+		o := startLink(t, 8<<20, s)
 		fill(t, o, s)
 		for _, weight := range []int{1, 3} {
 			alice := newSpeaker(o, "alice"+strconv.Itoa(weight)+"-")
@@ -577,7 +577,7 @@ func TestASenderHasABoundOfItsOwn(t *testing.T) {
 func TestASenderWaitsForRoomOfItsOwn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, 8<<20, s, &Trials{})
+		o := startLink(t, 8<<20, s)
 		fill(t, o, s)
 		alice := newSpeaker(o, "alice")
 		for more := true; more; {
@@ -597,7 +597,7 @@ func TestALinkIsBoundedInBytes(t *testing.T) {
 	const limit = 1 << 20
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, limit, s, &Trials{})
+		o := startLink(t, limit, s)
 		fill(t, o, s)
 		for _, speaker := range newSpeakers(o, "s", 1000) {
 			for more := true; more; {
@@ -618,7 +618,7 @@ func TestALinkIsBoundedInBytes(t *testing.T) {
 	})
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, limit, s, &Trials{})
+		o := startLink(t, limit, s)
 		fill(t, o, s)
 		for _, speaker := range newSpeakers(o, "s", 100) {
 			for more := true; more; {
@@ -635,7 +635,7 @@ func TestALinkIsBoundedInBytes(t *testing.T) {
 func TestThoseWhoWaitForRoomGoInTheOrderInWhichTheyCame(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, 100<<10, s, &Trials{})
+		o := startLink(t, 100<<10, s)
 		fill(t, o, s)
 		require.NoError(t, newSpeaker(o, "first").say(90<<10))
 		var all []putting
@@ -668,7 +668,7 @@ func TestThoseWhoWaitForRoomGoInTheOrderInWhichTheyCame(t *testing.T) {
 func TestPutThatIsGivenUpLeavesNothingBehind(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, 100<<10, s, &Trials{})
+		o := startLink(t, 100<<10, s)
 		fill(t, o, s)
 		require.NoError(t, newSpeaker(o, "first").say(50<<10))
 		ctx, cancel := context.WithCancel(t.Context())
@@ -707,7 +707,7 @@ func TestPutThatIsGivenUpLeavesNothingBehind(t *testing.T) {
 func TestPutReturnsTheErrorOfItsContext(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, 100<<10, s, &Trials{})
+		o := startLink(t, 100<<10, s)
 		fill(t, o, s)
 		require.NoError(t, newSpeaker(o, "first").say(100<<10))
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
@@ -728,7 +728,7 @@ func TestThoseWhoWaitHearThatTheLinkIsClosed(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := newServer(false)
-				o := startLink(t, 100<<10, s, &Trials{})
+				o := startLink(t, 100<<10, s)
 				fill(t, o, s)
 				require.NoError(t, newSpeaker(o, "first").say(100<<10))
 				crowds := newSpeaker(o, "crowds")
@@ -773,7 +773,7 @@ func (c *whenAsked) Err() error { return context.Canceled }
 func TestADecisionIsForWhomItWasMade(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, 100<<10, s, &Trials{})
+		o := startLink(t, 100<<10, s)
 		fill(t, o, s)
 		require.NoError(t, newSpeaker(o, "first").say(100<<10))
 		alice := newSpeaker(o, "alice")
@@ -808,14 +808,14 @@ func TestADecisionIsForWhomItWasMade(t *testing.T) {
 func TestAPingIsTheFirstThatALinkWrites(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(true)
-		o := startLink(t, 1<<20, s, &Trials{})
+		o := startLink(t, 1<<20, s)
 		require.NoError(t, newSpeaker(o, "alice").say(0))
 		time.Sleep(time.Hour)
 		require.Equal(t, "ping", s.wrote()[0])
 		require.Equal(t, []string{"ping", "alice0", "ping"}, s.wrote(), "and no more than is needed to know what was read")
 		require.Len(t, s.acks, 2)
 		assert.Positive(t, s.acks[1].Largest)
-		assert.Zero(t, s.acks[1].Trial)
+		assert.Empty(t, s.acks[1].Tried)
 		assert.Zero(t, o.OnItsWay())
 	})
 }
@@ -823,7 +823,7 @@ func TestAPingIsTheFirstThatALinkWrites(t *testing.T) {
 func TestTheGatewaysOwnGoesFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, 1<<20, s, &Trials{})
+		o := startLink(t, 1<<20, s)
 		synctest.Wait()
 		resume := s.stall()
 		require.NoError(t, o.Push(message("own", "first")))
@@ -842,7 +842,7 @@ func TestTheGatewaysOwnGoesFirst(t *testing.T) {
 func TestNoMoreIsOnItsWayThanTheWindowHolds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, 1<<20, s, &Trials{})
+		o := startLink(t, 1<<20, s)
 		fill(t, o, s)
 		newSpeaker(o, "alice").sayAll(t, 10, 0)
 		synctest.Wait()
@@ -859,15 +859,15 @@ func TestNoMoreIsOnItsWayThanTheWindowHolds(t *testing.T) {
 		s.answer()
 		synctest.Wait()
 		require.Len(t, s.said(), startMessages+1+10, "what was read makes room")
-		_, trial := o.Unacknowledged()
-		assert.Equal(t, -1, trial)
+		_, caught, _ := o.Unacknowledged()
+		assert.False(t, caught)
 	})
 }
 
 func TestAServerThatNeverAnswersPingsIsServed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, 1<<20, s, &Trials{})
+		o := startLink(t, 1<<20, s)
 		alice, bob := newSpeaker(o, "alice"), newSpeaker(o, "bob")
 		bob.trial = true
 		alice.sayAll(t, 100, 0)
@@ -876,8 +876,8 @@ func TestAServerThatNeverAnswersPingsIsServed(t *testing.T) {
 		require.Less(t, len(s.said()), 100)
 		time.Sleep(4 * time.Second)
 		require.Len(t, s.said(), 103, "also what is on trial")
-		_, trial := o.Unacknowledged()
-		assert.Equal(t, -1, trial, "of which nobody can say anything")
+		_, caught, _ := o.Unacknowledged()
+		assert.False(t, caught, "of which nobody can say anything")
 		for range 30 * time.Minute / time.Second {
 			require.NoError(t, alice.say(0))
 			require.NoError(t, bob.say(0))
@@ -897,7 +897,7 @@ func TestAServerThatNeverAnswersPingsIsServed(t *testing.T) {
 func TestAWindowThatWasClosedOnceHoldsUpNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, 1<<20, s, &Trials{})
+		o := startLink(t, 1<<20, s)
 		s.settle()
 		alice := newSpeaker(o, "alice")
 		resume := s.stall()
@@ -922,7 +922,7 @@ func TestAWindowThatWasClosedOnceHoldsUpNobody(t *testing.T) {
 func TestTooManyPongsAreNotKept(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, 1<<20, s, &Trials{})
+		o := startLink(t, 1<<20, s)
 		synctest.Wait()
 		s.stall()
 		require.NoError(t, o.Push(message("own", "1")))
@@ -939,7 +939,7 @@ func TestTooManyPongsAreNotKept(t *testing.T) {
 func TestPongsThatNobodyAskedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, 1<<20, s, &Trials{})
+		o := startLink(t, 1<<20, s)
 		fill(t, o, s)
 		for _, payload := range [][]byte{nil, {1}, make([]byte, 8), []byte("12345678"), make([]byte, 125)} {
 			_, expected := o.Pong(payload)
@@ -958,7 +958,7 @@ func TestPongsThatNobodyAskedFor(t *testing.T) {
 func TestAMessageOnTrialStandsBetweenTwoPings(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, 1<<20, s, &Trials{})
+		o := startLink(t, 1<<20, s)
 		s.settle()
 		alice, bob := newSpeaker(o, "alice"), newSpeaker(o, "bob")
 		require.NoError(t, bob.say(0))
@@ -968,35 +968,89 @@ func TestAMessageOnTrialStandsBetweenTwoPings(t *testing.T) {
 		synctest.Wait()
 		require.NoError(t, bob.say(0), "others go on meanwhile")
 		synctest.Wait()
-		require.Equal(t, []string{"ping", "bob0", "ping", "alice0", "ping", "bob1"}, s.wrote(), "alice1 waits until alice0 is acknowledged")
+		require.Equal(t, []string{"ping", "bob0", "ping", "alice0", "ping", "alice1", "ping", "bob1"}, s.wrote(), "one ping between two is enough")
 
-		sent, trial := o.Unacknowledged()
-		require.Equal(t, -1, trial, "the server may not have come to it")
+		sent, caught, _ := o.Unacknowledged()
+		require.False(t, caught, "the server may not have come to it")
+		require.Len(t, sent, 4)
+
+		s.answerFirst(t)
+		sent, caught, before := o.Unacknowledged()
+		require.Equal(t, "alice", sent[0].Sender)
 		require.Len(t, sent, 3)
+		require.True(t, caught)
+		require.Empty(t, before)
 
 		s.answerFirst(t)
-		sent, trial = o.Unacknowledged()
-		require.Equal(t, []Sent[string]{{"alice", 100}, {"bob", 4}}, sent)
-		require.Equal(t, 0, trial)
-
-		s.answerFirst(t)
-		require.Equal(t, Sent[string]{"alice", 100}, s.acks[len(s.acks)-1].Trial)
+		require.Len(t, s.acks[len(s.acks)-1].Tried, 1)
 		require.Equal(t, 100, s.acks[len(s.acks)-1].Largest)
-		_, trial = o.Unacknowledged()
-		require.Equal(t, -1, trial)
-		synctest.Wait()
-		require.Contains(t, s.said(), "alice1")
+		s.answerFirst(t)
+		sent, caught, before = o.Unacknowledged()
+		require.Equal(t, "bob", sent[0].Sender)
+		require.False(t, caught, "is not on trial")
+		require.Len(t, before, 2)
+		time.Sleep(lateFor)
+		_, _, before = o.Unacknowledged()
+		require.Empty(t, before, "the server would have ended the link by now")
 		s.settle()
-		assert.Zero(t, s.acks[0].Trial.Size)
+		assert.Empty(t, s.acks[0].Tried)
 	})
 }
 
-// A suspect has no more of the link than anybody else, even if each message of its fills the window, so that its next one's
-// trial could always be the first to go.
+// A ping that was answered long before a message on trial was written does not tell that the server has come to it.
+func TestAMessageOnTrialHasAPingOfItsOwn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 1<<20, s)
+		s.settle()
+		alice := newSpeaker(o, "alice")
+		alice.trial = true
+		require.NoError(t, alice.say(0))
+		synctest.Wait()
+		s.settle()
+		time.Sleep(time.Hour)
+		s.settle()
+		require.NoError(t, alice.say(0))
+		synctest.Wait()
+		_, caught, _ := o.Unacknowledged()
+		require.False(t, caught)
+		s.answerFirst(t)
+		_, caught, _ = o.Unacknowledged()
+		require.True(t, caught)
+	})
+}
+
+// No more pings are on their way for the sake of trials than a server answers gladly.
+func TestMessagesOnTrialWaitForTheirPings(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 1<<20, s)
+		s.settle()
+		alice, bob := newSpeaker(o, "alice"), newSpeaker(o, "bob")
+		alice.trial = true
+		alice.sayAll(t, 20, 0)
+		synctest.Wait()
+		require.Len(t, s.said(), maxPings-2)
+		s.answerFirst(t)
+		synctest.Wait()
+		require.Len(t, s.said(), maxPings-1)
+		bob.sayAll(t, 3, 0)
+		for len(s.said()) < 23 {
+			s.answerFirst(t)
+			synctest.Wait()
+		}
+		s.settle()
+		_, caught, before := o.Unacknowledged()
+		require.False(t, caught)
+		require.Len(t, before, 20)
+	})
+}
+
+// A suspect has no more of the link than anybody else, even if each message of its fills the window.
 func TestTrialsTakePartInTheTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, 8<<20, s, &Trials{})
+		o := startLink(t, 8<<20, s)
 		synctest.Wait()
 		s.settle()
 		suspect, bob := newSpeaker(o, "suspect"), newSpeaker(o, "bob")
@@ -1014,32 +1068,10 @@ func TestTrialsTakePartInTheTurns(t *testing.T) {
 	})
 }
 
-// Who is innocent after all does not have to wait for a round trip with each message.
-func TestWhatWaitsOfAnInnocentIsNotOnTrialAnyMore(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := newServer(false)
-		o := startLink(t, 1<<20, s, &Trials{})
-		synctest.Wait()
-		s.settle()
-		alice, bob := newSpeaker(o, "alice"), newSpeaker(o, "bob")
-		alice.trial, bob.trial = true, true
-		alice.sayAll(t, 5, 0)
-		bob.sayAll(t, 2, 0)
-		synctest.Wait()
-		require.Equal(t, []string{"alice0"}, s.said())
-		o.Absolve(&alice.line, "alice")
-		synctest.Wait()
-		require.Equal(t, []string{"alice0", "alice1", "alice2", "alice3", "alice4"}, s.said(), "bob still waits for his trial")
-		s.settle()
-		require.ElementsMatch(t, []string{"bob0", "bob1"}, s.said()[5:])
-		o.Absolve(&alice.line, "alice") // with nothing waiting
-	})
-}
-
 func TestAPingBeforeATrialThatWasAnsweredLongAgoProvesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, 1<<20, s, &Trials{})
+		o := startLink(t, 1<<20, s)
 		s.settle()
 		alice := newSpeaker(o, "alice")
 		alice.trial = true
@@ -1047,99 +1079,11 @@ func TestAPingBeforeATrialThatWasAnsweredLongAgoProvesNothing(t *testing.T) {
 		synctest.Wait()
 		s.answerFirst(t)
 		time.Sleep(trialTime - time.Millisecond)
-		_, trial := o.Unacknowledged()
-		require.Equal(t, 0, trial)
+		_, caught, _ := o.Unacknowledged()
+		require.True(t, caught)
 		time.Sleep(2 * time.Millisecond)
-		_, trial = o.Unacknowledged()
-		require.Equal(t, -1, trial)
-	})
-}
-
-func TestOneMessageIsOnTrialOnAllLinks(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var trials Trials
-		servers, speakers := []*fakeServer{newServer(false), newServer(false), newServer(false)}, []*speaker(nil)
-		for i, s := range servers {
-			o := startLink(t, 1<<20, s, &trials)
-			s.settle()
-			speaker := newSpeaker(o, "suspect"+strconv.Itoa(i)+"-")
-			speaker.trial = true
-			speakers = append(speakers, speaker)
-			require.NoError(t, speaker.say(0))
-			synctest.Wait()
-			require.NoError(t, newSpeaker(o, "other").say(0))
-			synctest.Wait()
-		}
-		for i, s := range servers {
-			require.Contains(t, s.said(), "other0")
-			require.Equal(t, i == 0, slices.Contains(s.said(), "suspect"+strconv.Itoa(i)+"-0"), i)
-		}
-		onTrial := func() (n int) {
-			for i, s := range servers {
-				if said := s.said(); slices.Contains(said, fmt.Sprintf("suspect%d-%d", i, speakers[i].n-1)) {
-					n++
-				}
-			}
-			return n
-		}
-		servers[0].settle() // is acknowledged
-		require.Equal(t, 2, onTrial(), "the next one's turn")
-		for i, s := range servers[1:] {
-			if slices.Contains(s.said(), fmt.Sprintf("suspect%d-0", i+1)) {
-				s.link.Abort() // its link ends
-				break
-			}
-		}
-		synctest.Wait()
-		require.Equal(t, 3, onTrial(), "the last one's turn")
-	})
-}
-
-// A server that does not answer, or a link that is stuck, keeps those of other links no longer than trialTime.
-func TestATrialThatIsStuckDoesNotBlockOthers(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var trials Trials
-		stuck, fine := newServer(false), newServer(true)
-		a, b := startLink(t, 1<<20, stuck, &trials), startLink(t, 1<<20, fine, &trials)
-		stuck.settle()
-		alice, bob := newSpeaker(a, "alice"), newSpeaker(b, "bob")
-		alice.trial, bob.trial = true, true
-		require.NoError(t, alice.say(0))
-		synctest.Wait()
-		began := time.Now()
-		bob.sayAll(t, 3, 0)
-		time.Sleep(trialTime - time.Millisecond)
-		require.Empty(t, fine.said())
-		for len(fine.said()) < 3 {
-			time.Sleep(time.Millisecond)
-			require.Less(t, time.Since(began), trialTime+10*time.Millisecond)
-		}
-	})
-}
-
-// A link that may not try yet, and has its window closed when it may, waits for the window.
-func TestATrialWaitsForTheWindow(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var trials Trials
-		busy, s := newServer(false), newServer(false)
-		a, b := startLink(t, 1<<20, busy, &trials), startLink(t, 1<<20, s, &trials)
-		busy.settle()
-		s.settle()
-		alice, bob := newSpeaker(a, "alice"), newSpeaker(b, "bob")
-		alice.trial, bob.trial = true, true
-		require.NoError(t, alice.say(0))
-		synctest.Wait()
-		require.NoError(t, bob.say(0))
-		synctest.Wait()
-		fill(t, b, s)
-		time.Sleep(trialTime + time.Second) // bob may try, but the window is closed
-		require.NotContains(t, s.said(), "bob0")
-		s.settle()
-		require.Contains(t, s.said(), "bob0")
-		// Without a window there is nothing to try.
-		bob.sayAll(t, 1, 0)
-		time.Sleep(time.Hour)
-		require.Contains(t, s.said(), "bob1")
+		_, caught, _ = o.Unacknowledged()
+		require.False(t, caught)
 	})
 }
 
@@ -1153,7 +1097,7 @@ func TestAbortOfALinkReturnsExactlyWhatWasNotWritten(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := newServer(true)
 				s.breakAt(breaksAt)
-				o := startLink(t, 1<<20, s, &Trials{})
+				o := startLink(t, 1<<20, s)
 				resume := s.stall()
 				synctest.Wait()
 				var want [][]string
@@ -1204,7 +1148,7 @@ func TestAbortOfALinkReturnsExactlyWhatWasNotWritten(t *testing.T) {
 func TestAbortDoesNotWaitForALinkThatIsStuck(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, 1<<20, s, &Trials{})
+		o := startLink(t, 1<<20, s)
 		synctest.Wait()
 		s.stall()
 		alice := newSpeaker(o, "alice")
@@ -1222,7 +1166,7 @@ func TestAbortDoesNotWaitForALinkThatIsStuck(t *testing.T) {
 func TestCloseWritesAllThatWaitsWhateverTheWindowSays(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, 8<<20, s, &Trials{})
+		o := startLink(t, 8<<20, s)
 		fill(t, o, s)
 		speakers := newSpeakers(o, "s", 20)
 		for i, speaker := range speakers {
@@ -1253,7 +1197,7 @@ func TestCloseWritesAllThatWaitsWhateverTheWindowSays(t *testing.T) {
 func TestReplyOfALinkKeepsWhatWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, 1<<20, s, &Trials{})
+		o := startLink(t, 1<<20, s)
 		synctest.Wait()
 		resume := s.stall()
 		alice, bob := newSpeaker(o, "alice"), newSpeaker(o, "bob")
@@ -1277,7 +1221,7 @@ func TestReplyOfALinkKeepsWhatWaits(t *testing.T) {
 func TestDrainOfALinkWaitsUntilNothingIsLeft(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)
-		o := startLink(t, 1<<20, s, &Trials{})
+		o := startLink(t, 1<<20, s)
 		began := time.Now()
 		o.Drain(t.Context()) // nothing to do
 		assert.Zero(t, time.Since(began))
@@ -1315,7 +1259,7 @@ func TestDrainOfALinkWaitsUntilNothingIsLeft(t *testing.T) {
 
 func TestAMessageAllocatesNothing(t *testing.T) {
 	account := newAccount()
-	o := NewLink[string](discard{}, 1<<20, account, &Trials{}, false)
+	o := NewLink[string](discard{}, 1<<20, account, false)
 	defer o.Abort()
 	lines := make([]Line[string], 100)
 	e := message("alice", "hello")
@@ -1350,7 +1294,7 @@ var pongs = sync.Pool{New: func() any { return new([8]byte) }}
 func TestASenderWithNothingWaitingHasNoQueue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(true)
-		o := startLink(t, 8<<20, s, &Trials{})
+		o := startLink(t, 8<<20, s)
 		speakers := newSpeakers(o, "s", 2*keptQueues)
 		for range 3 {
 			resume := s.stall()
@@ -1364,7 +1308,7 @@ func TestASenderWithNothingWaitingHasNoQueue(t *testing.T) {
 				require.Nil(t, speaker.line.queue)
 			}
 			require.Equal(t, keptQueues, o.lines.spares)
-			require.Empty(t, o.lines.round.len+o.lines.fresh.len+o.lines.trials.len)
+			require.Empty(t, o.lines.round.len+o.lines.fresh.len)
 		}
 		require.NoError(t, newSpeaker(o, "s").o.Try(Entry[string]{Frame: make([]byte, 9<<20)}, &speakers[0].line, 1))
 	})
@@ -1375,7 +1319,7 @@ func TestAnIdleLinkHoldsNoMemory(t *testing.T) {
 	var said released
 	s := newServer(true)
 	s.breaksAt = -1
-	o := NewLink[string](forgetfulServer{s}, 8<<20, newAccount(), &Trials{}, false)
+	o := NewLink[string](forgetfulServer{s}, 8<<20, newAccount(), false)
 	s.link = o
 	close(s.ready)
 	s.reading.Go(s.read)
@@ -1418,7 +1362,7 @@ func TestManySendersAtOnce(t *testing.T) {
 		t.Run(fmt.Sprintf("breaks at %d", breaksAt), func(t *testing.T) {
 			s := newServer(true)
 			s.breakAt(breaksAt)
-			o := startLink(t, 10_000, s, &Trials{})
+			o := startLink(t, 10_000, s)
 			taken := make([][]string, senders)
 			var sending sync.WaitGroup
 			for sender := range senders {

@@ -124,18 +124,17 @@ func (l *list[S]) remove(q *queue[S]) {
 	l.len--
 }
 
-// turns decides whose message is next. Each queue is in one of three lists:
+// turns decides whose message is next. Each queue is in one of two lists:
 //
 //   - fresh: senders that had nothing waiting, or have something left of their turn: they go first.
 //   - round: all others, each of which gets a turn when it has come to the front, and then goes to the end. One
 //     with nothing waiting is kept until it comes to the front: if it said something just when its
 //     queue had been emptied, it would be fresh each time, and nobody else would get a word in.
-//   - trials: those whose next message is on trial.
 type turns[S any] struct {
-	fresh, round, trials list[S]
-	waiting              int // entries in all queues
-	spare                *queue[S]
-	spares               int
+	fresh, round list[S]
+	waiting      int // entries in all queues
+	spare        *queue[S]
+	spares       int
 }
 
 // queueOf returns the queue of a line, which gets one if it has none.
@@ -173,27 +172,19 @@ func (t *turns[S]) add(q *queue[S], weight int, e Entry[S]) {
 	switch {
 	case q.in == nil:
 		q.left = turn * weight
-		t.file(q, &t.fresh)
-	case e.Trial || q.left >= cost(&e):
+		t.fresh.push(q)
+	case q.left >= cost(&e):
 		q.in.remove(q)
-		t.file(q, &t.fresh)
+		t.fresh.push(q)
 	default:
 		q.left += turn * weight // which it would have got at the end of its turn, had it had this waiting by then
 	}
 }
 
-// file puts q, which is in no list, at the end of one: of trials if that is what its next message is.
-func (t *turns[S]) file(q *queue[S], l *list[S]) {
-	if !q.empty() && q.first().Trial {
-		l = &t.trials
-	}
-	l.push(q)
-}
-
 // cost is what a message costs of its sender's turn.
 func cost[S any](e *Entry[S]) int { return len(e.Frame) + messageCost }
 
-// next returns the queue whose first message is to be written, nil if nothing waits but what is on trial.
+// next returns the queue whose first message is to be written, nil if nothing waits.
 func (t *turns[S]) next() *queue[S] {
 	for passed := 0; ; {
 		from := &t.fresh
@@ -254,9 +245,9 @@ func (t *turns[S]) take(q *queue[S]) Entry[S] {
 	if q.line.Shared {
 		q.pace()
 	}
-	if q.empty() || e.Trial || q.first().Trial {
+	if q.empty() {
 		q.in.remove(q)
-		t.file(q, &t.round)
+		t.round.push(q)
 	}
 	return e
 }
@@ -277,7 +268,7 @@ func (t *turns[S]) forget(q *queue[S]) {
 
 // all yields every queue that is in a list.
 func (t *turns[S]) all(yield func(*queue[S]) bool) {
-	for _, l := range []*list[S]{&t.fresh, &t.round, &t.trials} {
+	for _, l := range []*list[S]{&t.fresh, &t.round} {
 		for q := l.first; q != nil; q = q.next {
 			if !yield(q) {
 				return

@@ -3,16 +3,20 @@
 // Many agents share a link. When the server ends it because of what one of them said, all lose it, and
 // one that says the same again costs every agent each link in turn. What the server had not acknowledged
 // when a link ended is known, by agent and size. So those agents are suspects if the server said that it
-// was for a message, or if they are the same as at another end not long ago. What a suspect says is on trial:
-// it is written between two pings. A link that ends after the first of them is answered, and before the second,
-// ends because of this message: its agent is named, and what it says is turned down for a while.
+// was for a message, or if they are the same as at another end not long ago; and while links end, those
+// who have come since the first of these ends. What a suspect says is on trial: it is written between two
+// pings. When a link ends, the message is caught at which the server was by its pongs: the first of these
+// was answered, and the second was not. Whoever is caught is named, unless it may have been another; what it
+// says is turned down for a while.
 //
 //	innocent ──▶ suspect ──▶ named
 //	    ▲           │  ▲       │
 //	    └───────────┘  └───────┘
 //
-// Innocent again is a suspect after a while; while others wait for their trials already when messages of it were
-// acknowledged. Who is suspected for the size of a message is tried for large ones only.
+// It may have been another: somebody who came during these ends and was read just before, since servers may
+// end a link somewhat later; or the network, if the server has not said that it was for a message. So it counts
+// at how many of these ends somebody was caught, or was there. Whoever is suspected for the size of a message is
+// tried for large ones only.
 package suspicion
 
 import (
@@ -25,6 +29,7 @@ import (
 
 	"github.com/gorilla/websocket"
 
+	"github.com/opampgateway/opampgateway/internal/monotonic"
 	"github.com/opampgateway/opampgateway/internal/wire"
 )
 
@@ -32,8 +37,8 @@ const (
 	// suspectFor is for how long somebody is a suspect at most; and how long after another end of a link for
 	// no reason that was told it counts as the second.
 	suspectFor = time.Minute
-	// enoughTrials is after how many messages a suspect may be acquitted; those as large as what it is suspected for count
-	// twice. After a link was lost, an agent is asked for its full state, which is then among the first.
+	// enoughTrials is after how many messages on trial, as large as what it is suspected for, a suspect is not named for
+	// what may have been the network.
 	enoughTrials = 4
 	// namedFor is for how long an agent is turned down that is named for the first time, when the server has said that it
 	// was for a message; otherwise unsureFor, since something else may just then have ended the link. It doubles each
@@ -43,6 +48,8 @@ const (
 	limitFor = time.Hour
 	// together is within what time links end together, by one restart or crash of the server.
 	together = time.Second
+	// maxEnds is how many ends are looked at: the last.
+	maxEnds = 64
 	// maxAgents bounds how many agents are remembered of each kind.
 	maxAgents = 1 << 16
 )
@@ -51,13 +58,18 @@ const (
 type Message struct {
 	UID  wire.UID // the zero one for the gateway's own
 	Size int      // in bytes
+	Came int64    // when its agent has connected, of the monotonic clock; or Always
 }
+
+// Always is when an agent has come that is not to be taken for a newcomer.
+const Always = math.MinInt64
 
 // End is what is known about the end of a link that the server, or the network, has ended.
 type End struct {
 	Code           int       // of the server's close frame (RFC 6455, section 7.4); 0 if there was none
 	Unacknowledged []Message // in order
-	Trial          int       // the index of the one on trial; -1 for none
+	Caught         bool      // the first of them was on trial, and the server had just come to it
+	Before         []Message // on trial, and acknowledged shortly before
 }
 
 // Judgement is what to do with a message.
@@ -77,39 +89,48 @@ const (
 
 // Book knows who is suspected. It is safe for concurrent use.
 type Book struct {
-	// clean tells that nobody is in suspects or named: what is looked at for each message.
+	// clean tells that nobody is in suspects or named, and no ends go on: what is looked at for each message.
 	clean atomic.Bool
 	limit atomic.Int64 // the smallest message known to be too large, in bytes
 
 	// mu guards what follows.
 	mu       sync.Mutex
-	last     map[wire.UID]presence // not acknowledged when links ended for no reason that was told
-	ends     []time.Time           // such ends, of the last suspectFor; those that come together are one
-	count    uint                  // of all of them
+	ends     []end // of the last suspectFor, but maxEnds at most
+	count    uint  // of all that were among them
+	since    int64 // of the monotonic clock: who comes now is a suspect; math.MaxInt64 for nobody
+	traces   map[wire.UID]trace
 	suspects map[wire.UID]suspect
 	named    map[wire.UID]name
 	largest  int       // message that was acknowledged
 	limited  time.Time // until when limit is heeded
 }
 
-// presence says at which ends of links a message of an agent was not acknowledged.
-type presence struct {
-	at   time.Time // of the last
-	nth  uint      // of all ends, the last
-	ends uint64    // bit n: the nth before the last
+// end is one of a link, or of several for no reason that was told that came together.
+type end struct {
+	at        time.Time // of the first
+	accuses   bool
+	explained bool     // by who was named, now or later
+	culprit   wire.UID // who that is
+	doubtful  bool     // several were caught at once
 }
 
-// with returns the presence at the end of this number, too.
-func (p presence) with(nth uint, now time.Time) presence {
-	return presence{now, nth, p.ends<<(nth-p.nth) | 1}
+// trace says at which ends an agent was there, with a message that was not acknowledged, and at which it was caught.
+type trace struct {
+	at            time.Time // of the last
+	nth           uint      // of all ends, the last
+	there, caught uint64    // bit n: the nth before the last
+}
+
+// upTo returns the trace as seen from the end of this number.
+func (t trace) upTo(nth uint) trace {
+	return trace{t.at, nth, t.there << (nth - t.nth), t.caught << (nth - t.nth)}
 }
 
 type suspect struct {
 	large bool // only for the size of a message
 	size  int  // of the message, or somewhat less, in bytes
-	tried int  // how many messages of it were acknowledged that had been on trial; one as large counts as two
+	tried int  // how many as large were acknowledged that had been on trial
 	until time.Time
-	named bool // before, and so not acquitted
 }
 
 type name struct {
@@ -121,30 +142,33 @@ type name struct {
 
 // NewBook returns a book in which nobody is suspected.
 func NewBook() *Book {
-	b := &Book{last: map[wire.UID]presence{}, suspects: map[wire.UID]suspect{}, named: map[wire.UID]name{}}
+	b := &Book{traces: map[wire.UID]trace{}, suspects: map[wire.UID]suspect{}, named: map[wire.UID]name{}, since: math.MaxInt64}
 	b.clean.Store(true)
 	b.limit.Store(math.MaxInt64)
 	return b
 }
 
 // Judge returns what to do with a message. It costs next to nothing while nobody is suspected.
-func (b *Book) Judge(uid wire.UID, size int) Judgement {
-	if b.clean.Load() && int64(size) < b.limit.Load() {
+func (b *Book) Judge(m Message) Judgement {
+	if b.clean.Load() && int64(m.Size) < b.limit.Load() {
 		return Pass
 	}
 	now := time.Now()
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if n, ok := b.named[uid]; ok && now.Before(n.until) {
+	if n, ok := b.named[m.UID]; ok && now.Before(n.until) {
 		return Named
 	}
-	if int64(size) >= b.limit.Load() {
+	if int64(m.Size) >= b.limit.Load() {
 		if now.Before(b.limited) {
 			return TooLarge
 		}
 		return Try // the server may take more by now
 	}
-	if s, ok := b.suspects[uid]; ok && now.Before(s.until) && (!s.large || size > b.largest) {
+	if s, ok := b.suspects[m.UID]; ok && now.Before(s.until) && (!s.large || m.Size > b.largest) {
+		return Try
+	}
+	if m.Came >= b.since {
 		return Try
 	}
 	return Pass
@@ -163,26 +187,14 @@ func (b *Book) Acknowledged(size int) {
 	}
 }
 
-// Acquit tells that the server has read a message that was on trial. While nobody else waits for a trial, that
-// costs next to nothing, so the suspect stays one: what it is asked for next may be what it is suspected for.
-// It reports whether the suspect is innocent.
-func (b *Book) Acquit(m Message, othersWait bool) (innocent bool) {
+// Taken tells that the server has read a message that was on trial.
+func (b *Book) Taken(m Message) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	s, ok := b.suspects[m.UID]
-	if !ok || s.named {
-		return !ok
-	}
-	if s.tried++; m.Size >= s.size {
+	if s, ok := b.suspects[m.UID]; ok && m.Size >= s.size {
 		s.tried++
-	}
-	if s.tried < enoughTrials || !othersWait {
 		b.suspects[m.UID] = s
-		return false
 	}
-	delete(b.suspects, m.UID)
-	b.tidyLocked()
-	return true
 }
 
 // Ended tells that a link has ended, and returns the message because of which it did, if that is clear, and for how
@@ -195,11 +207,14 @@ func (b *Book) Ended(e End) (culprit Message, turnedDown time.Duration) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	defer b.tidyLocked()
-	if !accuses(e.Code) {
-		b.countLocked(now)
+	latest := b.countLocked(&e, now)
+	again := b.traceLocked(&e, now)
+	if e.Caught && latest.explained && latest.culprit != e.Unacknowledged[0].UID {
+		b.revokeLocked(latest, now)
 	}
-	if e.Trial == 0 && b.provesLocked(&e) {
+	if e.Caught && !latest.doubtful && b.provesLocked(&e) {
 		culprit = e.Unacknowledged[0]
+		b.explainLocked(culprit.UID, latest.accuses)
 		if e.Code == websocket.CloseMessageTooBig && culprit.Size > b.largest {
 			if !now.Before(b.limited) {
 				b.limit.Store(math.MaxInt64) // what is known is too old
@@ -207,57 +222,134 @@ func (b *Book) Ended(e End) (culprit Message, turnedDown time.Duration) {
 			b.limit.Store(min(b.limit.Load(), int64(culprit.Size)))
 			b.limited = now.Add(limitFor)
 		}
-		return culprit, b.nameLocked(culprit.UID, accuses(e.Code), now)
+		return culprit, b.nameLocked(culprit.UID, latest.accuses, now)
 	}
 	larger := func(m Message) bool { return m.Size > b.largest }
 	if e.Code == websocket.CloseMessageTooBig && !slices.ContainsFunc(e.Unacknowledged, larger) {
 		b.largest = 0 // the server takes less than it did
 	}
 	for _, m := range e.Unacknowledged {
-		if m.UID == (wire.UID{}) {
-			continue
-		}
-		before, again := b.last[m.UID]
 		switch {
+		case m.UID == (wire.UID{}):
 		case e.Code == websocket.CloseMessageTooBig:
 			if larger(m) { // smaller ones it has taken
 				b.suspectLocked(m.UID, suspect{large: true, size: m.Size}, now)
 			}
-		case accuses(e.Code), again && now.Sub(before.at) < suspectFor:
+		case latest.accuses, again[m.UID]:
 			b.suspectLocked(m.UID, suspect{size: m.Size - m.Size/8}, now) // said again, it may have changed a little
-		}
-	}
-	for _, m := range e.Unacknowledged { // once all were looked at: several may be of one agent
-		if p, known := b.last[m.UID]; m.UID != (wire.UID{}) && (known || len(b.last) < maxAgents) {
-			b.last[m.UID] = p.with(b.count, now)
 		}
 	}
 	return Message{}, 0
 }
 
-// provesLocked reports whether a link has ended because of the message on trial, which was the first that was not
-// acknowledged. Something else may just then have ended the link: if the server has taken some of the agent on trial
-// since the last end, or, as far as no reason was told, links mostly end without it.
-func (b *Book) provesLocked(e *End) bool {
-	uid := e.Unacknowledged[0].UID
-	s := b.suspects[uid]
-	if uid == (wire.UID{}) || s.tried >= enoughTrials {
-		return false
+// countLocked counts an end, unless it comes together with the last, for no reason that was told. Whoever comes after
+// the first that accuses, or is one of several, is a suspect. It returns the end.
+func (b *Book) countLocked(e *End, now time.Time) *end {
+	b.forgetEndsLocked(now)
+	accuses := accuses(e.Code)
+	if n := len(b.ends); n > 0 && !accuses && !b.ends[n-1].accuses && now.Sub(b.ends[n-1].at) < together && !b.metLocked(e) {
+		return &b.ends[n-1]
 	}
-	if accuses(e.Code) {
-		return true
+	if len(b.ends) == maxEnds {
+		b.ends = slices.Delete(b.ends, 0, 1)
 	}
-	recent := min(len(b.ends), 64)
-	present := bits.OnesCount64(b.last[uid].with(b.count, time.Time{}).ends << (64 - recent))
-	return 2*present >= recent
+	b.ends = append(b.ends, end{at: now, accuses: accuses})
+	b.count++
+	if (accuses || len(b.ends) > 1) && b.since == math.MaxInt64 {
+		b.since = monotonic.Now() - int64(now.Sub(b.ends[0].at))
+	}
+	return &b.ends[len(b.ends)-1]
 }
 
-// countLocked counts an end of a link for no reason that was told.
-func (b *Book) countLocked(now time.Time) {
-	b.ends = slices.DeleteFunc(b.ends, func(at time.Time) bool { return now.Sub(at) >= suspectFor })
-	if n := len(b.ends); n == 0 || now.Sub(b.ends[n-1]) >= together {
-		b.ends = append(b.ends, now)
-		b.count++
+// metLocked reports whether somebody was there at the last end, too, and so has spoken in between.
+func (b *Book) metLocked(e *End) bool {
+	return slices.ContainsFunc(e.Unacknowledged, func(m Message) bool {
+		t, known := b.traces[m.UID]
+		return known && t.nth == b.count
+	})
+}
+
+func (b *Book) forgetEndsLocked(now time.Time) {
+	b.ends = slices.DeleteFunc(b.ends, func(e end) bool { return now.Sub(e.at) >= suspectFor })
+	if len(b.ends) == 0 {
+		b.since = math.MaxInt64
+	}
+}
+
+// traceLocked notes who was there at the end, and returns who was there at another not long ago, too.
+func (b *Book) traceLocked(e *End, now time.Time) (again map[wire.UID]bool) {
+	again = map[wire.UID]bool{}
+	for i, m := range e.Unacknowledged {
+		t, known := b.traces[m.UID]
+		if m.UID == (wire.UID{}) || !known && len(b.traces) >= maxAgents {
+			continue
+		}
+		if !known {
+			t.nth = b.count
+		} else if t.at != now || t.nth != b.count { // several may be of one agent
+			again[m.UID] = again[m.UID] || now.Sub(t.at) < suspectFor
+		}
+		t = t.upTo(b.count)
+		t.at = now
+		t.there |= 1
+		if i == 0 && e.Caught {
+			t.caught |= 1
+		}
+		b.traces[m.UID] = t
+	}
+	return again
+}
+
+// provesLocked reports whether it is clear that a link has ended because of the message that was caught.
+func (b *Book) provesLocked(e *End) bool {
+	m := e.Unacknowledged[0]
+	t, known := b.traces[m.UID]
+	if !known {
+		return false
+	}
+	alike := uint64(0) // the ends of this kind that are not explained, in the bits of a trace
+	for i, other := range b.ends {
+		if other.accuses == accuses(e.Code) && !other.explained {
+			alike |= 1 << (len(b.ends) - 1 - i)
+		}
+	}
+	all, there, caught := bits.OnesCount64(alike), bits.OnesCount64(t.there&alike), bits.OnesCount64(t.caught&alike)
+	if !accuses(e.Code) {
+		// A poison is there each time, and on trial from the third. What is not a poison is there by chance.
+		return 3*there >= 2*all && 2*caught >= all-2 && (there >= 3 || b.namedBeforeLocked(m.UID)) &&
+			b.suspects[m.UID].tried < enoughTrials
+	}
+	another := slices.ContainsFunc(e.Before, func(o Message) bool { return o.UID != m.UID && o.Came >= b.since })
+	return 2*caught >= all && (caught > 1 || !another)
+}
+
+func (b *Book) namedBeforeLocked(uid wire.UID) bool {
+	_, known := b.named[uid]
+	return known
+}
+
+// explainLocked notes that the ends of this kind were due to who is to be named, as far as it was there.
+func (b *Book) explainLocked(uid wire.UID, accuses bool) {
+	t := b.traces[uid]
+	for i := range b.ends {
+		if e := &b.ends[i]; e.accuses == accuses && t.there>>(len(b.ends)-1-i)&1 != 0 {
+			e.explained, e.culprit = true, uid
+		}
+	}
+}
+
+// revokeLocked has who was named for an end named no longer: another was caught at the same, on another link.
+func (b *Book) revokeLocked(latest *end, now time.Time) {
+	latest.doubtful = true
+	if n, ok := b.named[latest.culprit]; ok && n.unsure {
+		n.until = now
+		b.named[latest.culprit] = n
+	}
+	uid := latest.culprit
+	for i := range b.ends {
+		if e := &b.ends[i]; e.explained && e.culprit == uid {
+			e.explained, e.culprit = false, wire.UID{}
+		}
 	}
 }
 
@@ -303,7 +395,7 @@ func (b *Book) nameLocked(uid wire.UID, sure bool, now time.Time) time.Duration 
 		return 0
 	}
 	b.named[uid] = name{until: now.Add(lasts), remember: now.Add(2 * lasts), lasts: lasts, unsure: !sure}
-	b.suspects[uid] = suspect{named: true, until: now.Add(2 * lasts)}
+	b.suspects[uid] = suspect{until: now.Add(2 * lasts)}
 	return lasts
 }
 
@@ -313,9 +405,10 @@ func (b *Book) Sweep() (released []wire.UID) {
 	now := time.Now()
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for uid, p := range b.last {
-		if now.Sub(p.at) >= suspectFor {
-			delete(b.last, uid)
+	b.forgetEndsLocked(now)
+	for uid, t := range b.traces {
+		if now.Sub(t.at) >= suspectFor {
+			delete(b.traces, uid)
 		}
 	}
 	for uid, s := range b.suspects {
@@ -337,4 +430,6 @@ func (b *Book) Sweep() (released []wire.UID) {
 	return released
 }
 
-func (b *Book) tidyLocked() { b.clean.Store(len(b.suspects) == 0 && len(b.named) == 0) }
+func (b *Book) tidyLocked() {
+	b.clean.Store(len(b.suspects) == 0 && len(b.named) == 0 && b.since == math.MaxInt64)
+}

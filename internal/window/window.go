@@ -224,6 +224,9 @@ func (w *Window) PingDue(now int64) bool {
 // math.MaxInt64 for never. It may lie in the past.
 func (w *Window) Next() int64 { return min(w.pingAt(), w.turnAt()) }
 
+// Outstanding returns how many pings were not answered.
+func (w *Window) Outstanding() int { return int(w.next - 1 - w.answered) }
+
 // pingAt returns when a ping is due.
 func (w *Window) pingAt() int64 {
 	since := w.sent.messages - w.lastSent.messages
