@@ -252,7 +252,6 @@ type agentConn struct {
 
 	// Owned by the reader.
 	uid    wire.UID       // of its last message
-	first  wire.UID       // of its first; once set it stays
 	bad    int32          // unreadable messages in a row
 	claim  *claim         // to uid; nil when it has to be made
 	memory *memory.Reader // of the message being read
@@ -274,6 +273,7 @@ type agentConn struct {
 	kept   int // bytes counted for the connection as long as it lives
 
 	// Guarded by upstreamPool.mu.
+	first    wire.UID      // of its first message; its reader, and who has its messages, may read that without the lock
 	attached *link         // in whose agents it is
 	homeless chan struct{} // while its reader waits for a link: closed when there is one, or never will be
 	gone     []*claim      // when it has ended without a home: whom to say goodbye for
@@ -401,7 +401,7 @@ func (a *agentConn) speakAs(f *wire.Fields) (telemetry.Reason, error) {
 		}
 	}
 	if a.first == (wire.UID{}) {
-		a.first = uid
+		s.pool.meet(a, uid)
 	}
 	a.uid, a.claim = uid, c
 	a.speaks()

@@ -69,9 +69,14 @@ func (c *claim) says(size int) suspicion.Message {
 	case c.agent.gateway:
 		return suspicion.Message{UID: c.route.uid, Size: size, Came: suspicion.Always}
 	default:
-		return suspicion.Message{UID: c.agent.first, Size: size, Came: c.agent.came}
+		m := c.agent.says()
+		m.Size = size
+		return m
 	}
 }
+
+// says returns who it is that says something, of an agent that is no gateway.
+func (a *agentConn) says() suspicion.Message { return suspicion.Message{UID: a.first, Came: a.came} }
 
 // allSay is says for several.
 func allSay(sent []outbox.Sent[*claim]) []suspicion.Message {
@@ -83,22 +88,24 @@ func allSay(sent []outbox.Sent[*claim]) []suspicion.Message {
 }
 
 // findCulprit finds out whether the server has ended l because of a message. If so, its agent is told, and named.
-func (p *upstreamPool) findCulprit(l *link, err error) {
+// It reports whether the server was just at a message on trial.
+func (p *upstreamPool) findCulprit(l *link, err error) bool {
 	if l.givenUp.Load() || p.dialing.Err() != nil {
-		return
+		return false
 	}
 	sent, caught, before := l.Outbox.Unacknowledged()
 	culprit, turnedDown := p.suspicion.Ended(suspicion.End{
 		Code: peer.CloseCode(err), Unacknowledged: allSay(sent), Caught: caught, Before: allSay(before),
 	})
 	if turnedDown == 0 {
-		return
+		return caught
 	}
 	c := sent[0].Sender
 	p.log.Warn("server ends the connection when it reads a message of this agent, so the message is dropped, and what the agent says is turned down for a while",
 		c.agent.logged(zap.Stringer("agent", c.route.uid), zap.Int("bytes", culprit.Size), zap.Duration("for", turnedDown),
 			zap.String("link", p.linkName(l.slot)), zap.NamedError("server_said", err))...)
 	p.turnDown(c, telemetry.ReasonServerEndsLink, errSuspect)
+	return true
 }
 
 // release asks those for their full state that are turned down no longer, and may have been by mistake.

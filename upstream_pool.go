@@ -60,6 +60,11 @@ const (
 	// for further links after the first is back, before they settle elsewhere.
 	patience = time.Second
 
+	// apartWait is how long newcomers wait for the link where they are, while links end at them.
+	apartWait = linkWait / 2
+	// nowhere is no slot.
+	nowhere = -1
+
 	// steadyAfter is the life after which a link has proved that dialing is worth it.
 	steadyAfter = time.Minute
 
@@ -115,6 +120,7 @@ type upstreamPool struct {
 	failure error         // why there is no link; kept while there is one
 	report  chan struct{} // holds a token when there is something to tell
 	stated  []*capabilities
+	apart   int // the slot where newcomers are while links end at them
 }
 
 func newUpstreamPool(ctx context.Context, cfg *Config, set extension.Settings, tel *telemetry.Telemetry, r *router, budget *memory.Budget, status func(error)) (*upstreamPool, error) {
@@ -222,12 +228,12 @@ func (p *upstreamPool) keep(slot int) {
 		}
 		log.Info("connected to the server", l.redirected)
 		err = l.read()
-		p.linkDown(l, err)
+		caught := p.linkDown(l, err)
 		switch {
 		case p.dialing.Err() != nil:
 			log.Info("disconnected from the server")
 			return
-		case time.Since(up) >= steadyAfter:
+		case caught, time.Since(up) >= steadyAfter:
 			dialAtOnce = true
 			delays.Reset()
 		}
@@ -305,11 +311,14 @@ func (p *upstreamPool) linkUp(l *link) bool {
 //  4. Agents waiting to be let in are woken; they ask again elsewhere.
 //  5. Each agent that was at home here gets a goroutine that finds it a new one. Gateways
 //     are closed instead: they introduce their own agents again.
-func (p *upstreamPool) linkDown(l *link, err error) {
+//
+// It reports whether the server has ended the link just when it was at a message on trial: it is there.
+func (p *upstreamPool) linkDown(l *link, err error) (caught bool) {
 	unwritten := l.Outbox.Abort()
 	p.blind.Store(l.Outbox.Blind())
 	l.late = endsLate(err)
-	p.findCulprit(l, err)
+	kept := p.suspicion.NewcomersEnd()
+	caught = p.findCulprit(l, err)
 	for _, e := range unwritten {
 		if c := e.Sender; c != nil && e.Stale == nil { // neither a question nor a goodbye
 			l.unwritten[c.agent] = append(l.unwritten[c.agent], e)
@@ -324,6 +333,9 @@ func (p *upstreamPool) linkDown(l *link, err error) {
 		}
 	}
 	close(l.ended)
+	if !kept {
+		p.apart = l.slot // that they have ended already
+	}
 	p.live[l.slot] = nil
 	if p.count--; p.count == 0 {
 		p.reportLocked(errNoLink)
@@ -346,6 +358,7 @@ func (p *upstreamPool) linkDown(l *link, err error) {
 	if cannotBeAsked {
 		p.giveUpAsking()
 	}
+	return caught
 }
 
 // lose counts agents' messages that will not be delivered.
@@ -371,9 +384,10 @@ func (p *upstreamPool) signalLocked() {
 // attach counts a among the agents of the live link that has the fewest, waiting for one
 // while there is none: not for long, if the agent is new. An agent that lost a link is patient:
 // for a moment it waits for the same slot, and when all were lost, until more than the first
-// are back.
+// are back. While links end at newcomers, these are kept apart.
 func (p *upstreamPool) attach(ctx context.Context, a *agentConn, from *link, lost time.Time) (*link, error) {
 	var tooLong <-chan time.Time
+	began := time.Now()
 	for {
 		p.mu.Lock()
 		if a.ending.Ended() {
@@ -386,12 +400,18 @@ func (p *upstreamPool) attach(ctx context.Context, a *agentConn, from *link, los
 		}
 		var best *link
 		var wait time.Duration
-		if from != nil {
+		switch apart, newcomer := p.keptApartLocked(a, from); {
+		case apart && newcomer:
+			best = p.live[p.apart]
+			wait = apartWait - time.Since(began)
+		case apart:
+			best = p.leastLoadedLocked(p.apart)
+		case from != nil:
 			best = p.live[from.slot]
 			wait = max(patience-time.Since(lost), patience-time.Since(p.since))
 		}
 		if best == nil && wait <= 0 {
-			best = p.leastLoadedLocked()
+			best = p.leastLoadedLocked(nowhere)
 		}
 		if best != nil {
 			p.detachLocked(a)
@@ -421,10 +441,20 @@ func (p *upstreamPool) attach(ctx context.Context, a *agentConn, from *link, los
 	}
 }
 
-func (p *upstreamPool) leastLoadedLocked() *link {
+// keptApartLocked reports whether links end at newcomers, so that these are to be on one of them, and all others
+// elsewhere; and whether a is one of the former.
+func (p *upstreamPool) keptApartLocked(a *agentConn, from *link) (apart, newcomer bool) {
+	if len(p.live) == 1 || !p.suspicion.NewcomersEnd() {
+		return false, false
+	}
+	return true, !a.gateway && (from == nil || p.suspicion.New(a.says()))
+}
+
+// leastLoadedLocked returns the live link with the fewest agents, apart from that of one slot, or of nowhere.
+func (p *upstreamPool) leastLoadedLocked(except int) *link {
 	var best *link
-	for _, l := range p.live {
-		if l != nil && (best == nil || len(l.agents) < len(best.agents)) {
+	for slot, l := range p.live {
+		if l != nil && slot != except && (best == nil || len(l.agents) < len(best.agents)) {
 			best = l
 		}
 	}
@@ -452,6 +482,13 @@ func (p *upstreamPool) settleNew(a *agentConn) {
 	if !p.settle(a, l) {
 		p.homing.Go(func() { p.rehome(a, l) })
 	}
+}
+
+// meet notes under which UID a is known to suspicion: that of its first message.
+func (p *upstreamPool) meet(a *agentConn, uid wire.UID) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	a.first = uid
 }
 
 // detach forgets a, whose connection has ended. It returns the link it was at home on, and for whom
@@ -528,7 +565,7 @@ func (p *upstreamPool) dismissHomeless(agents []*agentConn) {
 func (p *upstreamPool) anyLink() *link {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.leastLoadedLocked()
+	return p.leastLoadedLocked(nowhere)
 }
 
 func (p *upstreamPool) links() []*link {

@@ -3,6 +3,7 @@ package e2e
 import (
 	"math/rand/v2"
 	"net/http"
+	"strconv"
 	"testing"
 	"time"
 
@@ -73,6 +74,37 @@ func TestOthersAreNotNamedForWhatSomebodyNewSays(t *testing.T) {
 		time.Sleep(500 * time.Millisecond)
 	}
 	others.wantBlameless(t)
+}
+
+// Somebody whom the server does not want, and ends the connection at, comes as somebody new each time. Directly, that
+// disturbs nobody; through the gateway others lose a link at the first few times only.
+func TestNewcomersWithPoisonAreKeptApart(t *testing.T) {
+	t.Parallel()
+	for _, code := range []int{websocket.ClosePolicyViolation, websocket.CloseNormalClosure} {
+		t.Run(strconv.Itoa(code), func(t *testing.T) {
+			t.Parallel()
+			server := startFleetServer(t, fleetServerOptions{echoes: true, heeds: endsAtHealth(closeWith(code), 0, 0)})
+			gateway := startGateway(t, server.url())
+			gateway.wantLinks(t, 3)
+			others := timedFleet(t, 30, server, gateway)
+			others.talk(t, 200*time.Millisecond)
+			for range 40 {
+				mallory(t, gateway.url(), uuid.New(), unwell)
+				time.Sleep(500 * time.Millisecond)
+			}
+			most := 0
+			for _, a := range others.agents {
+				on := map[*FleetLink]bool{}
+				for _, m := range server.record(a).said {
+					on[m.link] = true
+				}
+				most = max(most, len(on))
+			}
+			t.Log("links on which one of the others has been:", most)
+			require.LessOrEqual(t, most, 4)
+			others.wantBlameless(t)
+		})
+	}
 }
 
 // A network that drops links at random times accuses nobody.

@@ -102,9 +102,7 @@ func (w *longWay) carry(to, from net.Conn) {
 		for piece := range way {
 			if err == nil {
 				time.Sleep(time.Until(piece.due))
-				if _, err = to.Write(piece.bytes); err != nil {
-					from.Close()
-				}
+				_, err = to.Write(piece.bytes) // the other way, what was said before the end is still on its way
 			}
 		}
 		to.Close()

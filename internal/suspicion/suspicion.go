@@ -95,9 +95,10 @@ type Book struct {
 
 	// mu guards what follows.
 	mu       sync.Mutex
-	ends     []end // of the last suspectFor, but maxEnds at most
-	count    uint  // of all that were among them
-	since    int64 // of the monotonic clock: who comes now is a suspect; math.MaxInt64 for nobody
+	ends     []end     // of the last suspectFor, but maxEnds at most
+	count    uint      // of all that were among them
+	since    int64     // of the monotonic clock: who has come later is a suspect; math.MaxInt64 for nobody
+	newcomer time.Time // the last end that may have been because of a newcomer
 	traces   map[wire.UID]trace
 	suspects map[wire.UID]suspect
 	named    map[wire.UID]name
@@ -168,10 +169,30 @@ func (b *Book) Judge(m Message) Judgement {
 	if s, ok := b.suspects[m.UID]; ok && now.Before(s.until) && (!s.large || m.Size > b.largest) {
 		return Try
 	}
-	if m.Came >= b.since {
+	if b.newLocked(m) {
 		return Try
 	}
 	return Pass
+}
+
+// newLocked reports whether the agent of a message has come while links ended.
+func (b *Book) newLocked(m Message) bool { return m.Came >= b.since }
+
+// NewcomersEnd reports whether links may end lately because of agents that are new each time.
+func (b *Book) NewcomersEnd() bool {
+	if b.clean.Load() {
+		return false
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.since != math.MaxInt64 && !b.newcomer.IsZero() && time.Since(b.newcomer) < suspectFor
+}
+
+// New reports whether the agent of a message has come while links ended.
+func (b *Book) New(m Message) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.newLocked(m)
 }
 
 // Limit returns the size of the smallest message known to be too large for the server, in bytes.
@@ -208,6 +229,9 @@ func (b *Book) Ended(e End) (culprit Message, turnedDown time.Duration) {
 	defer b.mu.Unlock()
 	defer b.tidyLocked()
 	latest := b.countLocked(&e, now)
+	if slices.ContainsFunc(e.Unacknowledged, b.newLocked) || slices.ContainsFunc(e.Before, b.newLocked) {
+		b.newcomer = now
+	}
 	again := b.traceLocked(&e, now)
 	if e.Caught && latest.explained && latest.culprit != e.Unacknowledged[0].UID {
 		b.revokeLocked(latest, now)
@@ -242,8 +266,7 @@ func (b *Book) Ended(e End) (culprit Message, turnedDown time.Duration) {
 	return Message{}, 0
 }
 
-// countLocked counts an end, unless it comes together with the last, for no reason that was told. Whoever comes after
-// the first that accuses, or is one of several, is a suspect. It returns the end.
+// countLocked counts an end, unless it comes together with the last, for no reason that was told. It returns the end.
 func (b *Book) countLocked(e *End, now time.Time) *end {
 	b.forgetEndsLocked(now)
 	accuses := accuses(e.Code)
@@ -255,10 +278,16 @@ func (b *Book) countLocked(e *End, now time.Time) *end {
 	}
 	b.ends = append(b.ends, end{at: now, accuses: accuses})
 	b.count++
-	if (accuses || len(b.ends) > 1) && b.since == math.MaxInt64 {
+	b.newcomersLocked(now)
+	return &b.ends[len(b.ends)-1]
+}
+
+// newcomersLocked has those be newcomers who have come since the first end, if that accuses, or is one of several.
+func (b *Book) newcomersLocked(now time.Time) {
+	b.since = math.MaxInt64
+	if len(b.ends) > 1 || len(b.ends) == 1 && b.ends[0].accuses {
 		b.since = monotonic.Now() - int64(now.Sub(b.ends[0].at))
 	}
-	return &b.ends[len(b.ends)-1]
 }
 
 // metLocked reports whether somebody was there at the last end, too, and so has spoken in between.
@@ -271,9 +300,7 @@ func (b *Book) metLocked(e *End) bool {
 
 func (b *Book) forgetEndsLocked(now time.Time) {
 	b.ends = slices.DeleteFunc(b.ends, func(e end) bool { return now.Sub(e.at) >= suspectFor })
-	if len(b.ends) == 0 {
-		b.since = math.MaxInt64
-	}
+	b.newcomersLocked(now)
 }
 
 // traceLocked notes who was there at the end, and returns who was there at another not long ago, too.
@@ -319,7 +346,7 @@ func (b *Book) provesLocked(e *End) bool {
 		return 3*there >= 2*all && 2*caught >= all-2 && (there >= 3 || b.namedBeforeLocked(m.UID)) &&
 			b.suspects[m.UID].tried < enoughTrials
 	}
-	another := slices.ContainsFunc(e.Before, func(o Message) bool { return o.UID != m.UID && o.Came >= b.since })
+	another := slices.ContainsFunc(e.Before, func(o Message) bool { return o.UID != m.UID && b.newLocked(o) })
 	return 2*caught >= all && (caught > 1 || !another)
 }
 
