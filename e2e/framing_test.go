@@ -147,7 +147,8 @@ func TestSuspectDoesNotStarveOthers(t *testing.T) {
 	gateway.wantLinks(t, 2)
 	others.talk(t, time.Second)
 	go func() { // until the connection ends
-		for ws.WriteMessage(websocket.BinaryMessage, frameOf(uid, configOf(large))) == nil {
+		for err := error(nil); err == nil; {
+			err = ws.WriteMessage(websocket.BinaryMessage, frameOf(uid, configOf(large)))
 		}
 	}()
 	time.Sleep(3 * time.Second) // it is at it
