@@ -343,7 +343,7 @@ func (b *Book) provesLocked(e *End) bool {
 	all, there, caught := bits.OnesCount64(alike), bits.OnesCount64(t.there&alike), bits.OnesCount64(t.caught&alike)
 	if !accuses(e.Code) {
 		// A poison is there each time, and on trial from the third. What is not a poison is there by chance.
-		return 3*there >= 2*all && 2*caught >= all-2 && (there >= 3 || b.namedBeforeLocked(m.UID)) &&
+		return 2*there >= all && 3*caught >= all-2 && (there >= 3 || b.namedBeforeLocked(m.UID)) &&
 			b.suspects[m.UID].tried < enoughTrials
 	}
 	another := slices.ContainsFunc(e.Before, func(o Message) bool { return o.UID != m.UID && b.newLocked(o) })
