@@ -650,8 +650,8 @@ func (a *agentConn) Close() {
 	a.Socket.Close()
 }
 
-// dismiss lets the agent go: what waits for it, and a close frame, are written if that takes
-// but a moment. It never waits.
+// dismiss lets the agent go: what waits for it, and a close frame if the cause has one, are written if
+// that takes but a moment. It never waits.
 func (a *agentConn) dismiss(cause *ending.Cause) {
 	cause, isNew := a.ending.Close(cause)
 	if !isNew {
@@ -662,6 +662,10 @@ func (a *agentConn) dismiss(cause *ending.Cause) {
 		if cause != ending.Shutdown {
 			a.server.events.Info("closing agent's connection: "+cause.Text, a.logged()...)
 		}
+	}
+	if cause.Code == 0 {
+		a.Outbox.End()
+		return
 	}
 	a.Outbox.Close(websocket.FormatCloseMessage(cause.Code, cause.Text))
 }

@@ -19,7 +19,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/gorilla/websocket"
 	"github.com/stretchr/testify/require"
 	"go.opentelemetry.io/collector/component"
 	"go.opentelemetry.io/collector/component/componentstatus"
@@ -208,7 +207,7 @@ func TestReload(t *testing.T) {
 		begin := time.Now()
 		r.stop()
 		require.Less(t, time.Since(begin), time.Second)
-		agent.WantClosed(websocket.CloseServiceRestart)
+		agent.WantLetGo()
 		r.server.WantFrame(agent.UID, gatewaytest.Status(agent.UID, 2))
 	}
 }

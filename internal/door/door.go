@@ -262,11 +262,13 @@ func (p *place) letIn() {
 	}
 }
 
-// closeWrite says that nothing more will be written, where that can be said.
-func (p *place) closeWrite() {
-	if c, ok := p.Conn.(interface{ CloseWrite() error }); ok {
-		_ = c.CloseWrite() // an error means that the connection has ended
+// CloseWrite says that nothing more will be written.
+func (p *place) CloseWrite() error {
+	c, ok := p.Conn.(interface{ CloseWrite() error })
+	if !ok {
+		return errors.ErrUnsupported
 	}
+	return c.CloseWrite()
 }
 
 func clientAddress(conn net.Conn) zap.Field {

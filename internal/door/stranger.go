@@ -299,7 +299,7 @@ func (s *stranger) CloseWrite() error {
 	if s.secure != nil {
 		_ = s.secure.CloseWrite() // an error means that the handshake, or the connection, has ended
 	}
-	s.place.closeWrite()
+	_ = s.place.CloseWrite() // where that can be said
 	return nil
 }
 
