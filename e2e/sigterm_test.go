@@ -27,7 +27,7 @@ func TestSIGTERMInEveryState(t *testing.T) {
 		require.Zero(t, code, "exit code")
 		require.Less(t, after, 8*time.Second, "until the gateway was gone; on a machine with nothing else to do it takes less than 5 s")
 		for _, a := range listening {
-			a.wantClosed(t, websocket.CloseServiceRestart)
+			a.wantLetGo(t)
 		}
 		for _, level := range []string{"\terror\t", "\tpanic\t", "\tfatal\t", "panic:", "DATA RACE"} {
 			require.Empty(t, gateway.log.with(level))
