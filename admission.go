@@ -340,14 +340,13 @@ type verdict struct {
 	err    error
 }
 
-// endsTogether is within what time links end together: because of one thing, whatever was asked on each.
-const endsTogether = time.Second
+// maxAsked is how often the server is asked about one newcomer, if each time the link ends: it may be because of the
+// question. askAgain is how long the last time is put off, at random: until those are let in that asked at the same moment.
+const maxAsked, askAgain = 3, 4 * time.Second
 
-// admit attaches a new agent to a link and asks the server about it; on another link if that one ends, but not again if
-// that ends, too: it may be because of the question.
+// admit attaches a new agent to a link and asks the server about it; on another link if that one ends.
 func (p *upstreamPool) admit(ctx context.Context, a *agentConn) (connect.Result, error) {
-	var ended time.Time // when a link did for the first time
-	for {
+	for asked := 1; ; asked++ {
 		l, err := p.attach(ctx, a, nil, time.Time{})
 		if err != nil {
 			return connect.Result{}, err
@@ -359,12 +358,11 @@ func (p *upstreamPool) admit(ctx context.Context, a *agentConn) (connect.Result,
 		switch {
 		case !errors.Is(err, questions.ErrEnded):
 			return result, err
-		case ended.IsZero():
-			ended = time.Now()
-		case time.Since(ended) < endsTogether:
-			_ = sleep(ctx, endsTogether)
-		case p.server.Answered(): // otherwise the book finds out that the server cannot be asked
+		case !p.server.Answered(): // the book finds out whether the server can be asked
+		case asked == maxAsked:
 			return connect.Result{}, errNoLink
+		case asked == maxAsked-1:
+			_ = sleep(ctx, time.Second+rand.N(askAgain)) // and not at once: links that end together end for another reason
 		}
 	}
 }

@@ -207,6 +207,7 @@ func TestRedirect(t *testing.T) {
 			require.Empty(t, s.server.Links())
 
 			// Each attempt begins at the endpoint: it may choose another host now.
+			synctest.Wait() // the gateway has seen its last link, too
 			s.server.OnUpgrade(nil)
 			elsewhere.WantLinks(3)[0].Reset()
 			require.Equal(t, []string{secret}, s.server.WantLinks(1)[0].Header["Authorization"])

@@ -430,7 +430,7 @@ func TestServerEndsAtQuestions(t *testing.T) {
 				}
 				q.Accept()
 			})
-			s.wantTurnedAway(s.knock("bob")) // two links that end together may end for something else, the next not
+			s.wantTurnedAway(s.knock("bob")) // one question costs no more links
 			require.Equal(t, 3, ends)
 			time.Sleep(time.Second)
 			s.wantLetIn(s.knock("bob"))

@@ -102,7 +102,7 @@ func TestLostMessagesAreCounted(t *testing.T) {
 		play(t, func(t *testing.T, s *stage) {
 			alice, link := s.introduce("alice"), s.server.WantLinks(1)[0]
 			link.StopReading()
-			const n = 40 // so few that its reader need not wait
+			const n = 28 // so few that its reader need not wait
 			for sequence := 1; sequence <= n; sequence++ {
 				alice.Send(gatewaytest.Report(alice.UID, sequence, size))
 			}

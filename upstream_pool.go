@@ -762,7 +762,9 @@ func (l *link) Ponged(payload []byte) {
 		l.pool.suspicion.Acknowledged(ack.Largest)
 	}
 	if c := ack.Trial.Sender; c != nil {
-		l.pool.suspicion.Acquit(suspicion.Message{UID: c.route.uid, Size: ack.Trial.Size}, ack.NextTrial)
+		if l.pool.suspicion.Acquit(suspicion.Message{UID: c.route.uid, Size: ack.Trial.Size}, ack.NextTrial) {
+			l.Outbox.Absolve(&c.agent.line, c) // it is at home here as long as the link lives
+		}
 	}
 }
 

@@ -3,7 +3,6 @@ package e2e
 import (
 	"net/http"
 	"net/http/httptest"
-	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -38,7 +37,7 @@ func TestGatewaysIntroduceThemselves(t *testing.T) {
 			require.Regexp(t, "^"+test.want+"$", first)
 			require.Equal(t, []string{first + "/upstream-0", first + "/upstream-1", first + "/upstream-2"}, names)
 			headers := server.linkHeaders(names[0])
-			require.Regexp(t, regexp.MustCompile(`^opamp-gateway/\S+ otelcol-opampgateway/\d+\.\d+\.\d+ \([a-z0-9]+/[a-z0-9]+\)$`), headers.Get("User-Agent"))
+			require.Regexp(t, `^opamp-gateway/\S+ otelcol-opampgateway/\d+\.\d+\.\d+ \([a-z0-9]+/[a-z0-9]+\)$`, headers.Get("User-Agent"))
 			require.Equal(t, []string{"a", "b"}, headers["X-Team"])
 			require.Equal(t, []string{"north"}, headers["X-Site"])
 

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"crypto/tls"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -58,6 +59,13 @@ type fleetServerOptions struct {
 	// readLimit is the largest message that it takes, in bytes; 0 is any. At a larger one it
 	// closes the link with 1009 and reads no further.
 	readLimit int64
+	// endsAsked says how it ends a link at a question about an agent; nil answers all questions.
+	endsAsked func(uid uuid.UUID) func(*FleetLink)
+	// tls has it take links over TLS only; nil is plain text.
+	tls *tls.Config
+	// readsAhead is how many messages of a link it reads, and pings after them it answers, before it heeds
+	// them, one after the other; 0 for none.
+	readsAhead int
 	// frameLimit is the largest WebSocket frame that it, or a proxy before it, takes; 0 is any.
 	frameLimit int
 	// pongWithin is how long it waits for the answer to a ping before it ends the link; 0 is for ever,
@@ -127,7 +135,8 @@ type said struct {
 	state      bool // it said who it is
 	introduced int  // by a connect that came before on the same link, the how manieth of all; 0 for not
 	size       int
-	sum        uint32 // of the custom message's data
+	sum        uint32        // of the custom message's data
+	stood      time.Duration // between its reading and its taking
 }
 
 func startFleetServer(t *testing.T, opts fleetServerOptions) *FleetServer {
@@ -141,7 +150,13 @@ func startFleetServer(t *testing.T, opts fleetServerOptions) *FleetServer {
 	return s
 }
 
-func (s *FleetServer) url() string { return "ws://" + s.address + "/v1/opamp" }
+func (s *FleetServer) url() string {
+	scheme := "ws"
+	if s.opts.tls != nil {
+		scheme = "wss"
+	}
+	return scheme + "://" + s.address + "/v1/opamp"
+}
 
 // start starts a server that knows nobody.
 func (s *FleetServer) start(t *testing.T) {
@@ -158,6 +173,9 @@ func (s *FleetServer) start(t *testing.T) {
 	defer s.mu.Unlock()
 	if s.opts.frameLimit > 0 {
 		listener = &frameLimitListener{listener, s.opts.frameLimit}
+	}
+	if s.opts.tls != nil {
+		listener = tls.NewListener(listener, s.opts.tls)
 	}
 	s.http = &http.Server{Handler: s, ReadHeaderTimeout: ceiling}
 	s.gone = make(chan struct{})
@@ -260,6 +278,16 @@ func (s *FleetServer) forget(l *FleetLink, gone <-chan struct{}) {
 
 // readAll ends with the link, and returns why that ended.
 func (l *FleetLink) readAll(gone <-chan struct{}) error {
+	take := l.take
+	if n := l.server.opts.readsAhead; n > 0 {
+		queue := make(chan *readFrame, n)
+		defer close(queue)
+		l.server.work.Go(func() { l.workOff(queue, gone) })
+		take = func(f readFrame) error {
+			queue <- &f // the worker takes all there are
+			return nil
+		}
+	}
 	for {
 		l.server.mu.Lock()
 		resume := l.server.resume
@@ -275,31 +303,60 @@ func (l *FleetLink) readAll(gone <-chan struct{}) error {
 		if err != nil {
 			return err
 		}
-		var m protobufs.AgentToServer
-		err = proto.Unmarshal(frame[1:], &m) // behind the header
-		switch {
-		case err != nil:
-		case m.GetCustomMessage().GetCapability() == gatewayCapability:
-			err = l.question(m.GetCustomMessage().GetData())
-		default:
-			var does response
-			if heeds := l.server.opts.heeds; heeds != nil {
-				uid, _ := uuid.FromBytes(m.GetInstanceUid()) // whether it is one is seen below
-				does = heeds(uid, &m, len(frame))
-			}
-			if does.end != nil {
-				does.end(l)
-				return errEndedAtMessage
-			}
-			err = l.message(&m, len(frame), does.silent)
-		}
-		if err != nil {
-			l.server.mu.Lock()
-			l.server.wrong = append(l.server.wrong, fmt.Sprintf("%v: %v", err, &m))
-			l.server.mu.Unlock()
+		if err := take(readFrame{frame, time.Now()}); err != nil {
 			return err
 		}
 	}
+}
+
+// readFrame is one that has been read.
+type readFrame struct {
+	bytes []byte
+	at    time.Time
+}
+
+// workOff takes what was read ahead, also after the link's end. It ends when all is taken.
+func (l *FleetLink) workOff(queue <-chan *readFrame, gone <-chan struct{}) {
+	over := false
+	for f := range queue {
+		select {
+		case <-gone:
+			over = true
+		default:
+		}
+		if !over && l.take(*f) != nil {
+			over = true
+			l.ws.Close()
+		}
+	}
+}
+
+// take takes what was read. An error is why the link has to end.
+func (l *FleetLink) take(f readFrame) error {
+	var m protobufs.AgentToServer
+	err := proto.Unmarshal(f.bytes[1:], &m) // behind the header
+	switch {
+	case err != nil:
+	case m.GetCustomMessage().GetCapability() == gatewayCapability:
+		err = l.question(m.GetCustomMessage().GetData())
+	default:
+		var does response
+		if heeds := l.server.opts.heeds; heeds != nil {
+			uid, _ := uuid.FromBytes(m.GetInstanceUid()) // whether it is one is seen below
+			does = heeds(uid, &m, len(f.bytes))
+		}
+		if does.end != nil {
+			does.end(l)
+			return errEndedAtMessage
+		}
+		err = l.message(&m, f, does.silent)
+	}
+	if err != nil && !errors.Is(err, errEndedAtMessage) {
+		l.server.mu.Lock()
+		l.server.wrong = append(l.server.wrong, fmt.Sprintf("%v: %v", err, &m))
+		l.server.mu.Unlock()
+	}
+	return err
 }
 
 // question takes a question, for its answer to be given later.
@@ -314,6 +371,12 @@ func (l *FleetLink) question(data []byte) error {
 		return err
 	}
 	s := l.server
+	if s.opts.endsAsked != nil {
+		if end := s.opts.endsAsked(uid); end != nil {
+			end(l)
+			return errEndedAtMessage
+		}
+	}
 	s.mu.Lock()
 	l.asking++
 	l.mostAsking = max(l.mostAsking, l.asking)
@@ -372,7 +435,7 @@ func (l *FleetLink) answerAll() {
 
 // message takes note of what an agent said, and replies unless it is to be silent, but to a
 // goodbye and, if it does not echo, to chat.
-func (l *FleetLink) message(m *protobufs.AgentToServer, size int, silent bool) error {
+func (l *FleetLink) message(m *protobufs.AgentToServer, f readFrame, silent bool) error {
 	uid, err := uuid.FromBytes(m.GetInstanceUid())
 	if err != nil {
 		return err
@@ -385,7 +448,7 @@ func (l *FleetLink) message(m *protobufs.AgentToServer, size int, silent bool) e
 	k.state = k.state || m.GetAgentDescription() != nil
 	what := said{
 		at: time.Now(), link: l, number: m.GetSequenceNum(), state: m.GetAgentDescription() != nil, introduced: l.introduced[uid],
-		size: size, sum: crc32.ChecksumIEEE(m.GetCustomMessage().GetData()),
+		size: len(f.bytes), sum: crc32.ChecksumIEEE(m.GetCustomMessage().GetData()), stood: time.Since(f.at),
 	}
 	if m.GetAgentDisconnect() != nil {
 		k.link, k.state = nil, false

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"crypto/tls"
 	"fmt"
 	"net"
 	"slices"
@@ -64,18 +65,27 @@ func TestFloodingAgents(t *testing.T) {
 		links, flooders int
 		pongWithin      time.Duration
 		unanswered      bool
+		secure          bool
 	}{
 		{name: "one", links: 3, flooders: 1},
 		{name: "ten on one link", links: 1, flooders: 10},
 		{name: "the server wants pongs", links: 3, flooders: 1, pongWithin: 5 * time.Second},
 		{name: "the server answers the flooder nothing", links: 3, flooders: 1, unanswered: true},
+		{name: "over TLS", links: 3, flooders: 1, secure: true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			var slow pace
 			var mute sync.Map // the uids that are answered nothing
+			var secured *tls.Config
+			trust := func(config) {}
+			if test.secure {
+				authority := newAuthority(t, "server")
+				secured = &tls.Config{Certificates: []tls.Certificate{authority.issue(t, "server").cert}, MinVersion: tls.VersionTLS12}
+				trust = func(c config) { c.gateway("server::tls::ca_file", authority.file) }
+			}
 			server := startFleetServer(t, fleetServerOptions{
-				echoes: true, pongWithin: test.pongWithin,
+				echoes: true, pongWithin: test.pongWithin, tls: secured,
 				heeds: func(uid uuid.UUID, m *protobufs.AgentToServer, size int) response {
 					slow.heeds(uid, m, size)
 					_, silent := mute.Load(uid)
@@ -83,7 +93,7 @@ func TestFloodingAgents(t *testing.T) {
 				},
 			})
 			metrics, showMetrics := withMetrics(t)
-			gateway := startGateway(t, server.url(), showMetrics, keepAlive("server", "1s", "4s"), func(c config) {
+			gateway := startGateway(t, server.url(), showMetrics, trust, keepAlive("server", "1s", "4s"), func(c config) {
 				c.gateway("server::connections", test.links)
 			})
 			gateway.wantLinks(t, test.links)

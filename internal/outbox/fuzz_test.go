@@ -2,6 +2,7 @@ package outbox
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"strconv"
 	"strings"
@@ -17,6 +18,16 @@ import (
 func FuzzTurns(f *testing.F) {
 	f.Add([]byte{0x00, 0x11, 0x22, 0x83, 0x80, 0x00, 0xff, 0x81, 0xf0})
 	f.Add([]byte(strings.Repeat("\x01\xff\x02\x81\x07", 50)))
+	for seed := range uint64(50) {
+		random, ops := rand.New(rand.NewPCG(seed, 0)), make([]byte, 1000)
+		for i := range ops {
+			ops[i] = byte(random.Uint32())
+			if seed%2 == 0 && i > 300 { // more is served than comes
+				ops[i] |= byte(random.Uint32() & 0x80)
+			}
+		}
+		f.Add(ops)
+	}
 	f.Fuzz(func(t *testing.T, ops []byte) {
 		const senders = 8
 		type waiting struct {

@@ -49,7 +49,7 @@ type Acknowledgement[S any] struct {
 //     trial is written between two pings, and no other on trial until it is acknowledged.
 //
 // One goroutine writes, and stays until the end.
-type Link[S any] struct {
+type Link[S comparable] struct {
 	// Set once.
 	socket  Socket[S]
 	limit   int
@@ -74,6 +74,7 @@ type Link[S any] struct {
 	trial    uint64        // the place in sent of what is on trial, from 1; 0 for nothing
 	before   uint64        // the number of the ping before it
 	reached  int64         // when that was answered; 0 if it was not
+	owed     int           // what others may say before the next trial, if they have something to say; see cost
 	closing  []byte        // payload of the close frame that is to come last; nil while there is none
 	replies  bool          // what waits is not to be written
 	closed   bool          // nothing more is taken
@@ -88,7 +89,7 @@ type Link[S any] struct {
 // NewLink returns a link's outbox, for socket. All that senders have waiting is about limit bytes at most,
 // but for what is alwaysFits; what it holds is counted in account. A server that is blind to pings, as another link
 // has shown, is sent all that comes until it answers one. Its end is an Abort.
-func NewLink[S any](socket Socket[S], limit int, account *memory.Account, trials *Trials, blind bool) *Link[S] {
+func NewLink[S comparable](socket Socket[S], limit int, account *memory.Account, trials *Trials, blind bool) *Link[S] {
 	o := &Link[S]{
 		socket: socket, limit: limit, account: account, trials: trials, window: window.New(monotonic.Now()), again: math.MaxInt64, wakeAt: math.MaxInt64, stays: true,
 	}
@@ -246,6 +247,29 @@ func (o *Link[S]) pong(number uint64) (ack Acknowledgement[S], expected, wasTria
 	return ack, true, wasTrial
 }
 
+// Absolve has none of what waits of a sender be on trial.
+func (o *Link[S]) Absolve(line *Line[S], sender S) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	q := line.queue
+	if q == nil {
+		return
+	}
+	for i := q.head; i < len(q.entries); i++ {
+		if e := &q.entries[i]; e.Sender == sender {
+			e.Trial = false
+		}
+	}
+	if q.pending.Sender == sender {
+		q.pending.Trial = false
+	}
+	if q.in == &o.lines.trials && !q.first().Trial {
+		q.in.remove(q)
+		o.lines.file(q, &o.lines.fresh)
+		o.startLocked()
+	}
+}
+
 // Unacknowledged returns what was handed to the socket, or begun, and not acknowledged, in order. trial is the
 // index of the message on trial, if the server had just come to it; -1 otherwise. It is to be called after Abort.
 func (o *Link[S]) Unacknowledged() (sent []Sent[S], trial int) {
@@ -363,11 +387,11 @@ func (o *Link[S]) leaveLocked(q *queue[S]) {
 	}
 }
 
-// goOnLocked lets the sender of q, who waits, go on if it has room by now. One who has nothing waiting, and has not,
-// joins the crowd.
+// goOnLocked lets the sender of q, who waits, go on if it has room by now, and for more than one message: it costs
+// as much to wake it for one as for many. One who has nothing waiting, and no room, joins the crowd.
 func (o *Link[S]) goOnLocked(q *queue[S]) {
 	switch {
-	case !q.waits || q.crowds:
+	case !q.waits || q.crowds || !q.halfEmpty():
 	case o.fitsLocked(q, &q.pending, q.weight):
 		o.decideLocked(q, nil)
 	case q.empty():
@@ -520,7 +544,7 @@ func (o *Link[S]) gatherLocked(batch []Entry[S]) []Entry[S] {
 	clear(o.own)
 	o.own = o.own[:0]
 	if o.closing == nil {
-		if q := o.lines.trials.first; q != nil && o.mayTryLocked() {
+		if q := o.lines.trials.first; q != nil && (o.owed <= 0 || o.lines.next() == nil) && o.mayTryLocked() {
 			return o.tryLocked(batch, q)
 		}
 	}
@@ -537,6 +561,7 @@ func (o *Link[S]) gatherLocked(batch []Entry[S]) []Entry[S] {
 			break
 		}
 		e := o.lines.take(q)
+		o.owed -= cost(&e)
 		size += len(e.Frame)
 		batch = o.sendLocked(batch, e)
 		o.goOnLocked(q)
@@ -567,7 +592,9 @@ func (o *Link[S]) mayTryLocked() bool {
 func (o *Link[S]) tryLocked(batch []Entry[S], q *queue[S]) []Entry[S] {
 	batch = o.pingLocked(batch)
 	o.before, o.reached = o.lastPing, 0
-	batch = o.sendLocked(batch, o.lines.take(q))
+	e := o.lines.take(q)
+	o.owed = cost(&e) * (o.lines.fresh.len + o.lines.round.len) // the others' turns: each as much
+	batch = o.sendLocked(batch, e)
 	o.trial = o.sent.end
 	o.goOnLocked(q)
 	return o.pingLocked(batch)

@@ -22,8 +22,8 @@ import (
 	"github.com/opampgateway/opampgateway/internal/memory"
 )
 
-// startMessages is how many messages a link's window holds in the beginning.
-const startMessages = 16
+// startMessages is how many messages a link's window holds in the beginning, and startBytes how many bytes.
+const startMessages, startBytes = 16, 256 << 10
 
 // fakeServer is a link's socket, and the server behind it, which reads what was written.
 type fakeServer struct {
@@ -334,7 +334,7 @@ func TestASenderThatHadNothingWaitingGoesFirst(t *testing.T) {
 			time.Sleep(200 * time.Millisecond)
 			at := slices.Index(s.said(), "alice"+strconv.Itoa(alice.n-1))
 			require.GreaterOrEqual(t, at, 0, "alice was not heard within 200 ms")
-			require.LessOrEqual(t, at-before, 1, "others who went before alice, since she spoke")
+			require.LessOrEqual(t, at-before, 1+turn/messageCost, "others who went before alice: what one of them has left of its turn")
 		}
 	})
 }
@@ -456,6 +456,23 @@ func TestTurnsAreWorthTheSame(t *testing.T) {
 			})
 		}
 	}
+}
+
+// Rounds in which nobody can say anything are passed at once, and no more of them than that.
+func TestMessagesOfSeveralTurnsAlternate(t *testing.T) {
+	var tr turns[string]
+	lines := make([]Line[string], 3)
+	for i := range lines {
+		for range 4 {
+			tr.add(tr.queueOf(&lines[i]), 1, Entry[string]{Kind: Message, Frame: make([]byte, 30*turn), Sender: strconv.Itoa(i)})
+		}
+	}
+	order := ""
+	for q := tr.next(); q != nil; q = tr.next() {
+		e := tr.take(q)
+		order += e.Sender
+	}
+	require.Equal(t, strings.Repeat("012", 4), order)
 }
 
 // wantServedWithin asserts that nobody else had more than so many turns between two places in what was written.
@@ -759,27 +776,30 @@ func TestADecisionIsForWhomItWasMade(t *testing.T) {
 		o := startLink(t, 100<<10, s, &Trials{})
 		fill(t, o, s)
 		require.NoError(t, newSpeaker(o, "first").say(100<<10))
-		alice, bob := newSpeaker(o, "alice"), newSpeaker(o, "bob")
-		var bobWaits putting
+		alice := newSpeaker(o, "alice")
+		var others []putting // one of which gets the queue that was alice's
 		var resume func()
 		ctx := &whenAsked{Context: t.Context(), done: make(chan struct{})}
 		ctx.meanwhile = func() {
-			println("in", o.lines.spares, o.lines.round.len, alice.line.queue != nil, len(o.crowd))
-			s.settle()
-			println(o.lines.spares, o.lines.round.len, alice.line.queue != nil)
 			s.settle() // alice's message is written, and nothing waits
 			resume = s.stall()
-			require.NoError(t, newSpeaker(o, "second").say(100<<10))
-			bobWaits = bob.insist(t.Context(), 10<<10)
+			require.NoError(t, o.Push(message("own", strings.Repeat(".", 100<<10)))) // takes the room, and no queue
+			for _, other := range newSpeakers(o, "other", 4) {
+				others = append(others, other.insist(t.Context(), 10<<10))
+			}
 			synctest.Wait()
 		}
 		require.NoError(t, o.Put(ctx, alice.next(10<<10), &alice.line, 1), "it was written")
 		require.Contains(t, s.said(), "alice0")
-		bobWaits.wantWaiting(t, "bob, for whom there is no room")
+		for i, waits := range others {
+			waits.wantWaiting(t, fmt.Sprintf("other%d, for whom there is no room", i))
+		}
 		resume()
 		s.settle()
-		bobWaits.want(t, nil, "bob")
-		require.Contains(t, s.said(), "bob0")
+		for i, waits := range others {
+			waits.want(t, nil, strconv.Itoa(i))
+			require.Contains(t, s.said(), fmt.Sprintf("other%d-0", i))
+		}
 	})
 }
 
@@ -968,6 +988,51 @@ func TestAMessageOnTrialStandsBetweenTwoPings(t *testing.T) {
 		require.Contains(t, s.said(), "alice1")
 		s.settle()
 		assert.Zero(t, s.acks[0].Trial.Size)
+	})
+}
+
+// A suspect has no more of the link than anybody else, even if each message of its fills the window, so that its next one's
+// trial could always be the first to go.
+func TestTrialsTakePartInTheTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 8<<20, s, &Trials{})
+		synctest.Wait()
+		s.settle()
+		suspect, bob := newSpeaker(o, "suspect"), newSpeaker(o, "bob")
+		suspect.trial = true
+		require.NoError(t, suspect.say(startBytes+1))
+		synctest.Wait()
+		require.NoError(t, suspect.say(startBytes+1))
+		for range 3 {
+			require.NoError(t, bob.say(100))
+		}
+		synctest.Wait()
+		require.Equal(t, []string{"suspect0"}, s.said(), "it fills the window")
+		s.settle()
+		require.Equal(t, []string{"suspect0", "bob0", "bob1", "bob2", "suspect1"}, s.said())
+	})
+}
+
+// Who is innocent after all does not have to wait for a round trip with each message.
+func TestWhatWaitsOfAnInnocentIsNotOnTrialAnyMore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 1<<20, s, &Trials{})
+		synctest.Wait()
+		s.settle()
+		alice, bob := newSpeaker(o, "alice"), newSpeaker(o, "bob")
+		alice.trial, bob.trial = true, true
+		alice.sayAll(t, 5, 0)
+		bob.sayAll(t, 2, 0)
+		synctest.Wait()
+		require.Equal(t, []string{"alice0"}, s.said())
+		o.Absolve(&alice.line, "alice")
+		synctest.Wait()
+		require.Equal(t, []string{"alice0", "alice1", "alice2", "alice3", "alice4"}, s.said(), "bob still waits for his trial")
+		s.settle()
+		require.ElementsMatch(t, []string{"bob0", "bob1"}, s.said()[5:])
+		o.Absolve(&alice.line, "alice") // with nothing waiting
 	})
 }
 

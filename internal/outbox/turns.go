@@ -69,6 +69,11 @@ func (q *queue[S]) fits(e *Entry[S], weight int) bool {
 	return !q.line.Shared || len(q.entries)-q.head < max(q.share, sharedLeast)
 }
 
+// halfEmpty reports whether no more waits than half of what may, or it is a line that is short anyway.
+func (q *queue[S]) halfEmpty() bool {
+	return q.line.Shared || q.size <= lineShare*q.weight/2
+}
+
 // pace notes that an entry was taken out of a shared line.
 func (q *queue[S]) pace() {
 	q.taken++
@@ -77,7 +82,7 @@ func (q *queue[S]) pace() {
 		q.since = now
 	}
 	if lasts := now - q.since; lasts >= sharedWait {
-		q.share, q.taken, q.since = int(int64(q.taken)*sharedWait/lasts), 0, now
+		q.share, q.taken, q.since = int(2*int64(q.taken)*sharedWait/lasts), 0, now // twice: it may have held it up
 	} else {
 		q.share = max(q.share, q.taken)
 	}

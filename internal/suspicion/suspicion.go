@@ -17,6 +17,7 @@ package suspicion
 
 import (
 	"math"
+	"math/bits"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -40,6 +41,8 @@ const (
 	namedFor, unsureFor, maxNamedFor = 10 * time.Minute, 2 * time.Minute, time.Hour
 	// limitFor is how long the server's limit is heeded. Servers may be configured anew.
 	limitFor = time.Hour
+	// together is within what time links end together, by one restart or crash of the server.
+	together = time.Second
 	// maxAgents bounds how many agents are remembered of each kind.
 	maxAgents = 1 << 16
 )
@@ -80,11 +83,25 @@ type Book struct {
 
 	// mu guards what follows.
 	mu       sync.Mutex
-	last     map[wire.UID]time.Time // at the end of a link, not acknowledged, when
+	last     map[wire.UID]presence // not acknowledged when links ended for no reason that was told
+	ends     []time.Time           // such ends, of the last suspectFor; those that come together are one
+	count    uint                  // of all of them
 	suspects map[wire.UID]suspect
 	named    map[wire.UID]name
 	largest  int       // message that was acknowledged
 	limited  time.Time // until when limit is heeded
+}
+
+// presence says at which ends of links a message of an agent was not acknowledged.
+type presence struct {
+	at   time.Time // of the last
+	nth  uint      // of all ends, the last
+	ends uint64    // bit n: the nth before the last
+}
+
+// with returns the presence at the end of this number, too.
+func (p presence) with(nth uint, now time.Time) presence {
+	return presence{now, nth, p.ends<<(nth-p.nth) | 1}
 }
 
 type suspect struct {
@@ -104,7 +121,7 @@ type name struct {
 
 // NewBook returns a book in which nobody is suspected.
 func NewBook() *Book {
-	b := &Book{last: map[wire.UID]time.Time{}, suspects: map[wire.UID]suspect{}, named: map[wire.UID]name{}}
+	b := &Book{last: map[wire.UID]presence{}, suspects: map[wire.UID]suspect{}, named: map[wire.UID]name{}}
 	b.clean.Store(true)
 	b.limit.Store(math.MaxInt64)
 	return b
@@ -148,22 +165,24 @@ func (b *Book) Acknowledged(size int) {
 
 // Acquit tells that the server has read a message that was on trial. While nobody else waits for a trial, that
 // costs next to nothing, so the suspect stays one: what it is asked for next may be what it is suspected for.
-func (b *Book) Acquit(m Message, othersWait bool) {
+// It reports whether the suspect is innocent.
+func (b *Book) Acquit(m Message, othersWait bool) (innocent bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	s, ok := b.suspects[m.UID]
 	if !ok || s.named {
-		return
+		return !ok
 	}
 	if s.tried++; m.Size >= s.size {
 		s.tried++
 	}
 	if s.tried < enoughTrials || !othersWait {
 		b.suspects[m.UID] = s
-		return
+		return false
 	}
 	delete(b.suspects, m.UID)
 	b.tidyLocked()
+	return true
 }
 
 // Ended tells that a link has ended, and returns the message because of which it did, if that is clear, and for how
@@ -176,9 +195,15 @@ func (b *Book) Ended(e End) (culprit Message, turnedDown time.Duration) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	defer b.tidyLocked()
-	if e.Trial == 0 && e.Unacknowledged[0].UID != (wire.UID{}) {
+	if !accuses(e.Code) {
+		b.countLocked(now)
+	}
+	if e.Trial == 0 && b.provesLocked(&e) {
 		culprit = e.Unacknowledged[0]
 		if e.Code == websocket.CloseMessageTooBig && culprit.Size > b.largest {
+			if !now.Before(b.limited) {
+				b.limit.Store(math.MaxInt64) // what is known is too old
+			}
 			b.limit.Store(min(b.limit.Load(), int64(culprit.Size)))
 			b.limited = now.Add(limitFor)
 		}
@@ -198,16 +223,42 @@ func (b *Book) Ended(e End) (culprit Message, turnedDown time.Duration) {
 			if larger(m) { // smaller ones it has taken
 				b.suspectLocked(m.UID, suspect{large: true, size: m.Size}, now)
 			}
-		case accuses(e.Code), again && now.Sub(before) < suspectFor:
+		case accuses(e.Code), again && now.Sub(before.at) < suspectFor:
 			b.suspectLocked(m.UID, suspect{size: m.Size - m.Size/8}, now) // said again, it may have changed a little
 		}
 	}
 	for _, m := range e.Unacknowledged { // once all were looked at: several may be of one agent
-		if m.UID != (wire.UID{}) && len(b.last) < maxAgents {
-			b.last[m.UID] = now
+		if p, known := b.last[m.UID]; m.UID != (wire.UID{}) && (known || len(b.last) < maxAgents) {
+			b.last[m.UID] = p.with(b.count, now)
 		}
 	}
 	return Message{}, 0
+}
+
+// provesLocked reports whether a link has ended because of the message on trial, which was the first that was not
+// acknowledged. Something else may just then have ended the link: if the server has taken some of the agent on trial
+// since the last end, or, as far as no reason was told, links mostly end without it.
+func (b *Book) provesLocked(e *End) bool {
+	uid := e.Unacknowledged[0].UID
+	s := b.suspects[uid]
+	if uid == (wire.UID{}) || s.tried >= enoughTrials {
+		return false
+	}
+	if accuses(e.Code) {
+		return true
+	}
+	recent := min(len(b.ends), 64)
+	present := bits.OnesCount64(b.last[uid].with(b.count, time.Time{}).ends << (64 - recent))
+	return 2*present >= recent
+}
+
+// countLocked counts an end of a link for no reason that was told.
+func (b *Book) countLocked(now time.Time) {
+	b.ends = slices.DeleteFunc(b.ends, func(at time.Time) bool { return now.Sub(at) >= suspectFor })
+	if n := len(b.ends); n == 0 || now.Sub(b.ends[n-1]) >= together {
+		b.ends = append(b.ends, now)
+		b.count++
+	}
 }
 
 // accuses reports whether a server that closes a link with code says that it is for a message that it was sent.
@@ -262,8 +313,8 @@ func (b *Book) Sweep() (released []wire.UID) {
 	now := time.Now()
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for uid, at := range b.last {
-		if now.Sub(at) >= suspectFor {
+	for uid, p := range b.last {
+		if now.Sub(p.at) >= suspectFor {
 			delete(b.last, uid)
 		}
 	}

@@ -266,10 +266,10 @@ func TestAPoisonAmongAThousandSpeakers(t *testing.T) {
 func TestTheServersLimitIsLearned(t *testing.T) {
 	bubble(t, func(t *testing.T, b *Book) {
 		const tooLarge = 1 << 20
-		require.EqualValues(t, math.MaxInt64, b.Limit())
+		require.Equal(t, int64(math.MaxInt64), b.Limit())
 		b.Acknowledged(200 << 10)
 		ends(b, websocket.CloseMessageTooBig, says(alice, tooLarge))
-		require.EqualValues(t, math.MaxInt64, b.Limit(), "it may have been another's")
+		require.Equal(t, int64(math.MaxInt64), b.Limit(), "it may have been another's")
 		wantNamed(t, b, websocket.CloseMessageTooBig, namedFor, says(alice, tooLarge))
 		require.EqualValues(t, tooLarge, b.Limit())
 		want(t, b, TooLarge, says(bob, tooLarge), "as large")
@@ -291,7 +291,7 @@ func TestTheServersLimitIsLearned(t *testing.T) {
 		want(t, b, Try, says(cathy, tooLarge), "")
 		b.Acknowledged(tooLarge)
 		want(t, b, Pass, says(cathy, 10*tooLarge), "it was")
-		require.EqualValues(t, math.MaxInt64, b.Limit())
+		require.Equal(t, int64(math.MaxInt64), b.Limit())
 	})
 }
 
@@ -301,9 +301,9 @@ func TestALimitIsLearnedOnlyFromWhatTheServerSaysOfSizes(t *testing.T) {
 		for n, code := range []int{0, websocket.CloseProtocolError, websocket.ClosePolicyViolation} {
 			wantNamed(t, b, code, forHowLong(code), says(10+n, 1<<20))
 		}
-		require.EqualValues(t, math.MaxInt64, b.Limit())
+		require.Equal(t, int64(math.MaxInt64), b.Limit())
 		wantNamed(t, b, websocket.CloseMessageTooBig, namedFor, says(alice, 1000))
-		require.EqualValues(t, math.MaxInt64, b.Limit(), "it has taken one as large")
+		require.Equal(t, int64(math.MaxInt64), b.Limit(), "it has taken one as large")
 	})
 }
 
@@ -466,5 +466,69 @@ func TestWhoMayBeNamedByMistakeIsReleased(t *testing.T) {
 		require.Empty(t, b.Sweep())
 		time.Sleep(namedFor)
 		require.Empty(t, b.Sweep(), "there was no doubt")
+	})
+}
+
+// TestManyTrialsAreAnAlibi has a link end for no reason that was told while somebody is on trial who says much: whatever
+// it said before was taken, so it is only suspected again.
+func TestManyTrialsAreAnAlibi(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		flood := says(alice, 100)
+		for range 5 {
+			ends(b, 0, flood)
+			ends(b, 0, flood)
+			for range enoughTrials {
+				want(t, b, Try, flood, "")
+				b.Acquit(flood, false)
+			}
+			culprit, d := b.Ended(End{Unacknowledged: []Message{flood}, Trial: 0})
+			require.Zero(t, culprit)
+			require.Zero(t, d)
+		}
+		wantNamed(t, b, 0, unsureFor, flood)
+	})
+}
+
+// TestEndsWithoutSomebodySpeakForIt has a network end one link after the other: an agent that was there at few of
+// these ends is not named when it is on trial at one.
+func TestEndsWithoutSomebodySpeakForIt(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		m := says(alice, 100)
+		unfortunate := func() (Message, time.Duration) {
+			return b.Ended(End{Unacknowledged: []Message{m}, Trial: 0})
+		}
+		for n := range 10 {
+			ends(b, 0, says(10+n, 100))
+			time.Sleep(2 * together)
+		}
+		ends(b, 0, m)
+		time.Sleep(2 * together)
+		ends(b, 0, m)
+		time.Sleep(2 * together)
+		_, d := unfortunate()
+		require.Zero(t, d, "at 3 of 13")
+		time.Sleep(suspectFor) // those are forgotten
+		for range 2 {
+			ends(b, 0, m, says(bob, 1))
+			ends(b, 0, says(cathy, 1)) // the same moment, on another link
+			time.Sleep(2 * together)
+		}
+		wantNamed(t, b, 0, unsureFor, m)
+	})
+}
+
+// TestAnAlibiCountsWhateverTheServerSays has the server say that it was for a message, while somebody is on trial of whom
+// it has taken several since it last said so.
+func TestAnAlibiCountsWhateverTheServerSays(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		m := says(alice, 100)
+		ends(b, websocket.ClosePolicyViolation, m)
+		for range enoughTrials {
+			b.Acquit(m, false)
+		}
+		_, d := b.Ended(End{Code: websocket.ClosePolicyViolation, Unacknowledged: []Message{m}, Trial: 0})
+		require.Zero(t, d)
+		want(t, b, Try, m, "suspected again")
+		wantNamed(t, b, websocket.ClosePolicyViolation, namedFor, m)
 	})
 }
