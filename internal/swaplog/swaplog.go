@@ -3,6 +3,7 @@
 package swaplog
 
 import (
+	"slices"
 	"sync/atomic"
 
 	"go.uber.org/zap"
@@ -42,7 +43,7 @@ func (c core) Enabled(level zapcore.Level) bool { return c.now().Enabled(level) 
 
 // With returns a core that adds these fields, too.
 func (c core) With(fields []zapcore.Field) zapcore.Core {
-	return core{c.target, append(c.added[:len(c.added):len(c.added)], fields)}
+	return core{c.target, append(slices.Clip(c.added), fields)}
 }
 
 // full returns the core that is written to now, with the fields added.
