@@ -173,7 +173,9 @@ func (g *gateway) adopt(ctx context.Context, e *gatewayExtension, host component
 	g.host.Store(&host)
 	g.cfg.Store(cfg)
 	agents, links := g.server.count(), len(g.pool.links())
-	if sameLinks(&before.Server, &cfg.Server) {
+	same := sameLinks(&before.Server, &cfg.Server)
+	g.pool.tellAgain(same)
+	if same {
 		g.pool.target.Load().tls.Store(t.tls.Load())
 	} else {
 		g.log.Info("the server's configuration has changed; agents move to new links")
@@ -185,7 +187,6 @@ func (g *gateway) adopt(ctx context.Context, e *gatewayExtension, host component
 	warnOfDangers(cfg, g.log)
 	g.log.Info("going on with the connections from before the reload", zap.Int("agents", agents), zap.Int("links", links),
 		zap.Stringer("address", g.server.door.Addr()))
-	g.pool.tellAgain()
 	g.server.enterLife(next)
 	return nil
 }

@@ -226,9 +226,13 @@ func (p *upstreamPool) change(t *target) {
 	}
 }
 
-// tellAgain has the status told once more, to whom it was not told yet.
-func (p *upstreamPool) tellAgain() {
+// tellAgain has the status told once more, to whom it was not told yet; with other links than before, when the first
+// is up, or could not be dialed.
+func (p *upstreamPool) tellAgain(sameLinks bool) {
 	p.untold.Store(true)
+	if !sameLinks {
+		return
+	}
 	select {
 	case p.report <- struct{}{}:
 	default:
@@ -384,6 +388,8 @@ func (p *upstreamPool) linkUp(l *link) bool {
 		close(p.back)
 		p.back = make(chan struct{})
 		p.reportLocked(errNoLink)
+	} else if p.untold.Load() {
+		p.reportLocked(p.failure)
 	}
 	p.signalLocked()
 	return true
