@@ -455,6 +455,7 @@ func TestReloadChangesServer(t *testing.T) {
 					s.server.WantNothing(a.UID)
 				}
 				s.wantConnections(12)
+				s.wantSpread(12, 0)
 				s.wantFaults(nil)
 				require.Equal(t, []componentstatus.Status{componentstatus.StatusOK}, s.host.statuses())
 			})

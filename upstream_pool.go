@@ -487,8 +487,12 @@ func (p *upstreamPool) attach(ctx context.Context, a *agentConn, from *link, los
 		var best *link
 		var wait time.Duration
 		if from != nil {
-			best = p.live[from.slot]
 			wait = max(patience-time.Since(lost), patience-time.Since(p.since))
+			if slots := len(p.target.Load().left); slots == len(from.target.left) {
+				best = p.live[from.slot]
+			} else if p.stayingLocked() == slots {
+				wait = 0 // a reload has changed how many there are, and all are back
+			}
 		}
 		if best == nil && wait <= 0 {
 			best = p.leastLoadedLocked()
@@ -519,6 +523,16 @@ func (p *upstreamPool) attach(ctx context.Context, a *agentConn, from *link, los
 			return nil, context.Cause(ctx)
 		}
 	}
+}
+
+// stayingLocked returns how many links there are that are not about to end.
+func (p *upstreamPool) stayingLocked() (n int) {
+	for _, l := range p.live {
+		if l != nil && !l.leaving {
+			n++
+		}
+	}
+	return n
 }
 
 func (p *upstreamPool) leastLoadedLocked() *link {
