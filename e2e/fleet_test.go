@@ -64,7 +64,8 @@ func TestManyHandshakes(t *testing.T) {
 	fleet.wantUndisturbed(t)
 }
 
-// A full gateway reloads, and all of its agents come back at once.
+// A full gateway reloads, which disturbs nobody who talks meanwhile; then its listener is changed, and all of its agents
+// come back at once.
 func TestManyAgentsReload(t *testing.T) {
 	const agents = 15_000
 	needsFiles(t, agents)
@@ -79,9 +80,26 @@ func TestManyAgentsReload(t *testing.T) {
 	t.Logf("%d agents were connected after %s; the gateway uses %s", agents, last.Sub(start), gateway.usage(t))
 	fleet.wantUndisturbed(t)
 
+	const rollouts = 5
+	stop := fleet.talk(t, 7*time.Second) // 2,000 messages a second
+	said := fleet.said()
+	for i := range rollouts {
+		gateway.rollOut(t)
+		gateway.wantReady(t, i+2)
+		time.Sleep(time.Second)
+	}
+	stop()
+	t.Logf("%d messages during %d rollouts; the gateway uses %s", fleet.said()-said, rollouts, gateway.usage(t))
+	server.wantHeard(t, fleet.agents, time.Minute)
+	fleet.wantUndisturbed(t)
+	repeated, missing := server.wantHistory(t, fleet.agents)
+	require.Zero(t, repeated)
+	require.Zero(t, missing)
+	require.Equal(t, agents, server.asked(), "questions in all")
+
 	start = time.Now()
-	gateway.reload(t, func(config) {})
-	gateway.wantReady(t, 2)
+	gateway.reload(t, func(c config) { c.gateway("listener::read_header_timeout", "29s") })
+	gateway.wantReady(t, rollouts+2)
 	ready := time.Since(start)
 	last = fleet.wantConnected(t, 2*time.Minute, 2)
 	server.wantReachable(t, fleet.agents, time.Minute)
