@@ -86,7 +86,7 @@ func TestManyAgentsReload(t *testing.T) {
 	for i := range rollouts {
 		gateway.rollOut(t)
 		gateway.wantReady(t, i+2)
-		time.Sleep(time.Second)
+		time.Sleep(2 * time.Second)
 	}
 	stop()
 	t.Logf("%d messages during %d rollouts; the gateway uses %s", fleet.said()-said, rollouts, gateway.usage(t))
