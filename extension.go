@@ -59,7 +59,7 @@ type gatewayExtension struct {
 	cfg  *Config
 	set  extension.Settings
 	tel  *telemetry.Telemetry                                                     // the gateway's own once it has one
-	told func() bool                                                              // whether the process was told to end
+	told func() bool                                                              // whether the process was told to end; set by Start but in tests
 	net  func(ctx context.Context, at confignet.AddrConfig) (net.Listener, error) // door.Listen but in tests
 	dial dialFunc                                                                 // nil but in tests
 
@@ -74,7 +74,7 @@ func newGatewayExtension(set extension.Settings, cfg *Config) (*gatewayExtension
 	if err != nil {
 		return nil, err
 	}
-	return &gatewayExtension{cfg: cfg, set: set, tel: tel, told: toldToEnd, net: door.Listen}, nil
+	return &gatewayExtension{cfg: cfg, set: set, tel: tel, net: door.Listen}, nil
 }
 
 // Dependencies names the extensions that the listener uses, so that they are started first.
@@ -92,6 +92,9 @@ func (e *gatewayExtension) Dependencies() []component.ID {
 // Start takes the listener and returns; it does not wait for the server. If the component before a reload has left
 // its gateway, that goes on, as far as the configuration allows; otherwise it is ended first.
 func (e *gatewayExtension) Start(ctx context.Context, host component.Host) error {
+	if e.told == nil {
+		e.told = watchSignals()
+	}
 	g, err := e.start(ctx, host)
 	if err != nil {
 		e.tel.Shutdown()

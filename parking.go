@@ -97,9 +97,9 @@ func listensAt(addr net.Addr, endpoint string) bool {
 	return err == nil && port == wanted
 }
 
-// told is where the process is told to end. It is registered once, with the first component, and for good: a signal
-// may come between two.
-var told = sync.OnceValue(func() func() bool {
+// watchSignals returns what reports whether the process was told to end, which is no reload, since it was called first.
+// That is done once, with the first component, and for good: a signal may come between two.
+var watchSignals = sync.OnceValue(func() func() bool {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	return func() bool {
@@ -108,9 +108,6 @@ var told = sync.OnceValue(func() func() bool {
 		return len(signals) > 0 // once told, it stays there
 	}
 })
-
-// toldToEnd reports whether the process was told to end, which is no reload.
-func toldToEnd() bool { return told()() }
 
 // inUse reports whether somebody is connected, or about to be.
 func (g *gateway) inUse() bool { return g.server.door.Open() > 0 }
