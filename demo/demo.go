@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -293,7 +294,7 @@ func (d *demo) pushOnEnter() {
 		}
 		if strings.Contains(string(b[:n]), "\n") {
 			d.screen.enterPressed()
-			if d.gateway == nil || !strings.ContainsAny(string(b[:n]), "rR") {
+			if d.gateway == nil || !bytes.ContainsAny(b[:n], "rR") {
 				d.server.pushNext()
 				continue
 			}

@@ -120,6 +120,7 @@ func TestRollouts(t *testing.T) {
 
 // count is chatUntil for an agent of which nothing gets lost: what is not answered is not said again.
 func (a *Agent) count(t *testing.T, stop <-chan struct{}) {
+	t.Helper()
 	for i := 0; ; i++ {
 		if err := a.trySay(a.numbered(i)); err != nil {
 			t.Errorf("%s: %v", a.name, err)
