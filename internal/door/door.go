@@ -236,9 +236,11 @@ type place struct {
 	closed   atomic.Bool
 
 	// Owned by who reads.
-	heard   bool // something has come
-	shaking bool // TLS shakes hands
-	flight  int  // bytes of what the peer has sent for that since it was answered
+	heard bool // something has come
+
+	// Shared: whoever closes the connection may write TLS's last word.
+	shaking atomic.Bool  // TLS shakes hands
+	flight  atomic.Int64 // bytes of what the peer has sent for that since it was answered
 }
 
 // errLongFlight means that a peer sends too much while TLS shakes hands.
@@ -247,15 +249,17 @@ var errLongFlight = errors.New("peer's handshake message is too long")
 // Read notes that something has come. TLS keeps a message of its handshake until all of it is there, and
 // takes 64 KiB for a hello, and 256 KiB for certificates.
 func (p *place) Read(b []byte) (int, error) {
-	if p.shaking {
-		if p.flight == flightSize {
+	shaking := p.shaking.Load()
+	if shaking {
+		flight := int(p.flight.Load())
+		if flight >= flightSize {
 			return 0, errLongFlight
 		}
-		b = b[:min(len(b), flightSize-p.flight)]
+		b = b[:min(len(b), flightSize-flight)]
 	}
 	n, err := p.Conn.Read(b)
-	if p.shaking {
-		p.flight += n
+	if shaking {
+		p.flight.Add(int64(n))
 	}
 	if n > 0 && !p.heard {
 		p.heard = true
@@ -265,8 +269,8 @@ func (p *place) Read(b []byte) (int, error) {
 
 // Write notes that the peer is answered.
 func (p *place) Write(b []byte) (int, error) {
-	if p.shaking {
-		p.flight = 0
+	if p.shaking.Load() {
+		p.flight.Store(0)
 	}
 	return p.Conn.Write(b)
 }

@@ -233,9 +233,9 @@ func (s *stranger) shake() bool {
 	s.shaken, s.clocked = true, true
 	err := s.below.SetDeadline(s.due)
 	if err == nil {
-		s.place.shaking = true
+		s.place.shaking.Store(true)
 		err = s.secure.HandshakeContext(context.Background()) // the deadline ends it
-		s.place.shaking = false
+		s.place.shaking.Store(false)
 	}
 	var plain tls.RecordHeaderError
 	var network *net.OpError
