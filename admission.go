@@ -10,12 +10,16 @@ import (
 	"errors"
 	"fmt"
 	stdlog "log"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.opentelemetry.io/collector/component"
@@ -44,56 +48,158 @@ const (
 	// requestMemory is what a question takes, in bytes, beside what was sent for it.
 	requestMemory = 128
 
+	// leaveTime bounds how long a reload waits for authentication and middlewares of requests that have come before it.
+	leaveTime = time.Second
+
+	// lifeWait is how long a newcomer waits that has come between two components. Some clients give a connection no
+	// more than 10 s.
+	lifeWait = 8 * time.Second
+
 	// requestTimeout is how long a request may take to arrive where the listener sets no limit.
 	requestTimeout = 30 * time.Second
 )
 
-// prepare does what can fail before agents can be served: certificates, authentication,
-// middleware. The listener is the server's from here on, unless there is an error.
-func (s *downstreamServer) prepare(ctx context.Context, host component.Host, set component.TelemetrySettings, listener net.Listener) error {
-	cfg := s.cfg.Listener // ToServer changes its own
-	var secure *tls.Config
-	if cfg.TLS.HasValue() {
-		var err error
-		if secure, err = cfg.TLS.Get().LoadTLSConfig(ctx); err != nil {
-			return fmt.Errorf("listener::tls: %w", err)
+// life is what requests of newcomers pass that is of one component: its extensions have their say there. The rest of
+// the HTTP server is the same for all components that share a gateway, since the listener's configuration is.
+type life struct {
+	server *http.Server // as confighttp has made it: with authentication, middlewares …, around admit
+	secure *tls.Config  // nil where there is no TLS
+	limits door.Limits
+	inner  http.Handler
+	before sync.WaitGroup // requests that have not passed authentication and middlewares yet
+}
+
+// newLife does what can fail before agents can be served: certificates, authentication, middleware.
+func (s *downstreamServer) newLife(ctx context.Context, cfg *Config, host component.Host, set component.TelemetrySettings) (*life, error) {
+	listener, agents := cfg.Listener, &cfg.Agents // ToServer changes its own
+	l := &life{limits: door.Limits{
+		Headers: agents.MaxRequestHeaders, HeaderSize: agents.MaxRequestHeaderSize,
+		Connections: cmp.Or(agents.MaxConnections, door.DefaultConnections()), Strangers: maxStrangers,
+		Timeout: cmp.Or(listener.ReadHeaderTimeout, requestTimeout),
+	}}
+	var err error
+	if listener.TLS.HasValue() {
+		if l.secure, err = listener.TLS.Get().LoadTLSConfig(ctx); err != nil {
+			return nil, fmt.Errorf("listener::tls: %w", err)
 		}
 	}
-	server, err := cfg.ToServer(ctx, host.GetExtensions(), set, http.HandlerFunc(s.admit))
-	if err != nil {
-		return listenerError(err)
+	if l.server, err = listener.ToServer(ctx, host.GetExtensions(), set, http.HandlerFunc(s.admit)); err != nil {
+		return nil, listenerError(err)
 	}
-	agents := &s.cfg.Agents
-	connections := cmp.Or(agents.MaxConnections, door.DefaultConnections())
-	limits := door.Limits{
-		Headers: agents.MaxRequestHeaders, HeaderSize: agents.MaxRequestHeaderSize,
-		Connections: connections, Strangers: maxStrangers,
-		Timeout: cmp.Or(cfg.ReadHeaderTimeout, requestTimeout),
+	l.inner = l.server.Handler
+	if !hasHandlers(&listener) {
+		l.inner = http.HandlerFunc(s.admit)
+	}
+	return l, nil
+}
+
+// prepare does what can fail before agents can be served. The listener is the server's from here on, unless there is
+// an error.
+func (s *downstreamServer) prepare(ctx context.Context, host component.Host, set component.TelemetrySettings, listener net.Listener) error {
+	cfg := s.cfg.Load()
+	first, err := s.newLife(ctx, cfg, host, set)
+	if err != nil {
+		return err
 	}
 	var origins []string
-	if cfg.CORS.HasValue() {
-		origins = cfg.CORS.Get().AllowedOrigins
+	if cors := cfg.Listener.CORS; cors.HasValue() {
+		origins = cors.Get().AllowedOrigins
 	}
 	s.rules = door.NewRules(origins)
-	s.door = door.New(listener, secure, limits, s.events, s.tel.Admission)
-	s.inner, server.Handler = server.Handler, s
-	if !hasHandlers(&cfg) {
-		s.inner = http.HandlerFunc(s.admit)
-	}
-	server.ErrorLog = stdlog.New(httpErrors{s.events}, "", 0)
-	server.BaseContext = func(net.Listener) context.Context { return s.ctx }
-	s.door.Prepare(server)
-	if cfg.Auth.HasValue() || len(cfg.Middlewares) > 0 {
-		known := server.ConnContext
-		server.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
-			return context.WithValue(known(ctx, conn), passedKey{}, new(bool))
+	s.door = door.New(listener, first.secure, first.limits, s.events, s.tel.Admission)
+	s.life, s.http = first, first.server
+	s.http.Handler = s
+	s.http.ErrorLog = stdlog.New(httpErrors{s.events}, "", 0)
+	s.http.BaseContext = func(net.Listener) context.Context { return s.admitting }
+	s.door.Prepare(s.http)
+	if cfg.Listener.Auth.HasValue() || len(cfg.Listener.Middlewares) > 0 {
+		known := s.http.ConnContext
+		s.http.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
+			return context.WithValue(known(ctx, conn), passageKey{}, new(passage))
 		}
 	}
-	s.http = server
-	s.log.Info("listening for agents", zap.Stringer("address", listener.Addr()), zap.Bool("tls", secure != nil),
-		zap.String("agent_admission", string(s.cfg.Server.AgentAdmission)))
+	s.log.Info("listening for agents", zap.Stringer("address", listener.Addr()), zap.Bool("tls", first.secure != nil),
+		zap.String("agent_admission", string(cfg.Server.AgentAdmission)))
 	return nil
 }
+
+// leave has newcomers wait until there is another component, and waits for those with which the extensions of this one
+// are still concerned, since these are about to end.
+func (s *downstreamServer) leave() {
+	s.mu.Lock()
+	before := s.life
+	s.life = nil
+	s.mu.Unlock()
+	done := make(chan struct{})
+	s.others.Go(func() {
+		defer close(done)
+		before.before.Wait()
+	})
+	select {
+	case <-done:
+	case <-time.After(leaveTime):
+	}
+}
+
+// enterLife has the newcomers be let in that have waited since leave, and all others.
+func (s *downstreamServer) enterLife(next *life) {
+	s.door.Change(next.secure, next.limits)
+	s.mu.Lock()
+	s.life = next
+	s.enteredLocked()
+	agents := slices.Collect(maps.Keys(s.agents))
+	s.mu.Unlock()
+	if s.cfg.Load().Agents.AllowGateways {
+		return
+	}
+	for _, a := range agents {
+		if a.gateway {
+			a.dismiss(ending.Shutdown)
+		}
+	}
+}
+
+// enteredLocked wakes those that wait in enter.
+func (s *downstreamServer) enteredLocked() {
+	close(s.entered)
+	s.entered = make(chan struct{})
+}
+
+// enter counts a request among those that are being answered, and returns what it has to pass; it waits while there
+// is nothing. An error says why there is nothing for too long.
+func (s *downstreamServer) enter(ctx context.Context, through *passage) (*life, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, lifeWait, errReload)
+	defer cancel()
+	for {
+		s.mu.Lock()
+		switch {
+		case s.closing:
+			s.mu.Unlock()
+			return nil, errClosing
+		case s.life != nil:
+			l := s.life
+			s.requests.Add(1)
+			if through != nil {
+				l.before.Add(1)
+				through.life.Store(l)
+			}
+			s.mu.Unlock()
+			return l, nil
+		}
+		entered := s.entered
+		s.mu.Unlock()
+		select {
+		case <-entered:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+var (
+	errClosing = errors.New("the gateway is shutting down")
+	errReload  = errors.New("the gateway is being reloaded")
+)
 
 // hasHandlers reports whether the listener's configuration puts something between a request without
 // a body and us. Otherwise there is only the instrumentation of its HTTP server, which says what our
@@ -102,9 +208,22 @@ func hasHandlers(cfg *confighttp.ServerConfig) bool {
 	return cfg.Auth.HasValue() || len(cfg.Middlewares) > 0 || cfg.CORS.HasValue() || cfg.IncludeMetadata || cfg.ResponseHeaders != nil
 }
 
-// passedKey finds, in the context of a request, whether it has passed the listener's authentication and
+// passageKey finds, in the context of a request, how far it has come with the listener's authentication and
 // middlewares; there is nothing to find where there are none.
-type passedKey struct{}
+type passageKey struct{}
+
+// passage is how far one request has come with authentication and middlewares.
+type passage struct {
+	life   atomic.Pointer[life] // whose
+	passed atomic.Bool
+}
+
+// over notes that they have let it pass, or have refused it.
+func (p *passage) over() {
+	if l := p.life.Swap(nil); l != nil {
+		l.before.Done()
+	}
+}
 
 func listenerError(err error) error { return fmt.Errorf("listener: %w", err) }
 
@@ -125,15 +244,17 @@ func (e httpErrors) Write(line []byte) (int, error) {
 //  5. The connection is upgraded, and its reader started. From here on the link's end is
 //     not the agent's.
 func (s *downstreamServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	s.mu.Lock()
-	if s.closing {
-		s.mu.Unlock()
-		http.Error(w, "the gateway is shutting down", http.StatusServiceUnavailable)
+	through, _ := r.Context().Value(passageKey{}).(*passage)
+	life, err := s.enter(r.Context(), through)
+	if err != nil {
+		s.tel.Admission(telemetry.OutcomeReload)
+		refuseForReload(w, err)
 		return
 	}
-	s.requests.Add(1)
-	s.mu.Unlock()
 	defer s.requests.Done()
+	if through != nil {
+		defer through.over()
+	}
 	defer s.recoverPanic(r)
 
 	if refusal := s.rules.Check(r); refusal != nil {
@@ -142,8 +263,8 @@ func (s *downstreamServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refusal.Answer(w, r)
 		return
 	}
-	s.inner.ServeHTTP(w, r)
-	if passed, ok := r.Context().Value(passedKey{}).(*bool); ok && !*passed {
+	life.inner.ServeHTTP(w, r)
+	if through != nil && !through.passed.Load() {
 		s.tel.Admission(telemetry.OutcomeUnauthorized)
 		s.logRefusal("request refused by listener::auth or a middleware", r, 0)
 	}
@@ -180,15 +301,17 @@ func cut(text string) string { return text[:min(len(text), 128)] }
 
 // admit is what is left to do of ServeHTTP behind the listener's authentication and middlewares.
 func (s *downstreamServer) admit(w http.ResponseWriter, r *http.Request) {
-	if passed, ok := r.Context().Value(passedKey{}).(*bool); ok {
-		*passed = true
+	if through, ok := r.Context().Value(passageKey{}).(*passage); ok {
+		through.passed.Store(true)
+		through.over()
 	}
 	s.tel.Admission(s.tryAdmit(w, r))
 }
 
 func (s *downstreamServer) tryAdmit(w http.ResponseWriter, r *http.Request) telemetry.Outcome {
 	a := &agentConn{server: s, remote: r.RemoteAddr, gateway: r.Header.Get(connectionIDHeader) != ""}
-	if a.gateway && !s.cfg.Agents.AllowGateways {
+	cfg := s.cfg.Load()
+	if a.gateway && !cfg.Agents.AllowGateways {
 		s.events.Warn("a gateway wants to connect, but gateways are not let in: set agents::allow_gateways to let it ask the server about its agents",
 			a.logged(zap.String("user_agent.original", cut(r.UserAgent())))...)
 		http.Error(w, "this gateway lets no other gateways in: see its setting agents::allow_gateways", http.StatusForbidden)
@@ -197,7 +320,7 @@ func (s *downstreamServer) tryAdmit(w http.ResponseWriter, r *http.Request) tele
 	address := fair.AddressOf(r.RemoteAddr)
 	certificate := verifiedCertificate(r)
 	a.credentials = credentialsOf(r.Header, certificate)
-	if s.cfg.Server.AgentAdmission == AdmissionAsk {
+	if cfg.Server.AgentAdmission == AdmissionAsk {
 		question, err := connect.NewQuestion(r.RemoteAddr, r.Header, certificate)
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusRequestHeaderFieldsTooLarge)
@@ -214,7 +337,7 @@ func (s *downstreamServer) tryAdmit(w http.ResponseWriter, r *http.Request) tele
 	defer s.memory.Requests.Give(address, taken)
 	// The listener's write timeout counts from the request; the server may take longer.
 	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(answerCeiling))
-	ctx, cancel := context.WithTimeout(r.Context(), s.cfg.Server.AdmissionTimeout)
+	ctx, cancel := context.WithTimeout(r.Context(), cfg.Server.AdmissionTimeout)
 	defer cancel()
 
 	started := false
@@ -270,6 +393,9 @@ func (s *downstreamServer) notUpgraded(r *http.Request, err error) telemetry.Out
 func (s *downstreamServer) turnAway(w http.ResponseWriter, r *http.Request, err error) telemetry.Outcome {
 	outcome, text := telemetry.OutcomeNoAnswer, "the OpAMP server did not answer in time"
 	switch {
+	case s.admitting.Err() != nil:
+		refuseForReload(w, errClosing)
+		return telemetry.OutcomeReload
 	case r.Context().Err() != nil:
 		return telemetry.OutcomeAbandoned
 	case errors.Is(err, questions.ErrCannotAsk):
@@ -287,6 +413,14 @@ func (s *downstreamServer) turnAway(w http.ResponseWriter, r *http.Request, err 
 func refuseForNow(w http.ResponseWriter, reason string) {
 	w.Header().Set("Retry-After", retryAfter())
 	http.Error(w, reason, http.StatusServiceUnavailable)
+}
+
+// refuseForReload answers who has come while there was no component, or is being let go with one: it may come back at
+// once, but not with all others.
+func refuseForReload(w http.ResponseWriter, reason error) {
+	w.Header().Set("Retry-After", strconv.Itoa(2+rand.IntN(4)))
+	http.Error(w, reason.Error(), http.StatusServiceUnavailable)
+	_ = http.NewResponseController(w).Flush() // before the connection is ended
 }
 
 // retryAfter is when an agent may come again, in seconds: 30 is the least that the specification
@@ -354,11 +488,11 @@ func (p *upstreamPool) admit(ctx context.Context, a *agentConn) (connect.Result,
 		if a.question == nil {
 			return connect.Result{Accept: true}, nil
 		}
-		result, err := l.ask(ctx, a, questions.ClassNewcomer, p.cfg.Server.AdmissionTimeout)
+		result, err := l.ask(ctx, a, questions.ClassNewcomer, p.cfg.Load().Server.AdmissionTimeout)
 		switch {
 		case !errors.Is(err, questions.ErrEnded):
 			return result, err
-		case !p.server.Answered(): // the book finds out whether the server can be asked
+		case !l.target.asking.Answered(): // the book finds out whether the server can be asked
 		case asked == maxAsked:
 			return connect.Result{}, errNoLink
 		case asked == maxAsked-1:
@@ -433,7 +567,7 @@ func (l *link) answer(frame []byte, f *wire.Fields, data []byte, taken int64) {
 		l.pool.tel.Fault(telemetry.ReasonServerBadFrame)
 		return
 	}
-	first := !l.pool.server.Answered()
+	first := !l.target.asking.Answered()
 	q, stray, send := l.book.Answer(requestUID, time.Now())
 	l.put(send)
 	if first { // all others have waited for that
@@ -484,7 +618,7 @@ func (a *agentConn) relayQuestion(frame []byte, f *wire.Fields, kind connect.Kin
 		err := questions.ErrEnded
 		if l != nil {
 			now := time.Now()
-			q.Expires = now.Add(s.cfg.Server.AdmissionTimeout)
+			q.Expires = now.Add(s.cfg.Load().Server.AdmissionTimeout)
 			var send []*question
 			send, err = l.book.Ask(q, now)
 			l.put(send)

@@ -35,6 +35,10 @@ type Config struct {
 	// MaxBufferedSize bounds the memory of messages on their way, over all connections, in bytes.
 	MaxBufferedSize int `mapstructure:"max_buffered_size"`
 
+	// ReloadGrace is how long agents and links are kept when the collector shuts the gateway down, so that the one
+	// which it starts then, if this is a reload, goes on with them. 0 ends them at once.
+	ReloadGrace time.Duration `mapstructure:"reload_grace"`
+
 	// prevent unkeyed literal initialization
 	_ struct{}
 }
@@ -151,6 +155,9 @@ const (
 	// minKeepAlive is the finest a keep-alive can be: all connections are looked at as often.
 	minKeepAlive = time.Second
 
+	// maxReloadGrace is far above what any reload takes.
+	maxReloadGrace = 10 * time.Minute
+
 	// admissionCeiling is the longest admission that makes sense: opamp-go agents give
 	// their upgrade 45 s.
 	admissionCeiling = 45 * time.Second
@@ -190,6 +197,7 @@ func createDefaultConfig() component.Config {
 		},
 		MaxMessageSize:  64 << 20,
 		MaxBufferedSize: 256 << 20,
+		ReloadGrace:     30 * time.Second,
 	}
 }
 
@@ -200,6 +208,9 @@ func (c *Config) Validate() error {
 		errs = append(errs, fmt.Errorf("max_message_size: must be from %d to %d bytes, is %d", minMessageSize, maxMessageSize, c.MaxMessageSize))
 	} else if least := memory.MinSize(c.MaxMessageSize, max(1, c.Server.Connections)); int64(c.MaxBufferedSize) < least {
 		errs = append(errs, fmt.Errorf("max_buffered_size: must be at least %d bytes with max_message_size %d and server::connections %d, is %d", least, c.MaxMessageSize, c.Server.Connections, c.MaxBufferedSize))
+	}
+	if c.ReloadGrace < 0 || c.ReloadGrace > maxReloadGrace {
+		errs = append(errs, fmt.Errorf("reload_grace: must be from 0 to %s, is %s", maxReloadGrace, c.ReloadGrace))
 	}
 	if c.Listener.NetAddr.Endpoint == "" {
 		errs = append(errs, errors.New("listener::endpoint: must not be empty"))

@@ -161,7 +161,7 @@ func (p *upstreamPool) explainDial(err error) error {
 	switch {
 	case errors.Is(err, socket.ErrRedirect):
 		return fmt.Errorf("%w; see server::endpoint", err)
-	case refused && answer.Withheld && len(p.cfg.Server.Headers) > 0:
+	case refused && answer.Withheld && len(p.cfg.Load().Server.Headers) > 0:
 		return fmt.Errorf("%w: it was not sent server::headers, which are for the host of server::endpoint", err)
 	case refused:
 		return fmt.Errorf("%w: it does not take the gateway's own credentials, see server::headers", err)

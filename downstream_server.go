@@ -49,6 +49,9 @@ const (
 	// stallMoment is how long an agent may take nothing that waits for it before it counts as not reading.
 	stallMoment = 100 * time.Millisecond
 
+	// answerTime is how long requests have to be answered that are under way when the gateway stops.
+	answerTime = 250 * time.Millisecond
+
 	// shedPause gives those that were closed the time to give back what they hold.
 	shedPause = 10 * time.Millisecond
 
@@ -64,7 +67,7 @@ type entry = outbox.Entry[*claim]
 // their connections.
 type downstreamServer struct {
 	// Set once.
-	cfg    *Config
+	cfg    *currentConfig
 	log    *zap.Logger
 	events *zap.Logger // log for what may happen to many agents at once: only the first of each kind
 	names  *zap.Logger // the same for what names those who cause it
@@ -76,7 +79,9 @@ type downstreamServer struct {
 	rules  *door.Rules     // by prepare, as what follows
 	door   *door.Door
 	http   *http.Server
-	inner  http.Handler // what confighttp has made of admit: with authentication, middlewares …
+
+	admitting     context.Context // until stop: what requests are answered in
+	stopAdmitting context.CancelFunc
 
 	serving  sync.WaitGroup // the HTTP server
 	requests sync.WaitGroup // upgrade requests being answered
@@ -87,20 +92,28 @@ type downstreamServer struct {
 	mu      sync.Mutex
 	agents  map[*agentConn]struct{}
 	closing bool
+	life    *life         // of the component that there is; nil between two
+	entered chan struct{} // closed, and renewed, when there is a life again, or closing
+
+	failed atomic.Pointer[error] // why nobody is taken from the door any more
 }
 
-func newDownstreamServer(ctx context.Context, cfg *Config, log *zap.Logger, tel *telemetry.Telemetry, r *router, p *upstreamPool, budget *memory.Budget) *downstreamServer {
-	return &downstreamServer{
+func newDownstreamServer(ctx context.Context, cfg *currentConfig, log *zap.Logger, tel *telemetry.Telemetry, r *router, p *upstreamPool, budget *memory.Budget) *downstreamServer {
+	s := &downstreamServer{
 		cfg: cfg, log: log, events: sampled(log), names: sampledTo(log, 50), tel: tel, router: r, pool: p, memory: budget, ctx: ctx,
-		agents: map[*agentConn]struct{}{},
+		agents: map[*agentConn]struct{}{}, entered: make(chan struct{}),
 	}
+	s.admitting, s.stopAdmitting = context.WithCancel(ctx)
+	return s
 }
 
 // serve takes agents from the door. failed is called if that breaks down later.
 func (s *downstreamServer) serve(failed func(error)) {
 	s.serving.Go(func() {
-		if err := s.http.Serve(s.door); !errors.Is(err, http.ErrServerClosed) {
-			failed(listenerError(err))
+		if err := s.http.Serve(s.door); !errors.Is(err, http.ErrServerClosed) && s.admitting.Err() == nil {
+			err = listenerError(err)
+			s.failed.Store(&err)
+			failed(err)
 		}
 	})
 	s.others.Go(s.makeRoom)
@@ -111,19 +124,29 @@ func (s *downstreamServer) serve(failed func(error)) {
 func (s *downstreamServer) stop(ctx context.Context) {
 	s.mu.Lock()
 	s.closing = true
+	s.life = nil
+	s.enteredLocked()
 	agents := slices.Collect(maps.Keys(s.agents))
 	s.mu.Unlock()
-	_ = s.http.Close() // the listener's error concerns nobody any more
+	_ = s.door.Close() // the error concerns nobody any more
+	s.stopAdmitting()
 	for _, a := range agents {
 		a.dismiss(ending.Shutdown)
 	}
 	s.pool.dismissHomeless(agents)
-	done := make(chan struct{})
+	answered, done := make(chan struct{}), make(chan struct{})
 	s.others.Go(func() {
 		defer close(done)
-		s.requests.Wait() // Close has ended them; one may just be letting its agent in
+		s.requests.Wait() // one may just be letting its agent in
+		close(answered)
 		s.readers.Wait()
 	})
+	select {
+	case <-answered:
+	case <-time.After(answerTime):
+	case <-ctx.Done():
+	}
+	_ = s.http.Close() // strangers that have not asked for anything yet, and whom a middleware holds up
 	select {
 	case <-done:
 	case <-ctx.Done():
@@ -287,10 +310,11 @@ func (a *agentConn) start(conn net.Conn) {
 	a.mute.Store(a.came)
 	a.line.Shared = a.gateway
 	// A queue full of small messages may take some more than their bytes.
-	queueSize := s.cfg.Agents.MaxQueueSize
+	cfg := s.cfg.Load()
+	queueSize := cfg.Agents.MaxQueueSize
 	a.Relayed = &s.tel.Down
 	a.Outbox = outbox.New(a, queueSize+queueSize/16, &s.memory.Down)
-	a.Socket = socket.New(conn, socket.InputOf(conn), false, s.cfg.MaxMessageSize, s.cfg.Agents.WriteTimeout, a)
+	a.Socket = socket.New(conn, socket.InputOf(conn), false, cfg.MaxMessageSize, cfg.Agents.WriteTimeout, a)
 	s.mu.Lock()
 	s.agents[a] = struct{}{}
 	closing := s.closing
@@ -652,8 +676,8 @@ func (a *agentConn) Close() {
 	a.Socket.Close()
 }
 
-// dismiss lets the agent go: what waits for it, and a close frame, are written if that takes
-// but a moment. It never waits.
+// dismiss lets the agent go: what waits for it, and a close frame if the cause has one, are written if
+// that takes but a moment. It never waits.
 func (a *agentConn) dismiss(cause *ending.Cause) {
 	cause, isNew := a.ending.Close(cause)
 	if !isNew {
@@ -664,6 +688,10 @@ func (a *agentConn) dismiss(cause *ending.Cause) {
 		if cause != ending.Shutdown {
 			a.server.events.Info("closing agent's connection: "+cause.Text, a.logged()...)
 		}
+	}
+	if cause.Code == 0 {
+		a.Outbox.End()
+		return
 	}
 	a.Outbox.Close(websocket.FormatCloseMessage(cause.Code, cause.Text))
 }
@@ -737,5 +765,5 @@ func (a *agentConn) maxUIDs() int {
 	if a.gateway {
 		return maxGatewayUIDs
 	}
-	return a.server.cfg.Agents.MaxInstanceUIDs
+	return a.server.cfg.Load().Agents.MaxInstanceUIDs
 }

@@ -25,15 +25,19 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.opentelemetry.io/collector/component"
 	"go.opentelemetry.io/collector/component/componentstatus"
+	"go.opentelemetry.io/collector/config/confignet"
 	"go.opentelemetry.io/collector/extension"
 	"go.opentelemetry.io/collector/extension/extensioncapabilities"
+	"go.uber.org/zap"
 
 	"github.com/opampgateway/opampgateway/internal/door"
 	"github.com/opampgateway/opampgateway/internal/memory"
+	"github.com/opampgateway/opampgateway/internal/swaplog"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
 )
 
@@ -52,9 +56,12 @@ var _ extensioncapabilities.Dependent = (*gatewayExtension)(nil)
 
 // gatewayExtension is the component: its configuration, and the gateway while it runs.
 type gatewayExtension struct {
-	cfg *Config
-	set extension.Settings
-	tel *telemetry.Telemetry
+	cfg  *Config
+	set  extension.Settings
+	tel  *telemetry.Telemetry                                                     // the gateway's own once it has one
+	told func() bool                                                              // whether the process was told to end; set by Start but in tests
+	net  func(ctx context.Context, at confignet.AddrConfig) (net.Listener, error) // door.Listen but in tests
+	dial dialFunc                                                                 // nil but in tests
 
 	// mu guards what follows.
 	mu      sync.Mutex
@@ -67,7 +74,7 @@ func newGatewayExtension(set extension.Settings, cfg *Config) (*gatewayExtension
 	if err != nil {
 		return nil, err
 	}
-	return &gatewayExtension{cfg: cfg, set: set, tel: tel}, nil
+	return &gatewayExtension{cfg: cfg, set: set, tel: tel, net: door.Listen}, nil
 }
 
 // Dependencies names the extensions that the listener uses, so that they are started first.
@@ -82,15 +89,15 @@ func (e *gatewayExtension) Dependencies() []component.ID {
 	return ids
 }
 
-// Start takes the listener and returns; it does not wait for the server.
+// Start takes the listener and returns; it does not wait for the server. If the component before a reload has left
+// its gateway, that goes on, as far as the configuration allows; otherwise it is ended first.
 func (e *gatewayExtension) Start(ctx context.Context, host component.Host) error {
-	listener, err := door.Listen(ctx, e.cfg.Listener.NetAddr)
-	if err != nil {
-		return fmt.Errorf("listener::endpoint: %w", err)
+	if e.told == nil {
+		e.told = watchSignals()
 	}
-	g, err := startGateway(ctx, e.cfg, e.set, e.tel, host, listener, nil)
+	g, err := e.start(ctx, host)
 	if err != nil {
-		_ = listener.Close()
+		e.tel.Shutdown()
 		return err
 	}
 	e.mu.Lock()
@@ -101,34 +108,91 @@ func (e *gatewayExtension) Start(ctx context.Context, host component.Host) error
 	e.mu.Unlock()
 	if stopped {
 		g.shutdown(ctx)
-		e.tel.Shutdown()
 		return errors.New("shut down while starting")
 	}
 	return nil
 }
 
-// Shutdown ends the gateway. It does nothing without a Start before it, or a second time.
-func (e *gatewayExtension) Shutdown(ctx context.Context) error {
-	e.mu.Lock()
-	g := e.gateway
-	e.gateway, e.stopped = nil, true
-	e.mu.Unlock()
-	if g != nil {
+func (e *gatewayExtension) start(ctx context.Context, host component.Host) (*gateway, error) {
+	if g := parked.take(e.set.ID); g != nil {
+		if g.canAdopt(e.cfg) {
+			err := g.adopt(ctx, e, host)
+			if err != nil {
+				g.shutdown(ctx) // nothing is left of a reload that has failed
+				return nil, err
+			}
+			return g, nil
+		}
+		g.log.Info("the gateway's configuration has changed in what its connections depend on; all are ended, and agents come back")
 		g.shutdown(ctx)
 	}
-	e.tel.Shutdown()
+	listener, err := e.listen(ctx)
+	if err != nil {
+		return nil, err
+	}
+	g, err := startGateway(ctx, e.cfg, e.set, e.tel, host, listener, e.dial)
+	if err != nil {
+		_ = listener.Close()
+		return nil, err
+	}
+	return g, nil
+}
+
+// listen takes the address that is configured, if need be from a gateway that was left by a component of another ID.
+func (e *gatewayExtension) listen(ctx context.Context) (net.Listener, error) {
+	at := e.cfg.Listener.NetAddr
+	listener, err := e.net(ctx, at)
+	if err != nil {
+		if g := parked.takeFrom(at.Endpoint); g != nil {
+			g.shutdown(ctx)
+			listener, err = e.net(ctx, at)
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("listener::endpoint: %w", err)
+	}
+	return listener, nil
+}
+
+// Shutdown ends the gateway, or leaves it to the next component if this may be a reload. It does nothing without a
+// Start before it, or a second time.
+func (e *gatewayExtension) Shutdown(ctx context.Context) error {
+	e.mu.Lock()
+	g, again := e.gateway, e.stopped
+	e.gateway, e.stopped = nil, true
+	e.mu.Unlock()
+	switch {
+	case g != nil && e.cfg.ReloadGrace > 0 && !e.told() && g.inUse():
+		if before := g.park(e.set.ID, e.cfg.ReloadGrace); before != nil { // by another collector in this process
+			before.shutdown(ctx)
+		}
+	case g != nil:
+		g.shutdown(ctx)
+	case !again:
+		e.tel.Shutdown()
+	}
 	return nil
 }
 
-// gateway is what runs between one Start and its Shutdown.
+// currentConfig is the configuration that holds now.
+type currentConfig = atomic.Pointer[Config]
+
+// gateway is what runs from a Start to the Shutdown after which nobody takes it over. What it has of a component,
+// it asks for when it needs it: after a reload there is another one.
 type gateway struct {
-	cfg    *Config
+	cfg    *currentConfig
+	log    *zap.Logger
+	logs   *swaplog.Target
+	tel    *telemetry.Telemetry
 	router *router
 	memory *memory.Budget
 	pool   *upstreamPool
 	server *downstreamServer
 	cancel context.CancelFunc // ends all background work
 	sweeps sync.WaitGroup
+
+	// host is told of the gateway's status; nil while there is no component, or it is being shut down.
+	host atomic.Pointer[component.Host]
 }
 
 // dialFunc connects to the server, or to a proxy on the way there.
@@ -145,16 +209,19 @@ type dialFunc func(ctx context.Context, network, address string) (net.Conn, erro
 // ctx is for starting only. dial is nil but in tests.
 func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel *telemetry.Telemetry, host component.Host, listener net.Listener, dial dialFunc) (*gateway, error) {
 	background, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	g := &gateway{cfg: cfg, memory: memory.New(int64(cfg.MaxBufferedSize), cfg.MaxMessageSize), cancel: cancel}
+	g := &gateway{cfg: &currentConfig{}, tel: tel, memory: memory.New(int64(cfg.MaxBufferedSize), cfg.MaxMessageSize), cancel: cancel}
+	g.cfg.Store(cfg)
+	g.logs, g.log = swaplog.New(set.Logger)
+	g.host.Store(&host)
 	g.router = newRouter(g.memory)
-	var err error
-	g.pool, err = newUpstreamPool(ctx, cfg, set, tel, g.router, g.memory, func(err error) { reportLink(host, err) })
+	t, err := newTarget(ctx, cfg, set)
 	if err != nil {
 		cancel()
 		return nil, err
 	}
+	g.pool = newUpstreamPool(g.cfg, g.log, tel, g.router, g.memory, g.reportLink)
 	g.pool.netDial = dial
-	g.server = newDownstreamServer(background, cfg, set.Logger, tel, g.router, g.pool, g.memory)
+	g.server = newDownstreamServer(background, g.cfg, g.log, tel, g.router, g.pool, g.memory)
 	if err := g.server.prepare(ctx, host, set.TelemetrySettings, listener); err != nil {
 		cancel()
 		return nil, err
@@ -163,14 +230,23 @@ func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel 
 		cancel()
 		return nil, err
 	}
-	warnOfDangers(cfg, set.Logger)
-	g.pool.start(background)
-	g.server.serve(func(err error) {
-		componentstatus.ReportStatus(host, componentstatus.NewFatalErrorEvent(err))
+	warnOfDangers(cfg, g.log)
+	g.pool.start(background, t)
+	g.server.serve(func(err error) { g.report(componentstatus.NewFatalErrorEvent(err)) })
+	g.sweeps.Go(func() {
+		sweep(background, func() KeepAliveConfig { return g.cfg.Load().Server.KeepAlive }, linkSweepInterval, g.pool.sweep)
 	})
-	g.sweeps.Go(func() { sweep(background, cfg.Server.KeepAlive, linkSweepInterval, g.pool.sweep) })
-	g.sweeps.Go(func() { sweep(background, cfg.Agents.KeepAlive, agentSweepInterval, g.server.sweep) })
+	g.sweeps.Go(func() {
+		sweep(background, func() KeepAliveConfig { return g.cfg.Load().Agents.KeepAlive }, agentSweepInterval, g.server.sweep)
+	})
 	return g, nil
+}
+
+// report tells the collector of the gateway's status, if there is a component to tell it for.
+func (g *gateway) report(event *componentstatus.Event) {
+	if host := g.host.Load(); host != nil {
+		componentstatus.ReportStatus(*host, event)
+	}
 }
 
 // shutdown ends the gateway within the time of ctx, and of its own:
@@ -180,6 +256,7 @@ func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel 
 //  3. The links write what waits, and are closed.
 //  4. What still runs is cancelled and waited for.
 func (g *gateway) shutdown(ctx context.Context) {
+	g.host.Store(nil) // a fatal status would have the collector hang that is shutting down
 	ctx, cancel := context.WithTimeout(ctx, shutdownTimeout)
 	defer cancel()
 	end, _ := ctx.Deadline()
@@ -198,4 +275,5 @@ func (g *gateway) shutdown(ctx context.Context) {
 	g.server.wait()
 	g.pool.homing.Wait()
 	g.sweeps.Wait()
+	g.tel.Shutdown()
 }

@@ -8,14 +8,17 @@ import (
 )
 
 // sweep looks after all connections of one side until ctx ends, with look. No connection has a
-// timer of its own.
-func sweep(ctx context.Context, k KeepAliveConfig, interval time.Duration, look func(limits peer.Limits)) {
-	// A ping needs time to be answered between two sweeps.
-	interval = min(interval, k.Interval, k.Timeout-k.Interval)
-	sweeps := func(d time.Duration) int { return int((d + interval - 1) / interval) }
-	limits := peer.Limits{Ping: sweeps(k.Interval), Close: sweeps(k.Timeout)}
-	for sleep(ctx, interval) == nil {
-		look(limits)
+// timer of its own. How often depends on keepAlive, which may change.
+func sweep(ctx context.Context, keepAlive func() KeepAliveConfig, most time.Duration, look func(limits peer.Limits)) {
+	for {
+		k := keepAlive()
+		// A ping needs time to be answered between two sweeps.
+		interval := min(most, k.Interval, k.Timeout-k.Interval)
+		if sleep(ctx, interval) != nil {
+			return
+		}
+		sweeps := func(d time.Duration) int { return int((d + interval - 1) / interval) }
+		look(peer.Limits{Ping: sweeps(k.Interval), Close: sweeps(k.Timeout)})
 	}
 }
 

@@ -46,7 +46,7 @@ func TestShutdown(t *testing.T) {
 		}
 		require.Less(t, s.stop(), time.Second)
 		for _, a := range agents {
-			a.WantClosed(websocket.CloseServiceRestart)
+			a.WantLetGo()
 			for sequence := 1; sequence <= n; sequence++ { // last words
 				s.server.WantFrame(a.UID, gatewaytest.Status(a.UID, sequence))
 			}
@@ -212,7 +212,7 @@ func TestShutdownUnderLoad(t *testing.T) {
 		time.Sleep(50 * time.Millisecond)
 		require.LessOrEqual(t, s.stop(), 4*time.Second)
 		for _, a := range agents {
-			a.WantClosed(websocket.CloseServiceRestart)
+			a.WantLetGo()
 		}
 		cancel()
 		for range 2 * len(agents) {

@@ -19,7 +19,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/gorilla/websocket"
 	"github.com/stretchr/testify/require"
 	"go.opentelemetry.io/collector/component"
 	"go.opentelemetry.io/collector/component/componentstatus"
@@ -67,8 +66,9 @@ func startLoopback(t *testing.T, serverTLS *tls.Config, conf map[string]any, ext
 	require.NoError(t, err)
 	set := settings(t)
 	set.Logger = zap.NewNop()
-	e, err := NewFactory().Create(t.Context(), set, cfg)
+	e, err := newGatewayExtension(set, cfg)
 	require.NoError(t, err)
+	e.told = func() bool { return true }
 	require.NoError(t, e.Start(t.Context(), r.host))
 	r.stop = func() { require.NoError(t, e.Shutdown(context.Background())) }
 	t.Cleanup(r.stop)
@@ -197,8 +197,8 @@ func TestListenerAuth(t *testing.T) {
 	r.wantRelay("alice", "Authorization", "Bearer sesame")
 }
 
-// TestReload shuts an extension down and starts another one on the same port, as a collector does.
-func TestReload(t *testing.T) {
+// TestRestart shuts an extension down and starts another one on the same port, as another process does.
+func TestRestart(t *testing.T) {
 	conf := map[string]any{"listener": map[string]any{"endpoint": freeAddress(t)}}
 	for range 5 {
 		r := startLoopback(t, nil, conf, nil)
@@ -208,7 +208,7 @@ func TestReload(t *testing.T) {
 		begin := time.Now()
 		r.stop()
 		require.Less(t, time.Since(begin), time.Second)
-		agent.WantClosed(websocket.CloseServiceRestart)
+		agent.WantLetGo()
 		r.server.WantFrame(agent.UID, gatewaytest.Status(agent.UID, 2))
 	}
 }

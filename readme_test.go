@@ -71,7 +71,10 @@ func reasonTable(t *testing.T) string {
 
 // closes says how a connection is ended for a cause.
 func closes(c *ending.Cause) string {
-	text := fmt.Sprintf("closes the connection (%d, “%s”)", c.Code, c.Text)
+	text := "ends the connection, without a close frame"
+	if c.Code != 0 {
+		text = fmt.Sprintf("closes the connection (%d, “%s”)", c.Code, c.Text)
+	}
 	if c.Late {
 		text += " 5 to 15 s later"
 	}

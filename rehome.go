@@ -38,7 +38,7 @@ var (
 //     may have taken with it; once more later, if the server may forget it when it notices the end of the
 //     lost link.
 func (p *upstreamPool) rehome(a *agentConn, from *link) {
-	grace := p.cfg.Server.GracePeriod
+	grace := p.cfg.Load().Server.GracePeriod
 	// Those who wait in vain do not all leave at once.
 	ctx, cancel := context.WithTimeout(p.ctx, grace+rand.N(grace/2+1))
 	defer cancel()
@@ -176,16 +176,16 @@ func (p *upstreamPool) giveUpOn(a *agentConn, cause *ending.Cause) {
 // sayGoodbye tells the server on l that agents have left, unless they turn up again first. Those
 // behind a gateway most likely come back by another way, and are given time for that.
 func (p *upstreamPool) sayGoodbye(l *link, gone []*claim) {
-	if len(gone) == 0 || !p.cfg.Agents.SendDisconnect {
+	if len(gone) == 0 || !p.cfg.Load().Agents.SendDisconnect {
 		return
 	}
 	if !gone[0].agent.gateway {
 		p.sayGoodbyeNow(l, &gone[0].agent.line, gone) // behind what it said
 		return
 	}
-	if p.cfg.Agents.SendDisconnectForGateways {
+	if p.cfg.Load().Agents.SendDisconnectForGateways {
 		p.homing.Go(func() {
-			if sleep(p.ctx, p.cfg.Server.GracePeriod) == nil {
+			if sleep(p.ctx, p.cfg.Load().Server.GracePeriod) == nil {
 				p.sayGoodbyeNow(p.anyLink(), &outbox.Line[*claim]{}, gone)
 			}
 		})

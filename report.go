@@ -5,7 +5,6 @@ import (
 	"net/url"
 	"time"
 
-	"go.opentelemetry.io/collector/component"
 	"go.opentelemetry.io/collector/component/componentstatus"
 	"go.opentelemetry.io/collector/config/confignet"
 	"go.uber.org/zap"
@@ -54,10 +53,10 @@ func isLoopback(host string) bool {
 }
 
 // reportLink tells the collector whether there is a link to the server.
-func reportLink(host component.Host, err error) {
+func (g *gateway) reportLink(err error) {
 	event := componentstatus.NewEvent(componentstatus.StatusOK)
 	if err != nil {
 		event = componentstatus.NewRecoverableErrorEvent(err)
 	}
-	componentstatus.ReportStatus(host, event)
+	g.report(event)
 }

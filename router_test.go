@@ -34,7 +34,9 @@ func newRouting(t testing.TB) *routing {
 	t.Helper()
 	cfg := createDefaultConfig().(*Config)
 	r := newRouter(memory.New(int64(cfg.MaxBufferedSize), cfg.MaxMessageSize))
-	return &routing{router: r, t: t, server: &downstreamServer{cfg: cfg}}
+	server := &downstreamServer{cfg: &currentConfig{}}
+	server.cfg.Store(cfg)
+	return &routing{router: r, t: t, server: server}
 }
 
 // agent returns a connection that came with these credentials.
@@ -197,7 +199,7 @@ func TestBackUnderTheOldUID(t *testing.T) {
 // Behind a gateway agents come and go; those that said goodbye make room.
 func TestRoomForUIDs(t *testing.T) {
 	r := newRouting(t)
-	a, most := r.agent("proxy"), r.server.cfg.Agents.MaxInstanceUIDs
+	a, most := r.agent("proxy"), r.server.cfg.Load().Agents.MaxInstanceUIDs
 	for i := range most {
 		c := r.wantClaim(a, uidOf(t, strconv.Itoa(i)), false)
 		if i == 3 {

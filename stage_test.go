@@ -21,6 +21,7 @@ import (
 	"go.opentelemetry.io/collector/component"
 	"go.opentelemetry.io/collector/component/componentstatus"
 	"go.opentelemetry.io/collector/component/componenttest"
+	"go.opentelemetry.io/collector/config/confignet"
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -55,7 +56,7 @@ type stage struct {
 func play(t *testing.T, test func(t *testing.T, s *stage), change ...func(*Config)) {
 	t.Helper()
 	playUntried(t, func(t *testing.T, s *stage) {
-		questions.NewBook[*asker](s.pool.server).Answer("an earlier question", time.Now())
+		questions.NewBook[*asker](s.pool.target.Load().asking).Answer("an earlier question", time.Now())
 		test(t, s)
 	}, change...)
 }
@@ -123,9 +124,12 @@ type running struct {
 	logs    *observer.ObservedLogs
 	host    *statusHost
 
-	t    *testing.T
-	tel  *telemetry.Telemetry
-	over sync.Once
+	t       *testing.T
+	network *gatewaytest.Network
+	e       *gatewayExtension
+	id      component.ID // of the component
+	told    bool         // the process was told to end
+	over    sync.Once
 }
 
 // startRunning starts a gateway between two addresses.
@@ -143,25 +147,12 @@ func startWith(t *testing.T, extensions map[component.ID]component.Component, ne
 	for _, f := range change {
 		f(cfg)
 	}
+	cfg.Listener.NetAddr.Endpoint = listen
 	r := &running{
-		t: t, cfg: cfg, metrics: componenttest.NewTelemetry(), host: &statusHost{Host: componenttest.NewNopHost(), extensions: extensions},
+		t: t, cfg: cfg, network: network,
 		door: gatewaytest.Door{URL: "ws://" + listen + "/v1/opamp", Dial: network.Dial},
 	}
-	set := metadatatest.NewSettings(r.metrics)
-	set.BuildInfo = component.BuildInfo{Command: "otelcol-test", Version: "1.2.3"}
-	set.Resource.Attributes().PutStr(instanceIDKey, "gateway")
-	var core zapcore.Core
-	core, r.logs = observer.New(zap.DebugLevel)
-	set.Logger = zap.New(core)
-	var err error
-	r.tel, err = telemetry.New(set.TelemetrySettings)
-	require.NoError(t, err)
-	listener, err := network.Listen(listen)
-	require.NoError(t, err)
-	ctx, cancel := context.WithCancel(t.Context())
-	r.gateway, err = startGateway(ctx, cfg, set, r.tel, r.host, listener, network.Dial)
-	require.NoError(t, err)
-	cancel() // the context is for starting only
+	require.NoError(t, r.begin(cfg, extensions))
 	t.Cleanup(func() {
 		defer time.Sleep(time.Second) // net/http is slow to let go of a connection that it refused
 		defer r.wantNothingHeld()
@@ -174,13 +165,44 @@ func startWith(t *testing.T, extensions map[component.ID]component.Component, ne
 	return r
 }
 
+// begin has a collector start the extension with this configuration.
+func (r *running) begin(cfg *Config, extensions map[component.ID]component.Component) error {
+	r.t.Helper()
+	r.cfg, r.metrics = cfg, componenttest.NewTelemetry()
+	r.host = &statusHost{Host: componenttest.NewNopHost(), extensions: extensions}
+	set := metadatatest.NewSettings(r.metrics)
+	set.BuildInfo = component.BuildInfo{Command: "otelcol-test", Version: "1.2.3"}
+	set.Resource.Attributes().PutStr(instanceIDKey, "gateway")
+	var core zapcore.Core
+	core, r.logs = observer.New(zap.DebugLevel)
+	set.Logger = zap.New(core)
+	if r.id != (component.ID{}) {
+		set.ID = r.id
+	}
+	e, err := newGatewayExtension(set, cfg)
+	require.NoError(r.t, err)
+	e.told = func() bool { return r.told }
+	e.net = func(_ context.Context, at confignet.AddrConfig) (net.Listener, error) {
+		return r.network.Listen(at.Endpoint)
+	}
+	e.dial = r.network.Dial
+	r.e = e
+	ctx, cancel := context.WithCancel(r.t.Context())
+	defer cancel() // the context is for starting only
+	if err := e.Start(ctx, r.host); err != nil {
+		return err
+	}
+	r.gateway = e.gateway
+	return nil
+}
+
 // stop shuts the gateway down and returns how long that took.
 func (r *running) stop() (took time.Duration) {
 	r.over.Do(func() {
 		start := time.Now()
-		r.shutdown(context.Background())
+		r.told = true
+		require.NoError(r.t, r.e.Shutdown(context.Background()))
 		took = time.Since(start)
-		r.tel.Shutdown()
 	})
 	return took
 }

@@ -18,8 +18,10 @@ import (
 	"github.com/cenkalti/backoff/v7"
 	"github.com/gorilla/websocket"
 	"github.com/open-telemetry/opamp-go/protobufs"
+	"go.opentelemetry.io/collector/config/configretry"
 	"go.opentelemetry.io/collector/extension"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/opampgateway/opampgateway/internal/connect"
@@ -83,31 +85,27 @@ var (
 // upstreamPool keeps a fixed number of links to the server, and the agents attached to them.
 type upstreamPool struct {
 	// Set once.
-	cfg           *Config
+	cfg           *currentConfig
 	log           *zap.Logger
 	events        *zap.Logger // log for what may happen again and again: only the first of each kind
 	tel           *telemetry.Telemetry
 	router        *router
 	memory        *memory.Budget
-	endpoint      *url.URL
-	name          string // comes first in those of the links
-	headers       http.Header
-	elsewhere     http.Header // for hosts to which the server redirects
-	tls           *tls.Config
 	requestPrefix [16]byte           // of the request_uid of our questions
 	netDial       dialFunc           // nil but in tests
-	pace          *pace              // of dialing
-	turns         []int              // by slot: of its next attempt, see socket.DialInTurn; each is the slot's own
 	status        func(err error)    // told why there is no link, and with nil that there is one
 	ctx           context.Context    // ends when the gateway has nothing more to do
 	stop          context.CancelFunc // ends dialing; what lives goes on
 	dialing       context.Context    // until stop
 	slots         sync.WaitGroup
-	homing        sync.WaitGroup    // agents on their way to a new link, and goodbyes that wait to be said
-	server        *questions.Server // whether it can be asked
-	suspicion     *suspicion.Book   // whose messages the server may have ended links for
-	blind         atomic.Bool       // the server does not answer pings, as the link has shown that ended last
-	asked         atomic.Uint64     // questions of ours
+	homing        sync.WaitGroup  // agents on their way to a new link, and goodbyes that wait to be said
+	suspicion     *suspicion.Book // whose messages the server may have ended links for
+
+	// Shared.
+	target atomic.Pointer[target] // changed by change only
+	blind  atomic.Bool            // the server does not answer pings, as the link has shown that ended last
+	asked  atomic.Uint64          // questions of ours
+	untold atomic.Bool            // who is told of the status has changed
 
 	// mu guards which links are live and who is attached to them. It is taken when
 	// connections come and go, never for a frame.
@@ -123,7 +121,27 @@ type upstreamPool struct {
 	apart   int // the slot where newcomers are while links end at them
 }
 
-func newUpstreamPool(ctx context.Context, cfg *Config, set extension.Settings, tel *telemetry.Telemetry, r *router, budget *memory.Budget, status func(error)) (*upstreamPool, error) {
+// target is the server as one configuration has it, and how links to it present themselves. A reload with another
+// server makes another target.
+type target struct {
+	// Set once.
+	endpoint  *url.URL
+	name      string // comes first in those of the links
+	headers   http.Header
+	elsewhere http.Header                // for hosts to which the server redirects
+	tls       atomic.Pointer[tls.Config] // but when certificates are read again
+	pace      *pace                      // of dialing
+	turns     []int                      // by slot: of its next attempt, see socket.DialInTurn; each is the slot's own
+	asking    *questions.Server          // whether it can be asked
+	left      []chan struct{}            // by slot: closed when nothing dials there any more
+
+	// By change, before anybody dials.
+	dialing context.Context    // until leave, or the pool's stop
+	leave   context.CancelFunc // ends dialing; what lives goes on
+}
+
+// newTarget does what can fail about the server: it loads certificates.
+func newTarget(ctx context.Context, cfg *Config, set extension.Settings) (*target, error) {
 	tlsConfig, err := cfg.Server.TLS.LoadTLSConfig(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("server::tls: %w", err)
@@ -135,28 +153,96 @@ func newUpstreamPool(ctx context.Context, cfg *Config, set extension.Settings, t
 	elsewhere := http.Header{"User-Agent": {userAgent(set.BuildInfo)}}
 	headers := elsewhere.Clone()
 	cfg.Server.Headers.addTo(headers)
-	p := &upstreamPool{
-		cfg: cfg, tel: tel, router: r, memory: budget, server: questions.NewServer(), suspicion: suspicion.NewBook(),
+	t := &target{
 		endpoint: endpoint, name: gatewayName(cfg, set.TelemetrySettings), headers: headers, elsewhere: elsewhere,
-		tls: tlsConfig, pace: newPace(cfg.Server.Connections), turns: firstTurns(cfg.Server.Connections), status: status,
-		live: make([]*link, cfg.Server.Connections), changed: make(chan struct{}), back: make(chan struct{}),
-		report: make(chan struct{}, 1), failure: errNoLink,
+		pace: newPace(cfg.Server.Connections), turns: firstTurns(cfg.Server.Connections), asking: questions.NewServer(),
+		left: make([]chan struct{}, cfg.Server.Connections),
+	}
+	t.tls.Store(tlsConfig)
+	for slot := range t.left {
+		t.left[slot] = make(chan struct{})
+	}
+	return t, nil
+}
+
+// linkName is how the link of a slot announces itself to the server.
+func (t *target) linkName(slot int) string { return t.name + "/upstream-" + strconv.Itoa(slot) }
+
+func newUpstreamPool(cfg *currentConfig, log *zap.Logger, tel *telemetry.Telemetry, r *router, budget *memory.Budget, status func(error)) *upstreamPool {
+	p := &upstreamPool{
+		cfg: cfg, tel: tel, router: r, memory: budget, suspicion: suspicion.NewBook(), status: status,
+		changed: make(chan struct{}), back: make(chan struct{}), report: make(chan struct{}, 1), failure: errNoLink,
 	}
 	_, _ = rand.Read(p.requestPrefix[:])                // it never fails
 	p.requestPrefix[6] = 0x80 | p.requestPrefix[6]&0x0f // version 8
-	p.log = set.Logger.With(telemetry.Peer("server", socket.HostPort(endpoint)), zap.String("url.full", socket.Place(endpoint)))
+	p.log = log.With(zap.Inline(zapcore.ObjectMarshalerFunc(func(e zapcore.ObjectEncoder) error {
+		endpoint := p.target.Load().endpoint
+		telemetry.Peer("server", socket.HostPort(endpoint)).AddTo(e)
+		e.AddString("url.full", socket.Place(endpoint))
+		return nil
+	})))
 	p.events = sampled(p.log)
-	return p, nil
+	return p
 }
 
-// start fills the slots, until ctx ends.
-func (p *upstreamPool) start(ctx context.Context) {
+// start fills the slots with links to t, until ctx ends.
+func (p *upstreamPool) start(ctx context.Context, t *target) {
 	p.ctx = ctx
 	p.dialing, p.stop = context.WithCancel(ctx)
-	for slot := range p.live {
-		p.slots.Go(func() { p.keep(slot) })
-	}
+	p.change(t)
 	p.slots.Go(p.tellStatus)
+}
+
+// change has the slots hold links to t. Those that there are end as the server is used to: what waits is written,
+// and a close frame; their agents then find links to t as after a lost one. A slot dials when its old link has ended,
+// so that the server sees an agent's end before it sees the agent again.
+func (p *upstreamPool) change(t *target) {
+	before := p.target.Load()
+	t.dialing, t.leave = context.WithCancel(p.dialing)
+	p.mu.Lock()
+	p.target.Store(t)
+	var leaving []*link
+	if before != nil {
+		before.leave()
+		for _, l := range p.live {
+			if l != nil {
+				l.leaving = true
+				leaving = append(leaving, l)
+			}
+		}
+	}
+	for len(p.live) < len(t.left) {
+		p.live = append(p.live, nil)
+	}
+	p.mu.Unlock()
+	p.blind.Store(false)
+	p.suspicion.Forget()
+	for _, l := range leaving {
+		l.givenUp.Store(true) // so nobody is suspected for its end
+		l.Outbox.Close(websocket.FormatCloseMessage(websocket.CloseGoingAway, "gateway has another configuration"))
+	}
+	for slot := range t.left {
+		p.slots.Go(func() {
+			defer close(t.left[slot])
+			if before != nil && slot < len(before.left) {
+				<-before.left[slot]
+			}
+			p.keep(t, slot)
+		})
+	}
+}
+
+// tellAgain has the status told once more, to whom it was not told yet; with other links than before, when the first
+// is up, or could not be dialed.
+func (p *upstreamPool) tellAgain(sameLinks bool) {
+	p.untold.Store(true)
+	if !sameLinks {
+		return
+	}
+	select {
+	case p.report <- struct{}{}:
+	default:
+	}
 }
 
 // tellStatus tells the collector whether there is a link, until dialing ends. Nobody waits for
@@ -171,6 +257,9 @@ func (p *upstreamPool) tellStatus() {
 		case <-p.dialing.Done():
 			return
 		}
+		if p.untold.Swap(false) {
+			told = errUntold
+		}
 		p.mu.Lock()
 		now := p.failure
 		if p.count > 0 {
@@ -184,22 +273,21 @@ func (p *upstreamPool) tellStatus() {
 	}
 }
 
-// keep fills one slot: it dials, serves the link while it lives, and dials again. A link that
+// keep fills one slot with links to t: it dials, serves the link while it lives, and dials again. A link that
 // was lost is dialed at once, but one that does not live for long only with ever more delay.
-func (p *upstreamPool) keep(slot int) {
-	retry := p.cfg.Server.Retry
-	delays := &backoff.ExponentialBackOff{
-		InitialInterval: retry.InitialInterval, RandomizationFactor: retry.RandomizationFactor,
-		Multiplier: retry.Multiplier, MaxInterval: retry.MaxInterval,
-	}
-	delays.Reset()
-	log := p.log.With(zap.String("link", p.linkName(slot)))
+func (p *upstreamPool) keep(t *target, slot int) {
+	retry := p.cfg.Load().Server.Retry
+	delays := newDelays(retry)
+	log := p.log.With(zap.String("link", t.linkName(slot)))
 	logged := "" // the reason of the last failure logged
-	for dialAtOnce := true; p.dialing.Err() == nil; {
+	for dialAtOnce := true; t.dialing.Err() == nil; {
 		back := p.serverBack()
-		l, retryAfter, err := p.dial(slot)
+		l, retryAfter, err := p.dial(t, slot)
+		if now := p.cfg.Load().Server.Retry; now != retry { // by a reload
+			retry, delays = now, newDelays(now)
+		}
 		if err != nil {
-			if p.dialing.Err() != nil {
+			if t.dialing.Err() != nil {
 				return
 			}
 			delay := max(delays.NextBackOff(), retryAfter)
@@ -216,7 +304,7 @@ func (p *upstreamPool) keep(slot int) {
 			select {
 			case <-time.After(delay):
 			case <-back: // with this link the agents of all will be spread evenly
-			case <-p.dialing.Done():
+			case <-t.dialing.Done():
 			}
 			continue
 		}
@@ -230,7 +318,7 @@ func (p *upstreamPool) keep(slot int) {
 		err = l.read()
 		caught := p.linkDown(l, err)
 		switch {
-		case p.dialing.Err() != nil:
+		case t.dialing.Err() != nil:
 			log.Info("disconnected from the server")
 			return
 		case caught, time.Since(up) >= steadyAfter:
@@ -240,36 +328,46 @@ func (p *upstreamPool) keep(slot int) {
 		p.tel.Fault(telemetry.ReasonLinkLost)
 		log.Warn("lost connection to the server, connecting again", zap.Error(err), zap.Duration("after", time.Since(up).Round(time.Millisecond)))
 		if !dialAtOnce {
-			_ = sleep(p.dialing, delays.NextBackOff())
+			_ = sleep(t.dialing, delays.NextBackOff())
 		}
 		dialAtOnce = false
 	}
 }
 
-// linkName is how the link of a slot announces itself to the server.
-func (p *upstreamPool) linkName(slot int) string { return p.name + "/upstream-" + strconv.Itoa(slot) }
+// newDelays returns the delays between attempts to dial.
+func newDelays(retry configretry.BackOffConfig) *backoff.ExponentialBackOff {
+	delays := &backoff.ExponentialBackOff{
+		InitialInterval: retry.InitialInterval, RandomizationFactor: retry.RandomizationFactor,
+		Multiplier: retry.Multiplier, MaxInterval: retry.MaxInterval,
+	}
+	delays.Reset()
+	return delays
+}
+
+// linkName is how the link of a slot announces itself to the server now.
+func (p *upstreamPool) linkName(slot int) string { return p.target.Load().linkName(slot) }
 
 // dial connects one link, once it is its turn. An error comes with how long the server asks to be left alone.
-func (p *upstreamPool) dial(slot int) (l *link, retryAfter time.Duration, err error) {
-	if err := sleep(p.dialing, p.pace.next()); err != nil {
+func (p *upstreamPool) dial(t *target, slot int) (l *link, retryAfter time.Duration, err error) {
+	if err := sleep(t.dialing, t.pace.next()); err != nil {
 		return nil, 0, err
 	}
-	ctx, cancel := context.WithTimeout(p.dialing, dialTimeout)
+	ctx, cancel := context.WithTimeout(t.dialing, dialTimeout)
 	defer cancel()
-	headers, elsewhere := p.headers.Clone(), p.elsewhere.Clone()
-	headers.Set(connectionIDHeader, p.linkName(slot))
-	elsewhere.Set(connectionIDHeader, p.linkName(slot))
+	headers, elsewhere := t.headers.Clone(), t.elsewhere.Clone()
+	headers.Set(connectionIDHeader, t.linkName(slot))
+	elsewhere.Set(connectionIDHeader, t.linkName(slot))
 	netDial := p.netDial
 	if netDial == nil {
-		netDial = socket.DialInTurn(p.turns[slot])
-		p.turns[slot]++
+		netDial = socket.DialInTurn(t.turns[slot])
+		t.turns[slot]++
 	}
-	dialer := socket.Dialer{NetDial: netDial, TLS: p.tls, ReadBufferSize: dialReadBuffer, Elsewhere: elsewhere}
-	conn, in, place, err := dialer.Dial(ctx, p.endpoint, headers)
+	dialer := socket.Dialer{NetDial: netDial, TLS: t.tls.Load(), ReadBufferSize: dialReadBuffer, Elsewhere: elsewhere}
+	conn, in, place, err := dialer.Dial(ctx, t.endpoint, headers)
 	if err != nil {
 		return nil, askedToWait(err), p.explainDial(err)
 	}
-	l = newLink(p, slot, conn, in)
+	l = newLink(p, t, slot, conn, in)
 	l.redirected = redirectedTo(place)
 	return l, 0, nil
 }
@@ -283,11 +381,11 @@ func (p *upstreamPool) reportLocked(failure error) {
 	}
 }
 
-// linkUp takes l among the live; it reports false when the gateway is already stopping.
+// linkUp takes l among the live; it reports false when the gateway is already stopping, or has another server.
 func (p *upstreamPool) linkUp(l *link) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.dialing.Err() != nil {
+	if l.target.dialing.Err() != nil {
 		return false
 	}
 	p.live[l.slot] = l
@@ -296,6 +394,8 @@ func (p *upstreamPool) linkUp(l *link) bool {
 		close(p.back)
 		p.back = make(chan struct{})
 		p.reportLocked(errNoLink)
+	} else if p.untold.Load() {
+		p.reportLocked(p.failure)
 	}
 	p.signalLocked()
 	return true
@@ -337,7 +437,7 @@ func (p *upstreamPool) linkDown(l *link, err error) (caught bool) {
 		p.apart = l.slot // that they have ended already
 	}
 	p.live[l.slot] = nil
-	if p.count--; p.count == 0 {
+	if p.count--; p.count == 0 && !l.leaving {
 		p.reportLocked(errNoLink)
 	}
 	p.signalLocked()
@@ -402,13 +502,17 @@ func (p *upstreamPool) attach(ctx context.Context, a *agentConn, from *link, los
 		var wait time.Duration
 		switch apart, newcomer := p.keptApartLocked(a, from); {
 		case apart && newcomer:
-			best = p.live[p.apart]
+			best = p.stayingLocked(p.apart)
 			wait = apartWait - time.Since(began)
 		case apart:
 			best = p.leastLoadedLocked(p.apart)
 		case from != nil:
-			best = p.live[from.slot]
 			wait = max(patience-time.Since(lost), patience-time.Since(p.since))
+			if slots := len(p.target.Load().left); slots == len(from.target.left) {
+				best = p.stayingLocked(from.slot)
+			} else if p.stayLocked() == slots {
+				wait = 0 // a reload has changed how many there are, and all are back
+			}
 		}
 		if best == nil && wait <= 0 {
 			best = p.leastLoadedLocked(nowhere)
@@ -444,17 +548,35 @@ func (p *upstreamPool) attach(ctx context.Context, a *agentConn, from *link, los
 // keptApartLocked reports whether links end at newcomers, so that these are to be on one of them, and all others
 // elsewhere; and whether a is one of the former.
 func (p *upstreamPool) keptApartLocked(a *agentConn, from *link) (apart, newcomer bool) {
-	if len(p.live) == 1 || !p.suspicion.NewcomersEnd() {
+	if len(p.target.Load().left) == 1 || !p.suspicion.NewcomersEnd() {
 		return false, false
 	}
 	return true, !a.gateway && (from == nil || p.suspicion.New(a.says()))
 }
 
+// stayingLocked returns the live link of a slot; nil if there is none, or it is about to end.
+func (p *upstreamPool) stayingLocked(slot int) *link {
+	if l := p.live[slot]; l != nil && !l.leaving {
+		return l
+	}
+	return nil
+}
+
+// stayLocked returns how many links there are that are not about to end.
+func (p *upstreamPool) stayLocked() (n int) {
+	for slot := range p.live {
+		if p.stayingLocked(slot) != nil {
+			n++
+		}
+	}
+	return n
+}
+
 // leastLoadedLocked returns the live link with the fewest agents, apart from that of one slot, or of nowhere.
 func (p *upstreamPool) leastLoadedLocked(except int) *link {
 	var best *link
-	for slot, l := range p.live {
-		if l != nil && slot != except && (best == nil || len(l.agents) < len(best.agents)) {
+	for slot := range p.live {
+		if l := p.stayingLocked(slot); l != nil && slot != except && (best == nil || len(l.agents) < len(best.agents)) {
 			best = l
 		}
 	}
@@ -633,6 +755,7 @@ type link struct {
 
 	// Set once.
 	pool       *upstreamPool
+	target     *target
 	slot       int
 	redirected zap.Field     // where the server has sent us
 	ended      chan struct{} // closed when it is not live any more
@@ -642,25 +765,26 @@ type link struct {
 	late      bool                   // the server may notice the end late
 
 	// Guarded by upstreamPool.mu.
-	agents map[*agentConn]struct{}
+	agents  map[*agentConn]struct{}
+	leaving bool // it ends, since there is another target
 
 	// Shared.
 	caps    atomic.Pointer[capabilities] // as stated on this link; nil until then
-	givenUp atomic.Bool                  // ended by us, for its silence
+	givenUp atomic.Bool                  // ended by us, for its silence or for another target
 
 	// Owned by the reader.
 	complaints int  // errors that name nobody
 	toldNoUID  bool // that the server names nobody was logged
 }
 
-func newLink(p *upstreamPool, slot int, conn net.Conn, in *bufio.Reader) *link {
-	l := &link{
-		pool: p, slot: slot, book: questions.NewBook[*asker](p.server), ended: make(chan struct{}),
+func newLink(p *upstreamPool, t *target, slot int, conn net.Conn, in *bufio.Reader) *link {
+	l, cfg := &link{
+		pool: p, target: t, slot: slot, book: questions.NewBook[*asker](t.asking), ended: make(chan struct{}),
 		unwritten: map[*agentConn][]entry{}, agents: map[*agentConn]struct{}{},
-	}
+	}, p.cfg.Load()
 	l.Relayed = &p.tel.Up
-	l.Socket = socket.New(conn, socket.LinkInput(conn, in, linkReadBuffer), true, p.cfg.MaxMessageSize, linkWriteTimeout, l)
-	share := memory.LinkShare(int64(p.cfg.MaxBufferedSize), p.cfg.Server.Connections)
+	l.Socket = socket.New(conn, socket.LinkInput(conn, in, linkReadBuffer), true, cfg.MaxMessageSize, linkWriteTimeout, l)
+	share := memory.LinkShare(int64(cfg.MaxBufferedSize), cfg.Server.Connections)
 	l.Outbox = outbox.NewLink(l, share, &p.memory.Up, p.blind.Load())
 	return l
 }

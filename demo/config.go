@@ -14,6 +14,7 @@ type gatewayConfig struct {
 	Listen      string // where agents connect
 	Connections int
 	Metrics     string // address of its own metrics
+	Rollout     int    // what was rolled out to it so far
 }
 
 // agentConfig is what a collector is configured with that is an agent.
@@ -52,6 +53,11 @@ service:
     logs:
       receivers: [otlp]
       exporters: [nop]
+{{- if .Rollout}}
+    logs/{{.Rollout}}:
+      receivers: [otlp]
+      exporters: [nop]
+{{- end}}
   telemetry:
     logs:
       disable_stacktrace: true

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -40,8 +42,9 @@ type demo struct {
 	clients    []*clientAgent
 	expected   map[string]bool // uids of our agents, as on the wire
 
-	agentURL string // where agents connect
-	metrics  string // address of the gateway's metrics, empty with -direct
+	agentURL string        // where agents connect
+	metrics  string        // address of the gateway's metrics, empty with -direct
+	config   gatewayConfig // of the gateway, as it is now
 
 	settled  atomic.Bool // the fleet is complete: from now on a child's end is news, not failure
 	stopping atomic.Bool // children end because they are told to
@@ -145,7 +148,8 @@ func (d *demo) startGateway(ctx context.Context) (string, error) {
 		return "", err
 	}
 	d.agentURL, d.metrics = "ws://"+ports[0]+"/v1/opamp", ports[1]
-	config, err := render(gatewayTemplate, gatewayConfig{Server: d.server.endpoint(), Listen: ports[0], Connections: connections, Metrics: d.metrics})
+	d.config = gatewayConfig{Server: d.server.endpoint(), Listen: ports[0], Connections: connections, Metrics: d.metrics}
+	config, err := render(gatewayTemplate, d.config)
 	if err != nil {
 		return "", err
 	}
@@ -280,7 +284,7 @@ func (d *demo) live(ctx context.Context) error {
 	return context.Cause(ctx)
 }
 
-// pushOnEnter ends with the process, or with the input.
+// pushOnEnter ends with the process, or with the input. A line with an r in it is a rollout to the gateway itself.
 func (d *demo) pushOnEnter() {
 	b := make([]byte, 256)
 	for {
@@ -290,9 +294,53 @@ func (d *demo) pushOnEnter() {
 		}
 		if strings.Contains(string(b[:n]), "\n") {
 			d.screen.enterPressed()
-			d.server.pushNext()
+			if d.gateway == nil || !bytes.ContainsAny(b[:n], "rR") {
+				d.server.pushNext()
+				continue
+			}
+			text, err := d.rollOut()
+			if err != nil {
+				text = "was not reloaded: " + err.Error()
+			}
+			d.screen.happened(event{at: time.Now(), who: "gateway", text: text, loud: err != nil})
 		}
 	}
+}
+
+// rollOut has the gateway's collector reload with another pipeline, and says who noticed.
+func (d *demo) rollOut() (string, error) {
+	const line = "Everything is ready"
+	starts := func() int {
+		text, _ := os.ReadFile(d.gateway.log) // what cannot be read has no line
+		return strings.Count(string(text), line)
+	}
+	d.config.Rollout++
+	config, err := render(gatewayTemplate, d.config)
+	if err != nil {
+		return "", err
+	}
+	before, started, began := d.fleet.homes(), starts(), time.Now()
+	if err := os.WriteFile(filepath.Join(d.dir, "gateway.yaml"), []byte(config), 0o600); err != nil {
+		return "", err
+	}
+	if err := d.gateway.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		return "", err
+	}
+	for starts() == started {
+		if time.Since(began) > 10*time.Second || d.gateway.ended() {
+			return "", errors.New("it did not start again; see its log")
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	took := time.Since(began).Round(10 * time.Millisecond)
+	time.Sleep(time.Second) // in which somebody who was disturbed would be seen
+	moved, after := 0, d.fleet.homes()
+	for uid, home := range before {
+		if after[uid] != home {
+			moved++
+		}
+	}
+	return fmt.Sprintf("reloaded with a new pipeline within %s: %d of %s moved", took, moved, count(len(before), "agent")), nil
 }
 
 // watchMetrics ends with ctx.
@@ -324,7 +372,7 @@ func (d *demo) readMetrics(ctx context.Context) {
 
 // frame is what stays in sight on a terminal.
 func (d *demo) frame(width, height int) []string {
-	lines := []string{"", clip(fmt.Sprintf("OpAMP gateway demo (%s): Ctrl-C stops it, Enter pushes a new configuration",
+	lines := []string{"", clip(fmt.Sprintf("OpAMP gateway demo (%s): Ctrl-C stops it, Enter pushes a configuration, r Enter reloads the gateway",
 		time.Since(d.started).Round(time.Second)), width-1), ""}
 	v := d.fleet.view()
 	summary := summarize(v, time.Now(), d.places(), d.latest.Load(), width-1, d.screen.color)
@@ -398,7 +446,7 @@ func (d *demo) hints() []string {
 	}
 	if d.gateway != nil {
 		lines = append(lines,
-			fmt.Sprintf("  kill -HUP %-6d the gateway reloads its configuration; its agents come back by themselves", d.gateway.pid()),
+			fmt.Sprintf("  kill -HUP %-6d the gateway reloads its configuration, and no agent notices", d.gateway.pid()),
 			fmt.Sprintf("  curl -s http://%s/metrics | grep %s", d.metrics, strings.TrimSuffix(metricPrefix, "_")))
 	}
 	return lines

@@ -94,6 +94,19 @@ func newFleet(now func() time.Time, report func(event)) *fleet {
 	}
 }
 
+// homes returns over which link each agent is connected, by UID.
+func (f *fleet) homes() map[string]*link {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	homes := map[string]*link{}
+	for uid, a := range f.agents {
+		if a.link != nil {
+			homes[uid] = a.link
+		}
+	}
+	return homes
+}
+
 // linkUp is called before any message of that link.
 func (f *fleet) linkUp(l *link, conn types.Connection) {
 	f.mu.Lock()

@@ -198,6 +198,12 @@ func (a *rawAgent) wantClosed(t *testing.T, code int) {
 	require.Equal(t, code, closed.Code, "the close frame was: %v", closed)
 }
 
+// wantLetGo checks that the connection ends without a close frame, as it does for no fault of the agent's.
+func (a *rawAgent) wantLetGo(t *testing.T) {
+	t.Helper()
+	a.wantClosed(t, websocket.CloseAbnormalClosure) // which is how gorilla has an end without one
+}
+
 // talk says something as soon as the server has answered, until the connection ends.
 func (a *rawAgent) talk() {
 	for i := 0; ; i++ {

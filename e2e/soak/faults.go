@@ -54,7 +54,9 @@ func (in *injector) kinds() []kind {
 		{"link in a black hole and flooded", 3, 5 * time.Second, in.linkFull},
 		{"link delayed", 4, 0, in.linkDelay},
 		{"server restarted", 3, 8 * time.Second, in.serverRestart},
-		{"gateway reloaded", 3, 5 * time.Second, in.reload},
+		{"gateway reloaded, nothing of it changed", 6, 0, in.reload(func(g *gateway) { g.rollouts++ }, false)},
+		{"gateway reloaded, server changed", 2, 5 * time.Second, in.reload(func(g *gateway) { g.connections = 2 + in.rand.IntN(3) }, true)},
+		{"gateway reloaded, listener changed", 2, 5 * time.Second, in.reload(func(g *gateway) { g.listeners++ }, true)},
 		{"gateway killed", 1, 15 * time.Second, in.killGateway},
 		{"agent killed", 20, 0, in.killAgent},
 		{"agent's connection reset", 12, 0, in.agentReset},
@@ -249,20 +251,18 @@ func (in *injector) gateway() *gateway {
 	return in.soak.gateways[in.rand.IntN(len(in.soak.gateways))]
 }
 
-func (in *injector) reload() *event {
-	g, connections := in.gateway(), 0
-	if g.isNew() {
-		return nil
+// reload has a gateway reloaded with a configuration that is changed so.
+func (in *injector) reload(change func(*gateway), disturbs bool) func() *event {
+	return func() *event {
+		g := in.gateway()
+		if g.isNew() {
+			return nil
+		}
+		if err := g.reload(change, disturbs); err != nil {
+			in.soak.book.find("soak", nil, time.Now(), "%v", err)
+		}
+		return &event{what: "gateway " + g.name, g: g}
 	}
-	what := "as it was"
-	if in.rand.IntN(2) == 0 {
-		connections = 2 + in.rand.IntN(3)
-		what = fmt.Sprintf("with %d connections", connections)
-	}
-	if err := g.reload(connections); err != nil {
-		in.soak.book.find("soak", nil, time.Now(), "%v", err)
-	}
-	return &event{what: "gateway " + g.name + ", " + what, g: g}
 }
 
 func (in *injector) killGateway() *event {

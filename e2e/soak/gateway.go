@@ -48,6 +48,8 @@ type gateway struct {
 	// mu guards all below.
 	mu          sync.Mutex
 	connections int
+	rollouts    int // how often a pipeline has changed
+	listeners   int // how often the listener has
 	cmd         *exec.Cmd
 	started     time.Time
 	ended       chan struct{} // closed when the process has ended
@@ -74,19 +76,19 @@ func (g *gateway) writeConfig() error {
 	type m = map[string]any
 	text, err := json.MarshalIndent(m{
 		"receivers": m{"otlp": m{"protocols": m{"grpc": m{"endpoint": "127.0.0.1:0"}}}},
-		"exporters": m{"nop": nil},
+		"exporters": m{"nop": nil, fmt.Sprintf("nop/%d", g.rollouts): nil},
 		"extensions": m{"opampgateway": m{
 			"server": m{
 				"endpoint": "ws://" + g.up.Address() + "/v1/opamp", "agent_id": g.name, "connections": g.connections,
 				"keep_alive":   m{"interval": linkInterval.String(), "timeout": linkTimeout.String()},
 				"grace_period": gracePeriod.String(),
 			},
-			"listener": m{"endpoint": g.address},
+			"listener": m{"endpoint": g.address, "write_timeout": (time.Minute + time.Duration(g.listeners)*time.Second).String()},
 			"agents":   m{"keep_alive": m{"interval": "2s", "timeout": "10s"}, "allow_gateways": g.name == "upper"},
 		}},
 		"service": m{
 			"extensions": []string{"opampgateway"},
-			"pipelines":  m{"logs": m{"receivers": []string{"otlp"}, "exporters": []string{"nop"}}},
+			"pipelines":  m{"logs": m{"receivers": []string{"otlp"}, "exporters": []string{"nop", fmt.Sprintf("nop/%d", g.rollouts)}}},
 			"telemetry": m{"metrics": m{"readers": []m{{
 				"pull": m{"exporter": m{"prometheus": m{"host": host, "port": number}}},
 			}}}},
@@ -143,17 +145,19 @@ func (g *gateway) isNew() bool {
 	return time.Since(g.started) < 3*time.Second
 }
 
-// reload has the collector take up its configuration again, with other connections if that is
-// not 0.
-func (g *gateway) reload(connections int) error {
+// reload has the collector take up a configuration in which something has changed. Only some disturbs anybody.
+func (g *gateway) reload(change func(*gateway), disturbs bool) error {
 	g.mu.Lock()
-	if connections > 0 {
-		g.connections = connections
+	defer g.mu.Unlock()
+	change(g)
+	if err := g.writeConfig(); err != nil {
+		return err
 	}
-	err := g.writeConfig()
-	g.mu.Unlock()
-	g.signal(syscall.SIGHUP)
-	return err
+	if disturbs {
+		g.disturbed = append(g.disturbed, disturbance{time.Now(), syscall.SIGHUP})
+	}
+	_ = g.cmd.Process.Signal(syscall.SIGHUP) // its end is seen where it matters
+	return nil
 }
 
 // wait waits for the end of the process.

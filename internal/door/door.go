@@ -46,6 +46,9 @@ type Limits struct {
 // they shake hands: the hello of most has less than 2 KiB, a chain of certificates a few more.
 const flightSize = 16 << 10
 
+// mostHeaderSize is above any HeaderSize. It is for the HTTP server, which sees nothing that the door does not take.
+const mostHeaderSize = 1 << 20
+
 // slack is how many connections above the limits are answered that there are too many. What comes
 // on top of that is closed without a word.
 func (l Limits) slack() int { return max(64, l.Connections/16) }
@@ -53,12 +56,14 @@ func (l Limits) slack() int { return max(64, l.Connections/16) }
 // Door is a net.Listener for an http.Server that Prepare has prepared.
 type Door struct {
 	// Set once.
-	listener   net.Listener
-	secure     *tls.Config // nil where there is no TLS
-	limits     Limits
 	patience   time.Duration // with the head of a request, by limits and by the server
 	log        *zap.Logger
 	turnedAway func(telemetry.Outcome)
+
+	// What may change while it is open.
+	listener atomic.Pointer[net.Listener]
+	secure   atomic.Pointer[tls.Config] // nil where there is no TLS
+	limits   atomic.Pointer[Limits]
 
 	open      atomic.Int64    // connections
 	strangers *fair.ByAddress // their places
@@ -69,10 +74,26 @@ type Door struct {
 // goes to log, which has to bear a flood of them. Those whom the HTTP server never sees are told to
 // turnedAway, from any goroutine.
 func New(l net.Listener, secure *tls.Config, limits Limits, log *zap.Logger, turnedAway func(telemetry.Outcome)) *Door {
-	return &Door{
-		listener: l, secure: withoutHTTP2(secure), limits: limits, patience: limits.Timeout, log: log, turnedAway: turnedAway,
+	d := &Door{
+		patience: limits.Timeout, log: log, turnedAway: turnedAway,
 		strangers: fair.NewByAddress(limits.Strangers, 1), slack: fair.NewByAddress(limits.slack(), 1),
 	}
+	d.listener.Store(&l)
+	d.Change(secure, limits)
+	return d
+}
+
+// Change has those who come from now on shake hands with secure, and take what limits allow. Whether there is TLS
+// stays as it is, and so do Strangers and Timeout.
+func (d *Door) Change(secure *tls.Config, limits Limits) {
+	d.secure.Store(withoutHTTP2(secure))
+	d.limits.Store(&limits)
+}
+
+// Move takes the door to l, and gives the address back that it was at. It leaves connections alone.
+func (d *Door) Move(l net.Listener) {
+	before := d.listener.Swap(&l)
+	_ = (*before).Close() // an error concerns nobody any more
 }
 
 // withoutHTTP2 returns config as it is needed here: an upgrade fails on HTTP/2. A configuration
@@ -109,7 +130,7 @@ func (d *Door) Prepare(server *http.Server) {
 	if timeout := cmp.Or(server.ReadHeaderTimeout, server.ReadTimeout); timeout > 0 {
 		d.patience = min(d.patience, timeout)
 	}
-	server.MaxHeaderBytes = maxRequestLine + d.limits.HeaderSize
+	server.MaxHeaderBytes = maxRequestLine + mostHeaderSize
 	// Otherwise the server takes "Upgrade" out of the Connection header of a 426.
 	server.SetKeepAlivesEnabled(true)
 	next := server.Handler
@@ -134,7 +155,11 @@ func strangerOf(r *http.Request) *stranger {
 // Accept returns the next stranger.
 func (d *Door) Accept() (net.Conn, error) {
 	for {
-		conn, err := d.listener.Accept()
+		l := d.listener.Load()
+		conn, err := (*l).Accept()
+		if err != nil && l != d.listener.Load() {
+			continue // it has moved
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -149,22 +174,23 @@ func (d *Door) Accept() (net.Conn, error) {
 }
 
 // Close interrupts Accept, and gives the address back. It leaves connections alone.
-func (d *Door) Close() error { return d.listener.Close() }
+func (d *Door) Close() error { return (*d.listener.Load()).Close() }
 
 // Addr returns the address listened at.
-func (d *Door) Addr() net.Addr { return d.listener.Addr() }
+func (d *Door) Addr() net.Addr { return (*d.listener.Load()).Addr() }
 
 // Open returns how many connections there are now, those that were let in included.
 func (d *Door) Open() int { return int(d.open.Load()) }
 
 // meet gives conn a place; nil if there is none.
 func (d *Door) meet(conn net.Conn) *stranger {
+	limits := d.limits.Load()
 	s := &stranger{
 		door: d, address: fair.Address(conn.RemoteAddr()), pool: d.strangers, due: time.Now().Add(d.patience),
-		head: head{maxLines: d.limits.Headers, maxSize: d.limits.HeaderSize},
+		head: head{maxLines: limits.Headers, maxSize: limits.HeaderSize},
 	}
 	// Strangers of one address leave places to others, though a balancer may hide a whole fleet behind it.
-	free := d.limits.Connections - int(d.open.Add(1))
+	free := limits.Connections - int(d.open.Add(1))
 	if free < 0 || d.strangers.Held(s.address) > strangersPerFree*free {
 		s.excess = tooManyConnections
 	} else if !d.strangers.Take(s.address, 1) {
@@ -185,8 +211,8 @@ func (d *Door) meet(conn net.Conn) *stranger {
 	s.below = socket.Wrap(conn)
 	s.below.Conn = s.place
 	s.conn = s.below
-	if d.secure != nil {
-		s.secure = tls.Server(s.below, d.secure)
+	if secure := d.secure.Load(); secure != nil {
+		s.secure = tls.Server(s.below, secure)
 		s.conn = s.secure
 	}
 	return s
@@ -210,9 +236,11 @@ type place struct {
 	closed   atomic.Bool
 
 	// Owned by who reads.
-	heard   bool // something has come
-	shaking bool // TLS shakes hands
-	flight  int  // bytes of what the peer has sent for that since it was answered
+	heard bool // something has come
+
+	// Shared: whoever closes the connection may write TLS's last word.
+	shaking atomic.Bool  // TLS shakes hands
+	flight  atomic.Int64 // bytes of what the peer has sent for that since it was answered
 }
 
 // errLongFlight means that a peer sends too much while TLS shakes hands.
@@ -221,15 +249,17 @@ var errLongFlight = errors.New("peer's handshake message is too long")
 // Read notes that something has come. TLS keeps a message of its handshake until all of it is there, and
 // takes 64 KiB for a hello, and 256 KiB for certificates.
 func (p *place) Read(b []byte) (int, error) {
-	if p.shaking {
-		if p.flight == flightSize {
+	shaking := p.shaking.Load()
+	if shaking {
+		flight := int(p.flight.Load())
+		if flight >= flightSize {
 			return 0, errLongFlight
 		}
-		b = b[:min(len(b), flightSize-p.flight)]
+		b = b[:min(len(b), flightSize-flight)]
 	}
 	n, err := p.Conn.Read(b)
-	if p.shaking {
-		p.flight += n
+	if shaking {
+		p.flight.Add(int64(n))
 	}
 	if n > 0 && !p.heard {
 		p.heard = true
@@ -239,8 +269,8 @@ func (p *place) Read(b []byte) (int, error) {
 
 // Write notes that the peer is answered.
 func (p *place) Write(b []byte) (int, error) {
-	if p.shaking {
-		p.flight = 0
+	if p.shaking.Load() {
+		p.flight.Store(0)
 	}
 	return p.Conn.Write(b)
 }
@@ -262,11 +292,13 @@ func (p *place) letIn() {
 	}
 }
 
-// closeWrite says that nothing more will be written, where that can be said.
-func (p *place) closeWrite() {
-	if c, ok := p.Conn.(interface{ CloseWrite() error }); ok {
-		_ = c.CloseWrite() // an error means that the connection has ended
+// CloseWrite says that nothing more will be written.
+func (p *place) CloseWrite() error {
+	c, ok := p.Conn.(interface{ CloseWrite() error })
+	if !ok {
+		return errors.ErrUnsupported
 	}
+	return c.CloseWrite()
 }
 
 func clientAddress(conn net.Conn) zap.Field {

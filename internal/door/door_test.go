@@ -1198,3 +1198,38 @@ func TestDefaultConnections(t *testing.T) {
 	}
 	require.Positive(t, DefaultConnections())
 }
+
+// TestMove takes a door elsewhere while strangers stand before it.
+func TestMove(t *testing.T) {
+	h := buildOnLoopback(t, nil, usual)
+	goOn := h.hold()
+	v := h.knock().say(upgrade())
+	require.Eventually(t, func() bool { return h.begun.Load() == 1 }, 10*time.Second, time.Millisecond)
+	before := h.door.Addr()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	h.door.Move(l)
+	require.Equal(t, l.Addr(), h.door.Addr())
+	_, err = net.Dial("tcp", before.String())
+	require.Error(t, err, "the address is free")
+	goOn()
+	v.wantAnswer(http.StatusSwitchingProtocols)
+	h.dial = func() (net.Conn, error) { return net.Dial("tcp", l.Addr().String()) }
+	h.knock().say(upgrade()).wantAnswer(http.StatusSwitchingProtocols)
+
+	fewer := usual
+	fewer.Headers = 1
+	h.door.Change(nil, fewer)
+	h.knock().say(upgrade()).wantRefused(http.StatusRequestHeaderFieldsTooLarge)
+}
+
+// TestChangeOfCertificate has those who come from then on see another one.
+func TestChangeOfCertificate(t *testing.T) {
+	first, trusting := certificates(t)
+	second, _ := certificates(t)
+	h := buildOnLoopback(t, first, usual)
+	h.knockTLS(trusting).say(upgrade()).wantAnswer(http.StatusSwitchingProtocols)
+	h.door.Change(second, usual)
+	v := h.knockTLS(trusting)
+	require.Error(t, v.Conn.(*tls.Conn).Handshake(), "it is of another authority")
+}

@@ -145,7 +145,6 @@ func (s *stranger) look(b []byte) {
 		return
 	}
 	behind, v := s.head.look(b)
-	limits := s.door.limits
 	switch v {
 	case verdictUnfinished:
 	case verdictDone:
@@ -164,10 +163,10 @@ func (s *stranger) look(b []byte) {
 		s.refuseHead(http.StatusRequestURITooLong, fmt.Sprintf("the request line is longer than %d bytes", maxRequestLine))
 	case verdictTooManyLines:
 		s.refuseHead(http.StatusRequestHeaderFieldsTooLarge,
-			fmt.Sprintf("the request has more than %d headers, see agents::max_request_headers", limits.Headers))
+			fmt.Sprintf("the request has more than %d headers, see agents::max_request_headers", s.head.maxLines))
 	case verdictTooLarge:
 		s.refuseHead(http.StatusRequestHeaderFieldsTooLarge,
-			fmt.Sprintf("the request's headers are larger than %d bytes, see agents::max_request_header_size", limits.HeaderSize))
+			fmt.Sprintf("the request's headers are larger than %d bytes, see agents::max_request_header_size", s.head.maxSize))
 	}
 }
 
@@ -234,9 +233,9 @@ func (s *stranger) shake() bool {
 	s.shaken, s.clocked = true, true
 	err := s.below.SetDeadline(s.due)
 	if err == nil {
-		s.place.shaking = true
+		s.place.shaking.Store(true)
 		err = s.secure.HandshakeContext(context.Background()) // the deadline ends it
-		s.place.shaking = false
+		s.place.shaking.Store(false)
 	}
 	var plain tls.RecordHeaderError
 	var network *net.OpError
@@ -287,7 +286,7 @@ func (s *stranger) log(level zapcore.Level, text string, fields ...zap.Field) {
 // Write is for the HTTP server's answer.
 func (s *stranger) Write(b []byte) (int, error) {
 	if !s.answered.Swap(true) && !s.timed {
-		if err := s.conn.SetWriteDeadline(time.Now().Add(s.door.limits.Timeout)); err != nil {
+		if err := s.conn.SetWriteDeadline(time.Now().Add(s.door.limits.Load().Timeout)); err != nil {
 			return 0, err
 		}
 	}
@@ -299,7 +298,7 @@ func (s *stranger) CloseWrite() error {
 	if s.secure != nil {
 		_ = s.secure.CloseWrite() // an error means that the handshake, or the connection, has ended
 	}
-	s.place.closeWrite()
+	_ = s.place.CloseWrite() // where that can be said
 	return nil
 }
 

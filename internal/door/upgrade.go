@@ -43,7 +43,7 @@ func Upgrade(w http.ResponseWriter, r *http.Request) (net.Conn, error) {
 }
 
 func (s *stranger) switchProtocols(key string) error {
-	if err := s.below.SetWriteDeadline(time.Now().Add(s.door.limits.Timeout)); err != nil {
+	if err := s.below.SetWriteDeadline(time.Now().Add(s.door.limits.Load().Timeout)); err != nil {
 		return err
 	}
 	b := make([]byte, 0, 192)

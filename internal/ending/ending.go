@@ -25,7 +25,7 @@ import (
 type Cause struct {
 	Reason telemetry.Reason // what went wrong; empty for nothing
 	Counts bool             // the ending is counted under Reason; otherwise what led to it was, or nothing is
-	Code   int              // of the close frame (RFC 6455, section 7.4)
+	Code   int              // of the close frame (RFC 6455, section 7.4); 0 for none
 	Text   string           // of the close frame, and of the log
 	Late   bool             // the connection offends, and is closed by a later sweep
 	Told   bool             // the server is told that the agents there have left
@@ -34,6 +34,9 @@ type Cause struct {
 // The causes. The server is not told of agents that may be elsewhere already, since they merely fell
 // silent; that it refused itself; that a gateway below introduces again; or whose end that of
 // all links tells it.
+//
+// An agent that is let go for no fault of its own, nor of its way here, gets no close frame: some clients
+// take one for good and never come back. It sees the connection end, as when a server stops.
 var (
 	BadMessages    = &Cause{Reason: telemetry.ReasonBadFrame, Code: websocket.CloseInvalidFramePayloadData, Text: "too many unreadable messages", Late: true, Told: true}
 	NoWebSocket    = &Cause{Reason: telemetry.ReasonBadFrame, Counts: true, Code: websocket.CloseProtocolError, Text: "violation of the WebSocket protocol", Late: true, Told: true}
@@ -43,10 +46,10 @@ var (
 	Slow           = &Cause{Reason: telemetry.ReasonAgentSlow, Counts: true, Code: websocket.CloseTryAgainLater, Text: "agent reads too slowly", Told: true}
 	MemoryFull     = &Cause{Reason: telemetry.ReasonMemoryFull, Counts: true, Code: websocket.CloseTryAgainLater, Text: "no progress while memory is used up", Told: true}
 	Silent         = &Cause{Reason: telemetry.ReasonAgentSilent, Counts: true, Code: websocket.CloseGoingAway, Text: "no sign of life"}
-	GraceOver      = &Cause{Reason: telemetry.ReasonGraceOver, Counts: true, Code: websocket.CloseTryAgainLater, Text: "no connection to the server", Told: true}
+	GraceOver      = &Cause{Reason: telemetry.ReasonGraceOver, Counts: true, Text: "no connection to the server", Told: true}
 	Refused        = &Cause{Reason: telemetry.ReasonAgentRefused, Counts: true, Code: websocket.ClosePolicyViolation, Text: "refused by the server"}
 	LinkLost       = &Cause{Code: websocket.CloseServiceRestart, Text: "connection to the server was lost"}
-	Shutdown       = &Cause{Code: websocket.CloseServiceRestart, Text: "gateway is shutting down"}
+	Shutdown       = &Cause{Text: "gateway is shutting down"}
 )
 
 // Causes is the table of all causes, for the README.

@@ -106,7 +106,7 @@ func TestCauses(t *testing.T) {
 		known[r.Reason] = true
 	}
 	for _, c := range ending.Causes {
-		require.True(t, c.Code == 1001 || c.Code == 1002 || c.Code >= 1007 && c.Code <= 1013, c.Text)
+		require.True(t, c.Code == 0 || c.Code == 1001 || c.Code == 1002 || c.Code >= 1007 && c.Code <= 1013, c.Text)
 		require.LessOrEqual(t, len(c.Text), 123, "what fits into a close frame")
 		require.True(t, utf8.ValidString(c.Text))
 		require.Equal(t, c.Reason != "", known[c.Reason], c.Text)

@@ -3,6 +3,7 @@ package gatewaytest
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"net"
 	"net/http"
 	"sync"
@@ -249,6 +250,17 @@ func (a *Agent) WantClosed(code int) time.Time {
 	if closeCode(err) != code {
 		a.t.Fatalf("%s was disconnected with %v, want close code %d", a.Name, err, code)
 	}
+	return at
+}
+
+// WantLetGo checks that the connection ends without a close frame, soon, and returns when.
+func (a *Agent) WantLetGo() time.Time {
+	a.t.Helper()
+	at, err := a.WantEnd(patience)
+	if closed, ok := errors.AsType[*websocket.CloseError](err); ok && closed.Code == websocket.CloseAbnormalClosure {
+		return at // which is how gorilla has an end without one
+	}
+	a.t.Fatalf("%s was disconnected with %v, want an end without a close frame", a.Name, err)
 	return at
 }
 

@@ -216,6 +216,12 @@ func (c *Conn) Close() error {
 	return nil
 }
 
+// CloseWrite ends this direction of the connection: the other end reads what was written, then EOF.
+func (c *Conn) CloseWrite() error {
+	c.out.closeWriter()
+	return nil
+}
+
 // Reset ends the connection at both ends at once; what was not yet read is lost.
 func (c *Conn) Reset() {
 	c.in.reset(true)

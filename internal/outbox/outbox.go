@@ -29,6 +29,8 @@ var (
 type Kind byte
 
 const (
+	// End is no frame: it ends the writing, without a word to the peer. Nothing follows it.
+	End Kind = 0x0
 	// Message is one binary message.
 	Message Kind = 0x2
 	// Close is a close frame; nothing follows it.
@@ -135,13 +137,18 @@ func (o *Outbox[S]) Try(e Entry[S]) error {
 // Close has what waits written, then a close frame with this payload, all in a moment, and
 // takes nothing more. It never waits. The socket is left to its reader, which sees the
 // peer's answer, or runs into the moment's end.
-func (o *Outbox[S]) Close(payload []byte) {
+func (o *Outbox[S]) Close(payload []byte) { o.close(Entry[S]{Frame: payload, Kind: Close}) }
+
+// End is Close without a close frame: after what waits, the peer sees the connection end.
+func (o *Outbox[S]) End() { o.close(Entry[S]{Kind: End}) }
+
+func (o *Outbox[S]) close(last Entry[S]) {
 	o.mu.Lock()
 	if o.closed {
 		o.mu.Unlock()
 		return
 	}
-	o.queueLocked(Entry[S]{Frame: payload, Kind: Close})
+	o.queueLocked(last)
 	o.startLocked()
 	o.closeLocked()
 	o.mu.Unlock()

@@ -139,7 +139,7 @@ func New(conn net.Conn, in Input, client bool, limit int, writeTimeout time.Dura
 
 // WriteBatch is what both kinds of connection do for their outbox; see outbox.Socket.
 func WriteBatch[S any](s *Socket, batch []outbox.Entry[S]) (written int, err error) {
-	begun := s.begun
+	begun, ends := s.begun, false
 	if err := s.resume(); err != nil {
 		return 0, err
 	}
@@ -151,12 +151,22 @@ func WriteBatch[S any](s *Socket, batch []outbox.Entry[S]) (written int, err err
 			}
 			continue
 		}
+		if e.Kind == outbox.End {
+			ends = true
+			if s.pending > 0 {
+				s.pending++ // it stands behind those that are
+			}
+			continue
+		}
 		if err := s.writeFrame(byte(e.Kind), e.Frame); err != nil {
 			return max(begun, i+1-s.pending), err
 		}
 	}
 	if err := s.flush(); err != nil {
 		return max(begun, len(batch)-s.pending), err
+	}
+	if ends {
+		s.closeWrite()
 	}
 	return len(batch), nil
 }
@@ -516,6 +526,19 @@ func (s *Socket) Hurry() {
 	// An error here means that the connection has ended, which is what Hurry is about.
 	_ = s.conn.SetWriteDeadline(end)
 	_ = s.conn.SetReadDeadline(end.Add(moment))
+}
+
+// closeWrite tells the peer that nothing more will be written, and leaves the rest to the reader. Where that
+// cannot be told, the connection ends.
+func (s *Socket) closeWrite() {
+	if secured, ok := s.conn.(interface{ CloseWrite() error }); ok && !s.plain() {
+		_ = secured.CloseWrite() // an error means that the connection has ended
+		_ = s.below.drain(s.await)
+	}
+	half, ok := s.below.Conn.(interface{ CloseWrite() error })
+	if !ok || half.CloseWrite() != nil {
+		s.Close()
+	}
 }
 
 // Close ends the connection. It never waits, which TLS does to say goodbye.

@@ -149,6 +149,20 @@ func NewBook() *Book {
 	return b
 }
 
+// Forget has nobody be suspected or named, and no limit be known: from here on it is another server.
+func (b *Book) Forget() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.ends = nil
+	b.newcomersLocked(time.Now())
+	clear(b.traces)
+	clear(b.suspects)
+	clear(b.named)
+	b.largest = 0
+	b.limit.Store(math.MaxInt64)
+	b.tidyLocked()
+}
+
 // Judge returns what to do with a message. It costs next to nothing while nobody is suspected.
 func (b *Book) Judge(m Message) Judgement {
 	if b.clean.Load() && int64(m.Size) < b.limit.Load() {

@@ -381,6 +381,22 @@ func TestSweepForgetsAll(t *testing.T) {
 	})
 }
 
+func TestAnotherServerIsAskedAnew(t *testing.T) {
+	bubble(t, func(t *testing.T, b *Book) {
+		large := says(alice, 1000)
+		ends(b, websocket.CloseMessageTooBig, large)
+		wantNamed(t, b, websocket.CloseMessageTooBig, namedFor, large)
+		ends(b, websocket.CloseProtocolError, says(bob, 10))
+		b.Forget()
+		require.True(t, b.clean.Load())
+		for _, m := range []Message{large, says(bob, 1000), {UID: agent(cathy), Size: 1, Came: monotonic.Now()}} {
+			want(t, b, Pass, m, "")
+		}
+		require.Equal(t, int64(math.MaxInt64), b.Limit())
+		wantNamed(t, b, websocket.CloseProtocolError, namedFor, large)
+	})
+}
+
 func TestABookIsBounded(t *testing.T) {
 	bubble(t, func(t *testing.T, b *Book) {
 		for n := range maxAgents + 100 {

@@ -88,6 +88,7 @@ const (
 	OutcomeNoGateways    Outcome = "no_gateways"
 	OutcomeCannotUpgrade Outcome = "cannot_upgrade"
 	OutcomeAbandoned     Outcome = "abandoned"
+	OutcomeReload        Outcome = "reload"
 )
 
 // Outcomes describes every Outcome, for the README.
@@ -106,4 +107,5 @@ var Outcomes = []struct {
 	{OutcomeNoGateways, "403: a gateway, and `agents.allow_gateways` is not set"},
 	{OutcomeCannotUpgrade, "500: a middleware stands in the way of the upgrade"},
 	{OutcomeAbandoned, "the agent left while it waited"},
+	{OutcomeReload, "503: the gateway is being reloaded, or stops; to be tried again after 2 to 5 s"},
 }

@@ -22,7 +22,7 @@ import (
 type Direction struct {
 	messages, bytes atomic.Int64
 	attributes      metric.MeasurementOption
-	latency         metric.Float64Histogram
+	latency         atomic.Pointer[metric.Float64Histogram]
 	timed           atomic.Int64          // when the last message was taken whose latency was recorded
 	recorded        []metric.RecordOption // the attributes, as the histogram takes them without allocating
 }
@@ -46,16 +46,19 @@ func (d *Direction) LatencyDue(taken int64) bool {
 
 // Latency records how long a message was in the gateway.
 func (d *Direction) Latency(latency time.Duration) {
-	d.latency.Record(context.Background(), float64(latency)/float64(time.Millisecond), d.recorded...)
+	(*d.latency.Load()).Record(context.Background(), float64(latency)/float64(time.Millisecond), d.recorded...)
 }
 
-// Telemetry belongs to one component.
+// Telemetry counts with the instruments of one component, and may go on with those of the next: see Adopt.
 type Telemetry struct {
 	// Up is from agents to the server, Down from the server to agents.
 	Up, Down Direction
 
-	builder *metadata.TelemetryBuilder
-	options sync.Map // from the value of reason or outcome to []metric.AddOption
+	instruments atomic.Pointer[metadata.TelemetryBuilder]
+	options     sync.Map // from the value of reason or outcome to []metric.AddOption
+
+	// Set once, by Start.
+	links, agents, unacknowledged func() int
 }
 
 // New registers the instruments of one component.
@@ -64,43 +67,72 @@ func New(set component.TelemetrySettings) (*Telemetry, error) {
 	if err != nil {
 		return nil, fmt.Errorf("create metrics: %w", err)
 	}
-	t := &Telemetry{builder: builder}
+	t := &Telemetry{}
 	for d, name := range map[*Direction]string{&t.Up: "upstream", &t.Down: "downstream"} {
 		d.attributes = metric.WithAttributeSet(attribute.NewSet(attribute.String("direction", name)))
 		d.recorded = []metric.RecordOption{d.attributes}
-		d.latency = builder.OpampgatewayMessagesLatency
 		d.timed.Store(math.MinInt64 / 2) // any time is later
 	}
+	t.use(builder)
 	return t, nil
+}
+
+// use has whatever is counted from now on counted with these instruments.
+func (t *Telemetry) use(builder *metadata.TelemetryBuilder) {
+	t.Up.latency.Store(&builder.OpampgatewayMessagesLatency)
+	t.Down.latency.Store(&builder.OpampgatewayMessagesLatency)
+	t.instruments.Store(builder)
 }
 
 // Start registers what is observed on collection; links and agents return how many there are now, and unacknowledged
 // how many messages are on their way to the server.
 func (t *Telemetry) Start(links, agents, unacknowledged func() int) error {
+	t.links, t.agents, t.unacknowledged = links, agents, unacknowledged
+	return t.observe(t.instruments.Load())
+}
+
+// Adopt takes over the instruments of next, the telemetry of a component that was not started: what is counted
+// from now on is that component's. What was summed up goes on, and nothing is counted for the component before
+// any more. With an error, all is as before, and next is done with.
+func (t *Telemetry) Adopt(next *Telemetry) error {
+	builder := next.instruments.Load()
+	if err := t.observe(builder); err != nil {
+		builder.Shutdown()
+		return err
+	}
+	before := t.instruments.Load()
+	t.use(builder)
+	before.Shutdown()
+	return nil
+}
+
+// observe registers with builder what is observed on collection.
+func (t *Telemetry) observe(builder *metadata.TelemetryBuilder) error {
 	err := errors.Join(
-		t.builder.RegisterOpampgatewayLinkUnacknowledgedCallback(func(_ context.Context, o metric.Int64Observer) error {
-			o.Observe(int64(unacknowledged()))
+		builder.RegisterOpampgatewayLinkUnacknowledgedCallback(func(_ context.Context, o metric.Int64Observer) error {
+			o.Observe(int64(t.unacknowledged()))
 			return nil
 		}),
-		t.builder.RegisterOpampgatewayConnectionsCallback(t.observe(
-			func() int64 { return int64(links()) }, func() int64 { return int64(agents()) })),
-		t.builder.RegisterOpampgatewayMessagesCallback(t.observe(t.Up.messages.Load, t.Down.messages.Load)),
-		t.builder.RegisterOpampgatewayMessagesBytesCallback(t.observe(t.Up.bytes.Load, t.Down.bytes.Load)),
+		builder.RegisterOpampgatewayConnectionsCallback(t.both(
+			func() int64 { return int64(t.links()) }, func() int64 { return int64(t.agents()) })),
+		builder.RegisterOpampgatewayMessagesCallback(t.both(t.Up.messages.Load, t.Down.messages.Load)),
+		builder.RegisterOpampgatewayMessagesBytesCallback(t.both(t.Up.bytes.Load, t.Down.bytes.Load)),
 	)
 	if err != nil {
 		return fmt.Errorf("register metrics: %w", err)
 	}
 	// Whatever can happen is there as 0 from the start, so that a rate sees the first one.
 	for _, r := range Reasons {
-		t.Faults(r.Reason, 0)
+		builder.OpampgatewayFaults.Add(context.Background(), 0, t.with("reason", string(r.Reason))...)
 	}
 	for _, o := range Outcomes {
-		t.builder.OpampgatewayAdmissions.Add(context.Background(), 0, t.with("outcome", string(o.Outcome))...)
+		builder.OpampgatewayAdmissions.Add(context.Background(), 0, t.with("outcome", string(o.Outcome))...)
 	}
 	return nil
 }
 
-func (t *Telemetry) observe(up, down func() int64) metric.Int64Callback {
+// both observes something in each direction.
+func (t *Telemetry) both(up, down func() int64) metric.Int64Callback {
 	return func(_ context.Context, o metric.Int64Observer) error {
 		o.Observe(up(), t.Up.attributes)
 		o.Observe(down(), t.Down.attributes)
@@ -110,23 +142,23 @@ func (t *Telemetry) observe(up, down func() int64) metric.Int64Callback {
 
 // RoundTrip records how long the server took to answer a ping.
 func (t *Telemetry) RoundTrip(d time.Duration) {
-	t.builder.OpampgatewayLinkPing.Record(context.Background(), d.Seconds())
+	t.instruments.Load().OpampgatewayLinkPing.Record(context.Background(), d.Seconds())
 }
 
-// Shutdown unregisters what Start registered.
-func (t *Telemetry) Shutdown() { t.builder.Shutdown() }
+// Shutdown unregisters what is observed. It is not called at the same time as Adopt.
+func (t *Telemetry) Shutdown() { t.instruments.Load().Shutdown() }
 
 // Fault counts one thing that went wrong.
 func (t *Telemetry) Fault(reason Reason) { t.Faults(reason, 1) }
 
 // Faults counts n things that went wrong.
 func (t *Telemetry) Faults(reason Reason, n int) {
-	t.builder.OpampgatewayFaults.Add(context.Background(), int64(n), t.with("reason", string(reason))...)
+	t.instruments.Load().OpampgatewayFaults.Add(context.Background(), int64(n), t.with("reason", string(reason))...)
 }
 
 // Admission counts how one agent's request to connect ended.
 func (t *Telemetry) Admission(outcome Outcome) {
-	t.builder.OpampgatewayAdmissions.Add(context.Background(), 1, t.with("outcome", string(outcome))...)
+	t.instruments.Load().OpampgatewayAdmissions.Add(context.Background(), 1, t.with("outcome", string(outcome))...)
 }
 
 // with returns an attribute as a counter takes it. It is made once: what goes wrong may come

@@ -138,6 +138,84 @@ func TestNothingIsObservedAfterShutdown(t *testing.T) {
 	tel.Shutdown() // harmless
 }
 
+// A gateway that outlives its component counts for the next one: sums go on, and nothing is counted twice.
+func TestAdopt(t *testing.T) {
+	links := 3
+	tel, before := start(t, func() int { return links }, none)
+	tel.Up.Relayed(2, 20)
+	tel.Fault(telemetry.ReasonBadFrame)
+	tel.Up.Latency(time.Millisecond)
+
+	after := componenttest.NewTelemetry()
+	t.Cleanup(func() { require.NoError(t, after.Shutdown(context.WithoutCancel(t.Context()))) })
+	next, err := telemetry.New(after.NewTelemetrySettings())
+	require.NoError(t, err)
+	require.NoError(t, tel.Adopt(next))
+	links = 2
+	tel.Up.Relayed(1, 5)
+	tel.Fault(telemetry.ReasonBadFrame)
+	tel.Admission(telemetry.OutcomeAccepted)
+	tel.Up.Latency(time.Millisecond)
+	tel.RoundTrip(time.Millisecond)
+
+	metadatatest.AssertEqualOpampgatewayConnections(t, after, bothWays(2, 0), metricdatatest.IgnoreTimestamp())
+	metadatatest.AssertEqualOpampgatewayMessages(t, after, bothWays(3, 0), metricdatatest.IgnoreTimestamp())
+	metadatatest.AssertEqualOpampgatewayMessagesBytes(t, after, bothWays(25, 0), metricdatatest.IgnoreTimestamp())
+	var faults []metricdata.DataPoint[int64] // each there from the start
+	for _, r := range telemetry.Reasons {
+		n := int64(0)
+		if r.Reason == telemetry.ReasonBadFrame {
+			n = 1
+		}
+		faults = append(faults, point("reason", string(r.Reason), n))
+	}
+	metadatatest.AssertEqualOpampgatewayFaults(t, after, faults, metricdatatest.IgnoreTimestamp())
+	for _, name := range []string{"admissions", "messages.latency", "link.ping", "link.unacknowledged"} {
+		_, err := after.GetMetric("otelcol_opampgateway." + name)
+		require.NoError(t, err, name)
+	}
+
+	for _, name := range []string{"connections", "messages", "messages.bytes", "link.unacknowledged"} {
+		_, err := before.GetMetric("otelcol_opampgateway." + name)
+		require.Error(t, err, "%s is observed for the component before", name)
+	}
+	faults[0].Value = 1
+	metadatatest.AssertEqualOpampgatewayFaults(t, before, faults, metricdatatest.IgnoreTimestamp())
+
+	tel.Shutdown()
+	_, err = after.GetMetric("otelcol_opampgateway.connections")
+	require.Error(t, err)
+}
+
+// Whoever counts while the instruments change counts for one of the two.
+func TestAdoptWhileCounting(t *testing.T) {
+	tel, before := start(t, none, none)
+	var counting sync.WaitGroup
+	for range 4 {
+		counting.Go(func() {
+			for range 1000 {
+				tel.Admission(telemetry.OutcomeAccepted)
+				tel.Up.Latency(time.Millisecond)
+			}
+		})
+	}
+	after := componenttest.NewTelemetry()
+	t.Cleanup(func() { require.NoError(t, after.Shutdown(context.WithoutCancel(t.Context()))) })
+	next, err := telemetry.New(after.NewTelemetrySettings())
+	require.NoError(t, err)
+	require.NoError(t, tel.Adopt(next))
+	counting.Wait()
+	sum := int64(0)
+	for _, collected := range []*componenttest.Telemetry{before, after} {
+		counted, err := collected.GetMetric("otelcol_opampgateway.admissions")
+		require.NoError(t, err)
+		for _, p := range counted.Data.(metricdata.Sum[int64]).DataPoints {
+			sum += p.Value
+		}
+	}
+	require.EqualValues(t, 4000, sum)
+}
+
 func TestCountingAFrameDoesNotAllocate(t *testing.T) {
 	tel, _ := start(t, none, none)
 	assert.Zero(t, testing.AllocsPerRun(100, func() {
