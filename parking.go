@@ -29,9 +29,14 @@ type parkingLot struct {
 	places map[component.ID]*place
 }
 
+// keepPort is how long a parked gateway keeps its port: a reload mostly takes less, and if nobody takes over, somebody
+// else may want it.
+const keepPort = 2 * time.Second
+
 // place is where one gateway is parked.
 type place struct {
 	gateway *gateway
+	port    *time.Timer // gives its port back
 	timer   *time.Timer // ends it
 }
 
@@ -42,6 +47,7 @@ func (l *parkingLot) put(id component.ID, g *gateway, grace time.Duration) (befo
 	defer l.mu.Unlock()
 	before = l.takeLocked(id, l.places[id])
 	p := &place{gateway: g}
+	p.port = time.AfterFunc(keepPort, func() { l.givePort(id, p) })
 	p.timer = time.AfterFunc(grace, func() { l.end(id, p) })
 	l.places[id] = p
 	return before
@@ -70,9 +76,19 @@ func (l *parkingLot) takeLocked(id component.ID, p *place) *gateway {
 	if p == nil || l.places[id] != p {
 		return nil
 	}
+	p.port.Stop()
 	p.timer.Stop()
 	delete(l.places, id)
 	return p.gateway
+}
+
+// givePort has a gateway that is still parked give its port back. Those that are connected stay.
+func (l *parkingLot) givePort(id component.ID, p *place) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.places[id] == p {
+		p.gateway.server.door.Vacate()
+	}
 }
 
 // end ends a gateway that nobody has taken over, unless somebody just has. The timer calls it; nobody waits for
@@ -138,7 +154,7 @@ func sameLinks(a, b *ServerConfig) bool {
 // adopt has g go on for another component:
 //
 //  1. What can fail is done first: certificates are read again, there is the listener's middleware of the new component,
-//     another listener if the address has changed, and metrics. With an error, g is as it was.
+//     another listener if the address has changed, or was given back, and metrics. With an error, g is as it was.
 //  2. What g says is the new component's from here on: logs, metrics, status.
 //  3. The configuration holds that is the new component's. Where it has another server, there are other links.
 //  4. Newcomers, which have waited, are let in.
@@ -153,7 +169,7 @@ func (g *gateway) adopt(ctx context.Context, e *gatewayExtension, host component
 		return err
 	}
 	var listener net.Listener
-	if cfg.Listener.NetAddr.Endpoint != before.Listener.NetAddr.Endpoint {
+	if g.server.door.Vacant() || cfg.Listener.NetAddr.Endpoint != before.Listener.NetAddr.Endpoint {
 		if listener, err = e.listen(ctx); err != nil {
 			return err
 		}

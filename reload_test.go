@@ -154,11 +154,39 @@ func TestReloadThatHangs(t *testing.T) {
 		require.NoError(t, err)
 		require.GreaterOrEqual(t, seconds, 2)
 		require.LessOrEqual(t, seconds, 5)
+		_, err = s.net.Dial(t.Context(), "tcp", gatewayAddress)
+		require.Error(t, err, "the port is free")
 		time.Sleep(20 * time.Second)
 		s.exchange(alice, 1)
 		require.NoError(t, s.goOn())
 		s.exchange(alice, 2)
 		s.exchange(s.connect("newcomer"), 1)
+
+		s.leaveOff()
+		time.Sleep(keepPort - time.Millisecond)
+		newcomer2 := s.knock("another")
+		synctest.Wait()
+		require.Empty(t, newcomer2, "it waits")
+		require.NoError(t, s.goOn())
+		s.exchange(s.wantLetIn(newcomer2), 1)
+		time.Sleep(2 * keepPort)
+		s.exchange(s.connect("one more"), 1)
+	})
+}
+
+// TestReloadLosesPort has somebody else take the port while there is no component for long.
+func TestReloadLosesPort(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		alice := s.introduce("alice")
+		s.leaveOff()
+		time.Sleep(keepPort + time.Second)
+		other, err := s.net.Listen(gatewayAddress)
+		require.NoError(t, err)
+		s.exchange(alice, 1)
+		require.ErrorContains(t, s.goOn(), "listener::endpoint")
+		alice.WantLetGo()
+		wantNothingParked(t)
+		require.NoError(t, other.Close())
 	})
 }
 

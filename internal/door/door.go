@@ -62,6 +62,7 @@ type Door struct {
 
 	// What may change while it is open.
 	listener atomic.Pointer[net.Listener]
+	vacancy  atomic.Pointer[vacancy]    // while nobody is to come in
 	secure   atomic.Pointer[tls.Config] // nil where there is no TLS
 	limits   atomic.Pointer[Limits]
 
@@ -94,6 +95,30 @@ func (d *Door) Change(secure *tls.Config, limits Limits) {
 func (d *Door) Move(l net.Listener) {
 	before := d.listener.Swap(&l)
 	_ = (*before).Close() // an error concerns nobody any more
+	d.wake()
+}
+
+// vacancy is a time without an address.
+type vacancy struct {
+	listener *net.Listener // from before
+	over     chan struct{} // closed at the end
+}
+
+// Vacate gives the address back, and leaves connections alone. Accept waits for Move, or Close.
+func (d *Door) Vacate() {
+	l := d.listener.Load()
+	d.vacancy.Store(&vacancy{listener: l, over: make(chan struct{})})
+	_ = (*l).Close() // an error concerns nobody any more
+}
+
+// Vacant reports whether the address was given back, and there is no other.
+func (d *Door) Vacant() bool { return d.vacancy.Load() != nil }
+
+// wake ends a vacancy.
+func (d *Door) wake() {
+	if r := d.vacancy.Swap(nil); r != nil {
+		close(r.over)
+	}
 }
 
 // withoutHTTP2 returns config as it is needed here: an upgrade fails on HTTP/2. A configuration
@@ -160,6 +185,10 @@ func (d *Door) Accept() (net.Conn, error) {
 		if err != nil && l != d.listener.Load() {
 			continue // it has moved
 		}
+		if r := d.vacancy.Load(); err != nil && r != nil && r.listener == l {
+			<-r.over
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -174,7 +203,11 @@ func (d *Door) Accept() (net.Conn, error) {
 }
 
 // Close interrupts Accept, and gives the address back. It leaves connections alone.
-func (d *Door) Close() error { return (*d.listener.Load()).Close() }
+func (d *Door) Close() error {
+	err := (*d.listener.Load()).Close()
+	d.wake()
+	return err
+}
 
 // Addr returns the address listened at.
 func (d *Door) Addr() net.Addr { return (*d.listener.Load()).Addr() }

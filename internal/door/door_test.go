@@ -1186,7 +1186,8 @@ func TestCloseInterruptsAccept(t *testing.T) {
 	require.NoError(t, door.Close())
 	require.ErrorIs(t, <-ended, net.ErrClosed)
 
-	require.NoError(t, h.door.Close())
+	h.door.Vacate()
+	require.Error(t, h.door.Close(), "which it is already")
 	_, err = agent.Write([]byte("x"))
 	require.NoError(t, err, "connections are left alone")
 	require.Equal(t, 1, h.door.Open())
@@ -1215,6 +1216,14 @@ func TestMove(t *testing.T) {
 	goOn()
 	v.wantAnswer(http.StatusSwitchingProtocols)
 	h.dial = func() (net.Conn, error) { return net.Dial("tcp", l.Addr().String()) }
+	h.knock().say(upgrade()).wantAnswer(http.StatusSwitchingProtocols)
+
+	h.door.Vacate()
+	require.True(t, h.door.Vacant())
+	again, err := net.Listen("tcp", l.Addr().String())
+	require.NoError(t, err, "the address is free")
+	h.door.Move(again)
+	require.False(t, h.door.Vacant())
 	h.knock().say(upgrade()).wantAnswer(http.StatusSwitchingProtocols)
 
 	fewer := usual
