@@ -5,12 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/gorilla/websocket"
 	"github.com/stretchr/testify/require"
 )
@@ -252,4 +255,46 @@ func TestRolloutAndJavaClient(t *testing.T) {
 	again := launchGateway(t, "again", gatewayConfig(server.url(), gateway.address))
 	again.wantReady(t, 1)
 	wantConnects(3)
+}
+
+// The collector's own telemetry takes long to shut down, since what it exports to answers late: agents that are
+// collectors themselves keep their connections all the while. (If it does not answer at all, the collector ends.)
+func TestRolloutThatHangs(t *testing.T) {
+	t.Parallel()
+	const late = 6 * time.Second
+	exports := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		select {
+		case <-time.After(late):
+		case <-r.Context().Done():
+		}
+	}))
+	t.Cleanup(exports.Close)
+	server := startServer(t, serverOptions{})
+	gateway := startGateway(t, server.url(), func(c config) {
+		c.set("service::telemetry::metrics", map[string]any{"readers": []any{map[string]any{"periodic": map[string]any{
+			"interval": 3_600_000, // so that it is the end that hangs
+			"exporter": map[string]any{"otlp": map[string]any{"protocol": "http/protobuf", "endpoint": exports.URL + "/v1/metrics"}},
+		}}}})
+	})
+	gateway.wantLinks(t, 3)
+	alice := uuid.Must(uuid.NewV7())
+	startCollector(t, "alice", agentConfig(gateway.url(), alice))
+	server.wantAgent(t, alice, "is healthy", func(k Known) bool { return k.Health.GetHealthy() })
+	bob := connectRaw(t, gateway.url(), nil)
+	bob.exchange(t, "I am bob")
+	asked, begun := len(server.asked()), time.Now()
+
+	gateway.rollOut(t)
+	for i := 0; len(gateway.log.with("going on with the connections")) == 0; i++ {
+		bob.exchange(t, fmt.Sprintf("bob says %d", i))
+		require.Less(t, time.Since(begun), 2*time.Minute)
+		time.Sleep(50 * time.Millisecond) // at the pace of an agent
+	}
+	t.Logf("the rollout took %s", time.Since(begun).Round(time.Millisecond))
+	require.Greater(t, time.Since(begun), late, "it does not hang")
+	bob.exchange(t, "I am still bob")
+	require.Len(t, server.asked(), asked, "nobody has come again")
+	require.True(t, server.known(alice).Connected)
+	require.False(t, server.known(alice).Goodbye)
+	connectRaw(t, gateway.url(), nil).exchange(t, "I am new")
 }
