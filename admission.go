@@ -21,6 +21,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unique"
 
 	"go.opentelemetry.io/collector/component"
 	"go.opentelemetry.io/collector/config/confighttp"
@@ -32,6 +33,7 @@ import (
 	"github.com/opampgateway/opampgateway/internal/fair"
 	"github.com/opampgateway/opampgateway/internal/outbox"
 	"github.com/opampgateway/opampgateway/internal/questions"
+	"github.com/opampgateway/opampgateway/internal/status"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
 	"github.com/opampgateway/opampgateway/internal/wire"
 )
@@ -317,6 +319,7 @@ func (s *downstreamServer) tryAdmit(w http.ResponseWriter, r *http.Request) tele
 		http.Error(w, "this gateway lets no other gateways in: see its setting agents::allow_gateways", http.StatusForbidden)
 		return telemetry.OutcomeNoGateways
 	}
+	a.userAgent, a.agentID = unique.Make(status.Cut(r.UserAgent())), status.Cut(r.Header.Get("Agent-ID"))
 	address := fair.AddressOf(r.RemoteAddr)
 	certificate := verifiedCertificate(r)
 	a.credentials = credentialsOf(r.Header, certificate)

@@ -9,6 +9,7 @@ import (
 	"go.opentelemetry.io/collector/component"
 	"go.opentelemetry.io/collector/config/confighttp"
 	"go.opentelemetry.io/collector/config/confignet"
+	"go.opentelemetry.io/collector/config/configoptional"
 	"go.opentelemetry.io/collector/config/configretry"
 	"go.opentelemetry.io/collector/config/configtls"
 	"golang.org/x/net/http/httpguts"
@@ -38,6 +39,9 @@ type Config struct {
 	// ReloadGrace is how long agents and links are kept when the collector shuts the gateway down, so that the one
 	// which it starts then, if this is a reload, goes on with them. 0 ends them at once.
 	ReloadGrace time.Duration `mapstructure:"reload_grace"`
+
+	// Status is where the gateway shows what it does, as a page and as JSON; nowhere unless it is given.
+	Status configoptional.Optional[confighttp.ServerConfig] `mapstructure:"status"`
 
 	// prevent unkeyed literal initialization
 	_ struct{}
@@ -170,6 +174,10 @@ func createDefaultConfig() component.Config {
 	listener.NetAddr.Endpoint = "localhost:4320"
 	listener.ReadHeaderTimeout = 30 * time.Second
 
+	page := confighttp.NewDefaultServerConfig()
+	page.NetAddr.Endpoint = "localhost:4321"
+	page.ReadHeaderTimeout = 10 * time.Second
+
 	retry := configretry.NewDefaultBackOffConfig()
 	retry.InitialInterval = 500 * time.Millisecond
 	retry.MaxInterval = 5 * time.Second
@@ -198,6 +206,7 @@ func createDefaultConfig() component.Config {
 		MaxMessageSize:  64 << 20,
 		MaxBufferedSize: 256 << 20,
 		ReloadGrace:     30 * time.Second,
+		Status:          configoptional.Default(page),
 	}
 }
 
@@ -214,6 +223,9 @@ func (c *Config) Validate() error {
 	}
 	if c.Listener.NetAddr.Endpoint == "" {
 		errs = append(errs, errors.New("listener::endpoint: must not be empty"))
+	}
+	if page := c.Status.Get(); page != nil && page.NetAddr.Endpoint == "" {
+		errs = append(errs, errors.New("status::endpoint: must not be empty"))
 	}
 	return errors.Join(errs...)
 }

@@ -408,7 +408,8 @@ func TestDependencies(t *testing.T) {
 	}
 	require.Empty(t, ids(example(t, "minimal")))
 	got := ids(example(t, "every_key"))
-	require.Len(t, got, 2)
+	require.Len(t, got, 3)
 	require.True(t, slices.Contains(got, component.MustNewIDWithName("basicauth", "agents")))
 	require.True(t, slices.Contains(got, component.MustNewID("ratelimiter")))
+	require.True(t, slices.Contains(got, component.MustNewIDWithName("basicauth", "operators")))
 }

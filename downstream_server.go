@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unique"
 
 	"github.com/gorilla/websocket"
 	"go.uber.org/zap"
@@ -23,6 +24,7 @@ import (
 	"github.com/opampgateway/opampgateway/internal/outbox"
 	"github.com/opampgateway/opampgateway/internal/peer"
 	"github.com/opampgateway/opampgateway/internal/socket"
+	"github.com/opampgateway/opampgateway/internal/status"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
 	"github.com/opampgateway/opampgateway/internal/wire"
 )
@@ -272,6 +274,8 @@ type agentConn struct {
 	credentials credentials      // that it came with
 	gateway     bool             // another gateway, which may ask about its agents
 	came        int64            // when it has connected, of the monotonic clock
+	userAgent   unique.Handle[string]
+	agentID     string // the header, as userAgent no longer than is shown
 
 	// Owned by the reader.
 	uid    wire.UID       // of its last message
@@ -287,6 +291,13 @@ type agentConn struct {
 	mute      atomic.Int64 // since when it has said nothing, of the monotonic clock; 0 when it has
 	fullState atomic.Int64 // when it is asked for its state once more, of the monotonic clock; 0 for not
 	many      atomic.Int32 // how many agents it speaks for, of a gateway
+	faults    atomic.Int32 // how many were counted because of it
+	fault     atomic.Int32 // the last of these: its place in telemetry.Reasons
+
+	// For the status page, by the reader.
+	speaking atomic.Pointer[claim] // of its last message; may have ended
+	heard    atomic.Int64          // when that came, of the monotonic clock, give or take heardWithin; 0 for never
+	messages atomic.Uint64         // that came
 
 	// Where its messages wait on its link; see outbox.Line.
 	line outbox.Line[*claim]
@@ -382,6 +393,7 @@ func (a *agentConn) relay(frame []byte) error {
 		}
 	}
 	a.bad = 0
+	a.hears(taken)
 	a.claim.speaks(f.Sequence)
 	switch err := a.send(entry{Frame: frame, Kind: outbox.Message, Sender: a.claim, Taken: taken}); {
 	case errors.Is(err, errSuspect), errors.Is(err, errServerLimit):
@@ -418,8 +430,10 @@ func (a *agentConn) speakAs(f *wire.Fields) (telemetry.Reason, error) {
 	case err != nil:
 		return telemetry.ReasonTooManyUIDs, err
 	case other != nil:
-		s.tel.Fault(telemetry.ReasonUIDConflict)
+		a.blame(telemetry.ReasonUIDConflict)
 		if other.fresh {
+			s.pool.seen.offends(a, uid, status.Offender{Kind: status.OffenceUIDConflict, Other: other.agent.remote,
+				Text: "in use on two connections with the same credentials; the one that spoke last gets the replies"})
 			s.events.Warn("instance UID is in use on two connections with the same credentials: an agent has reconnected, or was cloned; the one that spoke last gets the replies",
 				zap.Stringer("agent", uid), telemetry.Peer("client", a.remote), telemetry.Peer("other", other.agent.remote))
 		}
@@ -428,6 +442,7 @@ func (a *agentConn) speakAs(f *wire.Fields) (telemetry.Reason, error) {
 		s.pool.meet(a, uid)
 	}
 	a.uid, a.claim = uid, c
+	a.speaking.Store(c)
 	a.speaks()
 	return "", nil
 }
@@ -451,6 +466,8 @@ func (a *agentConn) challenge(c *claim) bool {
 		return false
 	}
 	c.answered.Store(monotonic.Now())
+	a.server.pool.seen.offends(a, c.route.uid, status.Offender{Kind: status.OffenceUIDTaken, Other: c.agent.remote,
+		Text: "speaks under the instance UID of another agent, with other credentials; its messages are not relayed"})
 	a.server.events.Warn("agent speaks under the instance UID of another one, with other credentials, while that is connected; its messages are not relayed",
 		zap.Stringer("agent", c.route.uid), telemetry.Peer("client", a.remote), telemetry.Peer("other", c.agent.remote))
 	return true
@@ -527,7 +544,7 @@ func (a *agentConn) pause() (ctx context.Context, over func()) { return a.ending
 // Piece returns memory for a message, and waits for it when there is none; the socket calls it.
 func (a *agentConn) Piece(size, message int) ([]byte, error) {
 	return a.memory.Piece(size, message, func() (context.Context, func()) {
-		a.server.tel.Fault(telemetry.ReasonMemoryFull)
+		a.blame(telemetry.ReasonMemoryFull)
 		a.server.events.Warn("memory for messages is used up, see max_buffered_size; agents with large messages wait", a.logged()...)
 		return a.pause()
 	})
@@ -563,7 +580,7 @@ var errOffended = errors.New("connection is read no further")
 // turnDown counts a message that is not relayed, and says why, with whatever UID came.
 func (a *agentConn) turnDown(reason telemetry.Reason, f *wire.Fields, text string) {
 	a.speaks() // if nothing good
-	a.server.tel.Fault(reason)
+	a.blame(reason)
 	a.server.events.Info("agent's message is not relayed: "+text, a.logged()...)
 	format := wire.Format{Header: f.Header}
 	uid := f.UID
@@ -603,7 +620,7 @@ func (a *agentConn) offend(cause *ending.Cause, details ...zap.Field) {
 
 func (a *agentConn) count(cause *ending.Cause) {
 	if cause.Counts {
-		a.server.tel.Fault(cause.Reason)
+		a.blame(cause.Reason)
 	}
 }
 
@@ -634,7 +651,7 @@ func (a *agentConn) deliver(frame []byte, taken int64) bool {
 	if err == nil {
 		return true
 	}
-	a.server.tel.Fault(telemetry.ReasonServerFrameLost)
+	a.blame(telemetry.ReasonServerFrameLost)
 	if errors.Is(err, outbox.ErrFull) {
 		a.dismiss(ending.Slow)
 	}
@@ -757,6 +774,7 @@ func (a *agentConn) end(err error) {
 	gone := s.router.release(a)
 	home, gone := s.pool.detach(a, gone)
 	s.log.Debug("agent's connection ended", a.logged(zap.Stringer("agent", a.uid), zap.Error(err))...)
+	s.pool.seen.agentEnded(a, err)
 	s.pool.sayGoodbye(home, gone)
 }
 

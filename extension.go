@@ -30,6 +30,7 @@ import (
 
 	"go.opentelemetry.io/collector/component"
 	"go.opentelemetry.io/collector/component/componentstatus"
+	"go.opentelemetry.io/collector/config/confighttp"
 	"go.opentelemetry.io/collector/config/confignet"
 	"go.opentelemetry.io/collector/extension"
 	"go.opentelemetry.io/collector/extension/extensioncapabilities"
@@ -37,6 +38,8 @@ import (
 
 	"github.com/opampgateway/opampgateway/internal/door"
 	"github.com/opampgateway/opampgateway/internal/memory"
+	"github.com/opampgateway/opampgateway/internal/monotonic"
+	"github.com/opampgateway/opampgateway/internal/peer"
 	"github.com/opampgateway/opampgateway/internal/swaplog"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
 )
@@ -65,8 +68,9 @@ type gatewayExtension struct {
 
 	// mu guards what follows.
 	mu      sync.Mutex
-	gateway *gateway // nil before Start and after Shutdown
-	stopped bool     // Shutdown was called
+	gateway *gateway    // nil before Start and after Shutdown
+	page    *statusPage // nil unless it is configured; otherwise as gateway
+	stopped bool        // Shutdown was called
 }
 
 func newGatewayExtension(set extension.Settings, cfg *Config) (*gatewayExtension, error) {
@@ -79,11 +83,19 @@ func newGatewayExtension(set extension.Settings, cfg *Config) (*gatewayExtension
 
 // Dependencies names the extensions that the listener uses, so that they are started first.
 func (e *gatewayExtension) Dependencies() []component.ID {
-	var ids []component.ID
-	if auth := e.cfg.Listener.Auth.Get(); auth != nil {
+	ids := extensionsOf(&e.cfg.Listener)
+	if page := e.cfg.Status.Get(); page != nil {
+		ids = append(ids, extensionsOf(page)...)
+	}
+	return ids
+}
+
+// extensionsOf names the extensions that an HTTP server uses.
+func extensionsOf(cfg *confighttp.ServerConfig) (ids []component.ID) {
+	if auth := cfg.Auth.Get(); auth != nil {
 		ids = append(ids, auth.Config.AuthenticatorID) //nolint:staticcheck // newer collectors do not embed Config
 	}
-	for _, middleware := range e.cfg.Listener.Middlewares {
+	for _, middleware := range cfg.Middlewares {
 		ids = append(ids, middleware.ID)
 	}
 	return ids
@@ -95,18 +107,26 @@ func (e *gatewayExtension) Start(ctx context.Context, host component.Host) error
 	if e.told == nil {
 		e.told = watchSignals()
 	}
-	g, err := e.start(ctx, host)
+	page, err := newStatusPage(ctx, e, host)
 	if err != nil {
 		e.tel.Shutdown()
 		return err
 	}
+	g, err := e.start(ctx, host)
+	if err != nil {
+		page.stop()
+		e.tel.Shutdown()
+		return err
+	}
+	page.serve(g)
 	e.mu.Lock()
 	stopped := e.stopped
 	if !stopped {
-		e.gateway = g
+		e.gateway, e.page = g, page
 	}
 	e.mu.Unlock()
 	if stopped {
+		page.stop()
 		g.shutdown(ctx)
 		return errors.New("shut down while starting")
 	}
@@ -158,9 +178,10 @@ func (e *gatewayExtension) listen(ctx context.Context) (net.Listener, error) {
 // Start before it, or a second time.
 func (e *gatewayExtension) Shutdown(ctx context.Context) error {
 	e.mu.Lock()
-	g, again := e.gateway, e.stopped
-	e.gateway, e.stopped = nil, true
+	g, page, again := e.gateway, e.page, e.stopped
+	e.gateway, e.page, e.stopped = nil, nil, true
 	e.mu.Unlock()
+	page.stop()
 	switch {
 	case g != nil && e.cfg.ReloadGrace > 0 && !e.told() && g.inUse():
 		if before := g.park(e.set.ID, e.cfg.ReloadGrace); before != nil { // by another collector in this process
@@ -186,6 +207,7 @@ type gateway struct {
 	tel    *telemetry.Telemetry
 	router *router
 	memory *memory.Budget
+	began  int64 // when it was started, of the monotonic clock
 	pool   *upstreamPool
 	server *downstreamServer
 	cancel context.CancelFunc // ends all background work
@@ -209,7 +231,7 @@ type dialFunc func(ctx context.Context, network, address string) (net.Conn, erro
 // ctx is for starting only. dial is nil but in tests.
 func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel *telemetry.Telemetry, host component.Host, listener net.Listener, dial dialFunc) (*gateway, error) {
 	background, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	g := &gateway{cfg: &currentConfig{}, tel: tel, memory: memory.New(int64(cfg.MaxBufferedSize), cfg.MaxMessageSize), cancel: cancel}
+	g := &gateway{cfg: &currentConfig{}, tel: tel, memory: memory.New(int64(cfg.MaxBufferedSize), cfg.MaxMessageSize), cancel: cancel, began: monotonic.Now()}
 	g.cfg.Store(cfg)
 	g.logs, g.log = swaplog.New(set.Logger)
 	g.host.Store(&host)
@@ -234,7 +256,10 @@ func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel 
 	g.pool.start(background, t)
 	g.server.serve(func(err error) { g.report(componentstatus.NewFatalErrorEvent(err)) })
 	g.sweeps.Go(func() {
-		sweep(background, func() KeepAliveConfig { return g.cfg.Load().Server.KeepAlive }, linkSweepInterval, g.pool.sweep)
+		sweep(background, func() KeepAliveConfig { return g.cfg.Load().Server.KeepAlive }, linkSweepInterval, func(limits peer.Limits) {
+			g.pool.sweep(limits)
+			g.takeSample()
+		})
 	})
 	g.sweeps.Go(func() {
 		sweep(background, func() KeepAliveConfig { return g.cfg.Load().Agents.KeepAlive }, agentSweepInterval, g.server.sweep)

@@ -1,11 +1,13 @@
 package opampgateway
 
 import (
+	"net"
 	"net/netip"
 	"net/url"
 	"time"
 
 	"go.opentelemetry.io/collector/component/componentstatus"
+	"go.opentelemetry.io/collector/config/confighttp"
 	"go.opentelemetry.io/collector/config/confignet"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -42,6 +44,16 @@ func warnOfDangers(cfg *Config, log *zap.Logger) {
 	}
 	if listener.TLS.HasValue() && isOldTLS(listener.TLS.Get().MinVersion) {
 		log.Warn("listener::tls::min_version is below 1.2, which is not safe any more")
+	}
+}
+
+// warnOfPage says at start what is legal of the status page, and yet may show it to somebody.
+func warnOfPage(page *confighttp.ServerConfig, log *zap.Logger) {
+	host, _, err := net.SplitHostPort(page.NetAddr.Endpoint)
+	local := page.NetAddr.Transport == confignet.TransportTypeUnix || err == nil && isLoopback(host)
+	authenticated := page.Auth.HasValue() || page.TLS.HasValue() && page.TLS.Get().ClientCAFile != ""
+	if !local && !authenticated {
+		log.Warn("status::endpoint is not of this host alone, and there is no authentication: whoever reaches it sees which agents there are; see status::auth and status::tls::client_ca_file")
 	}
 }
 

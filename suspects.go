@@ -2,6 +2,7 @@ package opampgateway
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"math"
 	"time"
@@ -11,6 +12,7 @@ import (
 	"github.com/opampgateway/opampgateway/internal/monotonic"
 	"github.com/opampgateway/opampgateway/internal/outbox"
 	"github.com/opampgateway/opampgateway/internal/peer"
+	"github.com/opampgateway/opampgateway/internal/status"
 	"github.com/opampgateway/opampgateway/internal/suspicion"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
 )
@@ -56,7 +58,7 @@ func reasonOf(err error) telemetry.Reason {
 
 // turnDown counts a message that is not relayed, and tells its agent why.
 func (p *upstreamPool) turnDown(c *claim, reason telemetry.Reason, err error) {
-	p.tel.Fault(reason)
+	c.agent.blame(reason)
 	c.agent.sendOwn(c.format.BadRequest(c.route.uid.Bytes(), "opampgateway: "+err.Error()))
 }
 
@@ -104,6 +106,8 @@ func (p *upstreamPool) findCulprit(l *link, err error) bool {
 	p.log.Warn("server ends the connection when it reads a message of this agent, so the message is dropped, and what the agent says is turned down for a while",
 		c.agent.logged(zap.Stringer("agent", c.route.uid), zap.Int("bytes", culprit.Size), zap.Duration("for", turnedDown),
 			zap.String("link", p.linkName(l.slot)), zap.NamedError("server_said", err))...)
+	p.seen.offends(c.agent, c.route.uid, status.Offender{Kind: status.OffenceEndsLinks,
+		Text: fmt.Sprintf("the server ends the link when it reads a message of this agent (%d bytes); what it says is turned down for %s", culprit.Size, turnedDown)})
 	p.turnDown(c, telemetry.ReasonServerEndsLink, errSuspect)
 	return true
 }
@@ -164,7 +168,9 @@ func (a *agentConn) noteWait(began int64) {
 	}
 	if !f.counted {
 		f.counted = true
-		a.server.tel.Fault(telemetry.ReasonAgentFloods)
+		a.blame(telemetry.ReasonAgentFloods)
+		a.server.pool.seen.offends(a, a.uid, status.Offender{Kind: status.OffenceFloods,
+			Text: "says more than the server takes; it is read no faster than that, and nobody else slower"})
 	}
 	if !f.named && lasts >= floodNamed {
 		f.named = true

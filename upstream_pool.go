@@ -32,6 +32,7 @@ import (
 	"github.com/opampgateway/opampgateway/internal/peer"
 	"github.com/opampgateway/opampgateway/internal/questions"
 	"github.com/opampgateway/opampgateway/internal/socket"
+	"github.com/opampgateway/opampgateway/internal/status"
 	"github.com/opampgateway/opampgateway/internal/suspicion"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
 	"github.com/opampgateway/opampgateway/internal/wire"
@@ -100,6 +101,7 @@ type upstreamPool struct {
 	slots         sync.WaitGroup
 	homing        sync.WaitGroup  // agents on their way to a new link, and goodbyes that wait to be said
 	suspicion     *suspicion.Book // whose messages the server may have ended links for
+	seen          *seen           // what the status page shows of what is over
 
 	// Shared.
 	target atomic.Pointer[target] // changed by change only
@@ -118,7 +120,8 @@ type upstreamPool struct {
 	failure error         // why there is no link; kept while there is one
 	report  chan struct{} // holds a token when there is something to tell
 	stated  []*capabilities
-	apart   int // the slot where newcomers are while links end at them
+	apart   int         // the slot where newcomers are while links end at them
+	states  []slotState // by slot, as long as live
 }
 
 // target is the server as one configuration has it, and how links to it present themselves. A reload with another
@@ -170,7 +173,7 @@ func (t *target) linkName(slot int) string { return t.name + "/upstream-" + strc
 
 func newUpstreamPool(cfg *currentConfig, log *zap.Logger, tel *telemetry.Telemetry, r *router, budget *memory.Budget, status func(error)) *upstreamPool {
 	p := &upstreamPool{
-		cfg: cfg, tel: tel, router: r, memory: budget, suspicion: suspicion.NewBook(), status: status,
+		cfg: cfg, tel: tel, router: r, memory: budget, suspicion: suspicion.NewBook(), seen: &seen{}, status: status,
 		changed: make(chan struct{}), back: make(chan struct{}), report: make(chan struct{}, 1), failure: errNoLink,
 	}
 	_, _ = rand.Read(p.requestPrefix[:])                // it never fails
@@ -213,6 +216,7 @@ func (p *upstreamPool) change(t *target) {
 	}
 	for len(p.live) < len(t.left) {
 		p.live = append(p.live, nil)
+		p.states = append(p.states, slotState{since: monotonic.Now()})
 	}
 	p.mu.Unlock()
 	p.blind.Store(false)
@@ -291,6 +295,7 @@ func (p *upstreamPool) keep(t *target, slot int) {
 				return
 			}
 			delay := max(delays.NextBackOff(), retryAfter)
+			p.noteFailure(slot, err)
 			if reason := failureReason(err); reason != logged { // once per change, not per attempt
 				logged = reason
 				log.Warn("cannot connect to the server, will keep trying", zap.Error(err), zap.Duration("retry_in", delay))
@@ -317,6 +322,7 @@ func (p *upstreamPool) keep(t *target, slot int) {
 		log.Info("connected to the server", l.redirected)
 		err = l.read()
 		caught := p.linkDown(l, err)
+		p.seen.linkEnded(l, time.Since(up), err)
 		switch {
 		case t.dialing.Err() != nil:
 			log.Info("disconnected from the server")
@@ -326,6 +332,7 @@ func (p *upstreamPool) keep(t *target, slot int) {
 			delays.Reset()
 		}
 		p.tel.Fault(telemetry.ReasonLinkLost)
+		p.noteFailure(slot, err)
 		log.Warn("lost connection to the server, connecting again", zap.Error(err), zap.Duration("after", time.Since(up).Round(time.Millisecond)))
 		if !dialAtOnce {
 			_ = sleep(t.dialing, delays.NextBackOff())
@@ -389,6 +396,7 @@ func (p *upstreamPool) linkUp(l *link) bool {
 		return false
 	}
 	p.live[l.slot] = l
+	p.states[l.slot].since = monotonic.Now()
 	if p.count++; p.count == 1 {
 		p.since = time.Now()
 		close(p.back)
@@ -437,6 +445,7 @@ func (p *upstreamPool) linkDown(l *link, err error) (caught bool) {
 		p.apart = l.slot // that they have ended already
 	}
 	p.live[l.slot] = nil
+	p.states[l.slot].since = monotonic.Now()
 	if p.count--; p.count == 0 && !l.leaving {
 		p.reportLocked(errNoLink)
 	}
@@ -772,6 +781,11 @@ type link struct {
 	caps    atomic.Pointer[capabilities] // as stated on this link; nil until then
 	givenUp atomic.Bool                  // ended by us, for its silence or for another target
 
+	// For the status page.
+	meter    status.Meter
+	ping     atomic.Int64  // how long the server took to answer the last, in nanoseconds; 0 for none
+	messages atomic.Uint64 // that came, by the reader
+
 	// Owned by the reader.
 	complaints int  // errors that name nobody
 	toldNoUID  bool // that the server names nobody was logged
@@ -813,6 +827,7 @@ func (l *link) read() error {
 // relay takes one frame from the server to the agent it names.
 func (l *link) relay(frame []byte) {
 	taken := monotonic.Now()
+	l.messages.Add(1)
 	f, err := wire.ScanServerToAgent(frame)
 	if err != nil {
 		l.pool.tel.Fault(telemetry.ReasonServerBadFrame)
@@ -918,6 +933,7 @@ func (l *link) Ponged(payload []byte) {
 		return
 	}
 	l.pool.tel.RoundTrip(ack.RoundTrip)
+	l.ping.Store(max(1, int64(ack.RoundTrip)))
 	if ack.Largest > 0 {
 		l.pool.suspicion.Acknowledged(ack.Largest)
 	}

@@ -205,6 +205,12 @@ func (q *Requests) Held() int64 { return q.held.Load() }
 // Reading returns how many bytes of messages are counted that are being read, going up.
 func (b *Budget) Reading() int64 { return b.classes[small].held.Load() + b.classes[large].held.Load() }
 
+// Limit returns how many bytes may be in use.
+func (b *Budget) Limit() int64 { return b.limit }
+
+// InUse returns how many bytes are counted now.
+func (b *Budget) InUse() int64 { return b.inUse() }
+
 // inUse is what is counted.
 func (b *Budget) inUse() int64 {
 	return b.Up.held.Load() + b.Down.held.Load() + b.Reading() + b.Kept.held.Load() + b.Requests.held.Load()

@@ -287,6 +287,31 @@ func (o *Link[S]) OnItsWay() int {
 	return o.sent.len()
 }
 
+// Load is what a link has to do.
+type Load[S any] struct {
+	OnItsWay, OnItsWayBytes int              // messages handed to the socket that are not acknowledged
+	Waiting                 int              // bytes of messages that wait, or are being written
+	Lines                   map[*Line[S]]int // of senders, the bytes that wait of each for which some do
+}
+
+// Load returns what there is to do.
+func (o *Link[S]) Load() Load[S] {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	_, bytes := o.window.Unacknowledged()
+	l := Load[S]{OnItsWay: o.sent.len(), OnItsWayBytes: bytes, Waiting: o.size, Lines: map[*Line[S]]int{}}
+	for q := range o.lines.all {
+		size := q.size
+		if q.waits {
+			size += q.pending.size()
+		}
+		if size > 0 && q.line != nil {
+			l.Lines[q.line] = size
+		}
+	}
+	return l
+}
+
 // Close has what waits written, then a close frame with this payload, all in a moment, and
 // takes nothing more. It never waits. The socket is left to its reader, which sees the
 // peer's answer, or runs into the moment's end.

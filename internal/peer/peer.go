@@ -6,6 +6,7 @@ package peer
 import (
 	"context"
 	"errors"
+	"sync/atomic"
 	"time"
 
 	"github.com/gorilla/websocket"
@@ -28,19 +29,24 @@ type Peer[S any, O Outbox] struct {
 	Socket  *socket.Socket
 	Outbox  O
 	Relayed *telemetry.Direction // what is written to it
+
+	messages, bytes atomic.Uint64 // that were written to it; whoever writes counts, so one at a time
 }
+
+// Written returns how many messages were handed to the socket, and their bytes.
+func (p *Peer[S, O]) Written() (messages, bytes uint64) { return p.messages.Load(), p.bytes.Load() }
 
 // WriteBatch writes to the socket; the outbox calls it.
 func (p *Peer[S, O]) WriteBatch(batch []outbox.Entry[S]) (written int, err error) {
 	written, err = socket.WriteBatch(p.Socket, batch)
-	count(p.Relayed, batch[:written])
+	p.count(batch[:written])
 	return written, err
 }
 
 // TryBatch writes to the socket what it takes at once; the outbox calls it.
 func (p *Peer[S, O]) TryBatch(batch []outbox.Entry[S]) (written int, err error) {
 	written, err = socket.TryBatch(p.Socket, batch)
-	count(p.Relayed, batch[:written])
+	p.count(batch[:written])
 	return written, err
 }
 
@@ -103,7 +109,7 @@ func (p *Peer[S, O]) Sweep(limits Limits) Sign {
 }
 
 // count counts messages that were handed to their socket. Of a batch, the first has waited the longest.
-func count[S any](direction *telemetry.Direction, batch []outbox.Entry[S]) {
+func (p *Peer[S, O]) count(batch []outbox.Entry[S]) {
 	messages, bytes, first := 0, 0, int64(0)
 	for i := range batch {
 		if e := &batch[i]; e.Taken != 0 {
@@ -117,6 +123,9 @@ func count[S any](direction *telemetry.Direction, batch []outbox.Entry[S]) {
 	if messages == 0 {
 		return
 	}
+	p.messages.Add(uint64(messages))
+	p.bytes.Add(uint64(bytes))
+	direction := p.Relayed
 	direction.Relayed(messages, bytes)
 	if direction.LatencyDue(first) {
 		direction.Latency(time.Duration(monotonic.Now() - first))

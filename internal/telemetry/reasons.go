@@ -109,3 +109,14 @@ var Outcomes = []struct {
 	{OutcomeAbandoned, "the agent left while it waited"},
 	{OutcomeReload, "503: the gateway is being reloaded, or stops; to be tried again after 2 to 5 s"},
 }
+
+// Index returns the place of a Reason in Reasons; 0 if it is not there.
+func Index(reason Reason) int { return indexes[reason] }
+
+var indexes = func() map[Reason]int {
+	indexes := map[Reason]int{}
+	for i, r := range Reasons {
+		indexes[r.Reason] = i
+	}
+	return indexes
+}()

@@ -37,6 +37,9 @@ func (d *Direction) Relayed(messages, bytes int) {
 	d.bytes.Add(int64(bytes))
 }
 
+// Total returns how many messages were handed to their socket so far, and their bytes.
+func (d *Direction) Total() (messages, bytes int64) { return d.messages.Load(), d.bytes.Load() }
+
 // LatencyDue reports whether it is time to record the latency of a message that was taken then, in
 // nanoseconds of the process's own clock.
 func (d *Direction) LatencyDue(taken int64) bool {
@@ -55,10 +58,16 @@ type Telemetry struct {
 	Up, Down Direction
 
 	instruments atomic.Pointer[metadata.TelemetryBuilder]
-	options     sync.Map // from the value of reason or outcome to []metric.AddOption
+	counted     sync.Map // from the value of reason or outcome to *counted
 
 	// Set once, by Start.
 	links, agents, unacknowledged func() int
+}
+
+// counted is one value of an attribute, and how often it was counted.
+type counted struct {
+	options []metric.AddOption
+	n       atomic.Int64
 }
 
 // New registers the instruments of one component.
@@ -123,10 +132,10 @@ func (t *Telemetry) observe(builder *metadata.TelemetryBuilder) error {
 	}
 	// Whatever can happen is there as 0 from the start, so that a rate sees the first one.
 	for _, r := range Reasons {
-		builder.OpampgatewayFaults.Add(context.Background(), 0, t.with("reason", string(r.Reason))...)
+		builder.OpampgatewayFaults.Add(context.Background(), 0, t.of("reason", string(r.Reason)).options...)
 	}
 	for _, o := range Outcomes {
-		builder.OpampgatewayAdmissions.Add(context.Background(), 0, t.with("outcome", string(o.Outcome))...)
+		builder.OpampgatewayAdmissions.Add(context.Background(), 0, t.of("outcome", string(o.Outcome)).options...)
 	}
 	return nil
 }
@@ -153,21 +162,34 @@ func (t *Telemetry) Fault(reason Reason) { t.Faults(reason, 1) }
 
 // Faults counts n things that went wrong.
 func (t *Telemetry) Faults(reason Reason, n int) {
-	t.instruments.Load().OpampgatewayFaults.Add(context.Background(), int64(n), t.with("reason", string(reason))...)
+	c := t.of("reason", string(reason))
+	c.n.Add(int64(n))
+	t.instruments.Load().OpampgatewayFaults.Add(context.Background(), int64(n), c.options...)
 }
 
 // Admission counts how one agent's request to connect ended.
 func (t *Telemetry) Admission(outcome Outcome) {
-	t.instruments.Load().OpampgatewayAdmissions.Add(context.Background(), 1, t.with("outcome", string(outcome))...)
+	c := t.of("outcome", string(outcome))
+	c.n.Add(1)
+	t.instruments.Load().OpampgatewayAdmissions.Add(context.Background(), 1, c.options...)
 }
 
-// with returns an attribute as a counter takes it. It is made once: what goes wrong may come
+// FaultCount returns how many things of this kind went wrong.
+func (t *Telemetry) FaultCount(reason Reason) int64 { return t.of("reason", string(reason)).n.Load() }
+
+// AdmissionCount returns how many requests ended in this way.
+func (t *Telemetry) AdmissionCount(outcome Outcome) int64 {
+	return t.of("outcome", string(outcome)).n.Load()
+}
+
+// of returns what counts one value, with the attribute as a counter takes it. It is made once: what goes wrong may come
 // as a flood.
-func (t *Telemetry) with(key, value string) []metric.AddOption {
-	if options, ok := t.options.Load(value); ok {
-		return options.([]metric.AddOption)
+func (t *Telemetry) of(key, value string) *counted {
+	if c, ok := t.counted.Load(value); ok {
+		return c.(*counted)
 	}
-	options := []metric.AddOption{metric.WithAttributeSet(attribute.NewSet(attribute.String(key, value)))}
-	t.options.Store(value, options)
-	return options
+	c, _ := t.counted.LoadOrStore(value, &counted{
+		options: []metric.AddOption{metric.WithAttributeSet(attribute.NewSet(attribute.String(key, value)))},
+	})
+	return c.(*counted)
 }
