@@ -84,7 +84,7 @@ tidy: ## tidy every go.mod
 	@for m in $(TIDY_MODULES); do (cd $$m && go mod tidy) || exit; done
 
 ##@ Check it
-.PHONY: test generate-check tidy-check versions-check lint cross unit fuzz e2e attack soak soak-race soak-broken opampsupervisor
+.PHONY: test generate-check tidy-check versions-check lint cross unit fuzz e2e attack soak soak-race soak-broken screenshots opampsupervisor
 
 test: c-compiler tidy-check generate-check lint cross unit fuzz versions-check e2e soak ## what CI runs: the checks below, but for attack, soak-race and soak-broken
 	@echo '==> all is well'
@@ -130,7 +130,7 @@ fuzz: ## run each fuzz target for FUZZTIME (10s)
 		name=$${func#func }; echo "==> fuzz $$name"; \
 		(cd "$$(dirname "$$file")" && go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x . </dev/null) || exit; done
 
-e2e: collector opampsupervisor ## the built collector between real agents, supervisors and servers
+e2e: collector opampsupervisor chromium ## the built collector between real agents, supervisors and servers
 	@echo '==> e2e'
 	@cd e2e && go test -count=1 -timeout 15m ./...
 
@@ -156,6 +156,9 @@ soak-broken: collector ## the soak fails for gateways that are broken; BROKEN='d
 	@echo '==> soak-broken'
 	@cd e2e && go build -o ../build/soak ./soak
 	@e2e/soak/broken/check.sh $(DURATION) $(BROKEN)
+
+screenshots: collector chromium ## the pictures of the status page in docs/images
+	@cd e2e && SCREENSHOTS="$(CURDIR)/docs/images" go test -count=1 -timeout 10m -v -run '^TestScreenshots$$' .
 
 opampsupervisor: build/opampsupervisor ## build the OpAMP supervisor that e2e tests the gateway with
 
@@ -233,3 +236,12 @@ haproxy:
 		echo 'The bench measures HAProxy, too: haproxy on Debian.'; \
 		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo 'Installing it.' && \
 		apt-get update -qq && apt-get install -y -qq --no-install-recommends haproxy; }
+
+# The browser in which the status page is tested. Without it, these tests are skipped.
+.PHONY: chromium
+chromium:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+		echo 'The status page is tested in Chromium: chromium on Debian.'; \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo 'Installing it.' && \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } || \
+		echo 'There is none; those tests are skipped.'

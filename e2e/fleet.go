@@ -51,6 +51,8 @@ type fleetOptions struct {
 	writeBuffer int
 	// frameLimit is the largest WebSocket frame that an agent takes; 0 is any.
 	frameLimit int
+	// userAgents are what the agents call themselves, some this, some that; nil for nothing.
+	userAgents []string
 }
 
 // FleetAgent is one of a fleet.
@@ -180,7 +182,11 @@ func (a *FleetAgent) dial() (*websocket.Conn, refusal) {
 			return conn, err
 		},
 	}
-	ws, resp, err := dialer.DialContext(a.fleet.ctx, a.fleet.url, http.Header{"Agent-ID": {a.uid.String()}})
+	headers := http.Header{"Agent-ID": {a.uid.String()}}
+	if names := a.fleet.opts.userAgents; names != nil {
+		headers.Set("User-Agent", names[int(a.uid[0])%len(names)])
+	}
+	ws, resp, err := dialer.DialContext(a.fleet.ctx, a.fleet.url, headers)
 	if err == nil {
 		return ws, refusal{}
 	}
