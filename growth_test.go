@@ -2,10 +2,14 @@ package opampgateway
 
 import (
 	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"runtime"
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/opampgateway/opampgateway/internal/status"
 )
 
 // What the gateway costs must not grow with the number of its agents. The figures are those of the
@@ -170,4 +174,25 @@ func TestRelayingAllocatesNothing(t *testing.T) {
 		<-f.done
 	})
 	require.LessOrEqual(t, down, float64(allocationsDown), "allocations per message to an agent")
+}
+
+// The status page is asked for all that it shows. It asks twice in two seconds.
+func BenchmarkStatus(b *testing.B) {
+	f := newFleet(b)
+	defer f.stop()
+	const agents = 15_000
+	f.grow(agents)
+	handler := status.NewHandler(&statusPage{gateway: f.gateway})
+	for _, path := range []string{"/api/v1/status", "/api/v1/agents?per=25", "/api/v1/agents?per=25&sort=instance_uid", "/api/v1/agents?q=agent/1&sort=address&page=100"} {
+		b.Run(fmt.Sprintf("agents=%d%s", agents, path), func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				w := httptest.NewRecorder()
+				handler.ServeHTTP(w, httptest.NewRequest(http.MethodGet, path, nil))
+				if w.Code != http.StatusOK {
+					b.Fatal(w.Code, w.Body)
+				}
+			}
+		})
+	}
 }

@@ -206,7 +206,7 @@ func TestStatusInBrowser(t *testing.T) {
 	server.wantKnown(t, fleet.agents, ceiling)
 	b.visit(t, page, 1400, 900, false)
 	b.wantText(t, "#state", "ok")
-	b.wantText(t, "#found", "1–50 of 120")
+	b.wantText(t, "#found", "1–25 of 120")
 	b.wantText(t, "#links", "gateway/upstream-0", "gateway/upstream-2", "connected")
 	require.NotContains(t, b.text(t, "#links"), "connecting")
 	require.Empty(t, b.text(t, "#problems"))
@@ -217,7 +217,7 @@ func TestStatusInBrowser(t *testing.T) {
 	b.wantText(t, "#found", "1–1 of 1 found, 120 in all")
 	b.wantText(t, "#agents tbody", wanted)
 	b.evaluate(t, "(() => { const s = document.getElementById('search'); s.value = ''; s.dispatchEvent(new Event('input')); })()", nil)
-	b.wantText(t, "#found", "1–50 of 120")
+	b.wantText(t, "#found", "1–25 of 120")
 	b.evaluate(t, "document.querySelector('th[data-sort=instance_uid] button').click()", nil)
 	eventually(t, func() string {
 		var sorted string
@@ -228,7 +228,7 @@ func TestStatusInBrowser(t *testing.T) {
 		return ""
 	})
 	b.evaluate(t, "document.getElementById('next').click()", nil)
-	b.wantText(t, "#found", "51–100 of 120")
+	b.wantText(t, "#found", "26–50 of 120")
 	require.Less(t, "0", strings.Fields(b.text(t, "#agents tbody tr:first-child td:first-child"))[0])
 
 	// A link is lost, and cannot come back.
@@ -241,7 +241,7 @@ func TestStatusInBrowser(t *testing.T) {
 	b.wantText(t, "#ended", "link_lost")
 	line.Refuse(false)
 	b.wantText(t, "#state", "ok")
-	b.wantText(t, "#found", "51–100 of 120")
+	b.wantText(t, "#found", "26–50 of 120")
 
 	// What agents say of themselves is text.
 	bad := connectRaw(t, gateway.url(), http.Header{"User-Agent": {"<img src=x onerror=console.error(1)>"}, "Agent-Id": {uuid.NewString()}})

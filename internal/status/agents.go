@@ -49,7 +49,7 @@ type Agents struct {
 
 // columns are what can be sorted by.
 var columns = map[string]func(a, b *Row) int{
-	"instance_uid":    func(a, b *Row) int { return compareUID(&a.UID, &b.UID) },
+	"instance_uid":    func(a, b *Row) int { return a.UID.Compare(&b.UID) },
 	"address":         func(a, b *Row) int { return strings.Compare(a.Address, b.Address) },
 	"user_agent":      func(a, b *Row) int { return strings.Compare(a.UserAgent, b.UserAgent) },
 	"agent_id":        func(a, b *Row) int { return strings.Compare(a.AgentID, b.AgentID) },
@@ -63,8 +63,6 @@ var columns = map[string]func(a, b *Row) int{
 	"waiting":         func(a, b *Row) int { return cmp.Compare(a.WaitingUp+a.WaitingDown, b.WaitingUp+b.WaitingDown) },
 	"faults":          func(a, b *Row) int { return cmp.Compare(a.Faults, b.Faults) },
 }
-
-func compareUID(a, b *wire.UID) int { return strings.Compare(a.String(), b.String()) }
 
 // ParseQuery reads a Query. An error says which part of it is wrong.
 func ParseQuery(values url.Values) (Query, error) {
@@ -109,9 +107,10 @@ func (q *Query) uid() (uid wire.UID) {
 // Select answers q from rows, whose order it changes.
 func (q *Query) Select(rows []Row, c Clock) *Agents {
 	search := strings.ToLower(strings.TrimSpace(q.Search))
+	isHex := strings.Trim(search, "0123456789abcdef-") == ""
 	found := make([]*Row, 0, len(rows))
 	for i := range rows {
-		if r := &rows[i]; search == "" || r.Holds || r.has(search) {
+		if r := &rows[i]; search == "" || r.Holds || r.has(search, isHex) {
 			found = append(found, r)
 		}
 	}
@@ -163,10 +162,10 @@ func first(rows []*Row, n int, compare func(a, b *Row) int) []*Row {
 	return best
 }
 
-// has reports whether a text, in lower case, is found in r.
-func (r *Row) has(text string) bool {
+// has reports whether a text, in lower case, is found in r. In most UIDs it cannot be unless it is hexadecimal.
+func (r *Row) has(text string, isHex bool) bool {
 	return contains(r.UserAgent, text) || contains(r.AgentID, text) || contains(r.Address, text) || contains(r.Link, text) ||
-		r.UID != (wire.UID{}) && contains(r.UID.String(), text)
+		(isHex || r.UID.IsText()) && contains(UID(r.UID), text)
 }
 
 // contains reports whether sub, in lower case, is in s, whatever the case of its letters of ASCII.

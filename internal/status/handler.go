@@ -38,9 +38,9 @@ func hashOf(element string) string {
 type handler struct {
 	source Source
 
-	// mu is held while the source is asked, so that however many look, it is asked by one at a time. It guards rows.
+	// mu is held while the source is asked, so that however many look, it is asked by one at a time.
 	mu   sync.Mutex
-	rows []Row // memory for all agents, kept as long as somebody looks at them
+	rows sync.Pool // memory for all agents, of type *[]Row, which is not collected while somebody looks
 }
 
 // NewHandler returns what answers requests for the page, and for the same as JSON. It belongs behind Guard.
@@ -74,17 +74,15 @@ func (h *handler) agents(w http.ResponseWriter, r *http.Request) {
 func (h *handler) ask(q *Query) *Agents {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	rows := h.source.Agents(h.rows[:0], q.uid())
-	answer := q.Select(rows, NewClock())
-	clear(rows) // nothing of an agent is kept
-	if h.rows = rows; cap(rows) > maxKeptRows {
-		h.rows = nil
+	rows, ok := h.rows.Get().(*[]Row)
+	if !ok {
+		rows = &[]Row{}
 	}
+	*rows = h.source.Agents((*rows)[:0], q.uid())
+	answer := q.Select(*rows, NewClock())
+	h.rows.Put(rows)
 	return answer
 }
-
-// maxKeptRows is for how many agents memory is kept from one request to the next: some 250 KiB.
-const maxKeptRows = 1000
 
 func serveJSON(w http.ResponseWriter, r *http.Request, v any) {
 	body, err := json.Marshal(v)

@@ -10,6 +10,7 @@ package wire
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -212,6 +213,14 @@ func (u *UID) Bytes() []byte { return u.bytes[:u.length] }
 
 // Text reports whether the UID is the 26-byte text of older agents.
 func (u *UID) Text() bool { return u.length == 26 }
+
+// Compare puts UIDs in an order: the shorter ones first, which are not text, then by their bytes.
+func (u *UID) Compare(v *UID) int {
+	return cmp.Or(cmp.Compare(u.length, v.length), bytes.Compare(u.bytes[:], v.bytes[:]))
+}
+
+// IsText reports whether the UID is a text of 26 characters, as older agents have it.
+func (u *UID) IsText() bool { return u.length == 26 }
 
 // String returns the UID as people know it: a UUID in its usual form, or the text.
 func (u UID) String() string {

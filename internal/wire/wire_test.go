@@ -434,3 +434,18 @@ func TestEmbeddedMessages(t *testing.T) {
 	assert.Nil(t, wire.Embedded(nil, wire.FieldErrorResponse))
 	assert.Nil(t, wire.Embedded([]byte{0, 0xff}, wire.FieldErrorResponse))
 }
+
+func TestOrderOfUIDs(t *testing.T) {
+	parse := func(text string) wire.UID {
+		uid, err := wire.ParseUID([]byte(text))
+		require.NoError(t, err)
+		return uid
+	}
+	a, b, text := parse("aaaaaaaaaaaaaaaa"), parse("aaaaaaaaaaaaaaab"), parse("aaaaaaaaaaaaaaaaaaaaaaaaaa")
+	require.Negative(t, a.Compare(&b))
+	require.Positive(t, b.Compare(&a))
+	require.Zero(t, a.Compare(&a))
+	require.Negative(t, b.Compare(&text))
+	require.False(t, a.IsText())
+	require.True(t, text.IsText())
+}
