@@ -57,9 +57,10 @@ GOBUILD := "$(CURDIR)/tools/gobuild.sh"
 ##@ Run it
 .PHONY: run collector
 
-run: collector ## watch a fleet through the gateway; SERVER=wss://… SECRET_KEY=…: relay to that server
+run: collector ## watch a fleet through the gateway; AGENTS=500: a larger one; SERVER=wss://… SECRET_KEY=…: relay to that server
 	@cd demo && $(GOBUILD) demo -o ../build/demo .
-	@cd demo && exec ../build/demo -collector ../build/otelcol-opampgateway $(if $(SERVER),-server '$(SERVER)')
+	@cd demo && exec ../build/demo -collector ../build/otelcol-opampgateway $(if $(SERVER),-server '$(SERVER)') \
+		$(if $(filter command environment,$(origin AGENTS)),-agents $(AGENTS))
 # The key goes to the demo in its environment: the command line of a process is
 # for all to read.
 ifneq ($(value SECRET_KEY),)

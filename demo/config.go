@@ -14,6 +14,7 @@ type gatewayConfig struct {
 	Listen      string // where agents connect
 	Connections int
 	Metrics     string // address of its own metrics
+	Status      string // address of its status page
 	Rollout     int    // what was rolled out to it so far
 }
 
@@ -46,6 +47,8 @@ extensions:
       connections: {{.Connections}}
     listener:
       endpoint: {{yaml .Listen}}
+    status:
+      endpoint: {{yaml .Status}}
 `+idlePipeline+`
 service:
   extensions: [opampgateway]

@@ -10,7 +10,7 @@ import (
 )
 
 func TestGatewayConfig(t *testing.T) {
-	got, err := render(gatewayTemplate, gatewayConfig{Server: "wss://server/v1/opamp?a=$b", Listen: "localhost:4320", Connections: 3, Metrics: "127.0.0.1:9"})
+	got, err := render(gatewayTemplate, gatewayConfig{Server: "wss://server/v1/opamp?a=$b", Listen: "localhost:4320", Connections: 3, Metrics: "127.0.0.1:9", Status: "127.0.0.1:10"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -25,6 +25,8 @@ extensions:
       connections: 3
     listener:
       endpoint: "localhost:4320"
+    status:
+      endpoint: "127.0.0.1:10"
 
 receivers:
   otlp:
@@ -130,13 +132,13 @@ func TestGatewayOnly(t *testing.T) {
 		t.Errorf("without a key: %v", err)
 	}
 
-	text := strings.Join(gatewayIntroduction(options{server: "wss://server", listen: "localhost:4320"}, "file", "127.0.0.1:9"), "\n")
-	for _, want := range []string{"endpoint: ws://localhost:4320/v1/opamp", "secret_key: ${OPAMP_SECRET_KEY}", "Only agents on this machine"} {
+	text := strings.Join(gatewayIntroduction(options{server: "wss://server", listen: "localhost:4320"}, "file", "127.0.0.1:9", "127.0.0.1:10"), "\n")
+	for _, want := range []string{"endpoint: ws://localhost:4320/v1/opamp", "secret_key: ${OPAMP_SECRET_KEY}", "Only agents on this machine", "http://127.0.0.1:10/"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %q in\n%s", want, text)
 		}
 	}
-	text = strings.Join(gatewayIntroduction(options{listen: "0.0.0.0:4320"}, "file", "127.0.0.1:9"), "\n")
+	text = strings.Join(gatewayIntroduction(options{listen: "0.0.0.0:4320"}, "file", "127.0.0.1:9", "127.0.0.1:10"), "\n")
 	if !strings.Contains(text, "ws://<this host>:4320/v1/opamp") || strings.Contains(text, "Only agents on this machine") {
 		t.Errorf("for all addresses:\n%s", text)
 	}

@@ -44,6 +44,7 @@ type demo struct {
 
 	agentURL string        // where agents connect
 	metrics  string        // address of the gateway's metrics, empty with -direct
+	page     string        // URL of its status page, as metrics
 	config   gatewayConfig // of the gateway, as it is now
 
 	settled  atomic.Bool // the fleet is complete: from now on a child's end is news, not failure
@@ -143,12 +144,12 @@ func (d *demo) startServer(context.Context) (string, error) {
 }
 
 func (d *demo) startGateway(ctx context.Context) (string, error) {
-	ports, err := freePorts(2)
+	ports, err := freePorts(3)
 	if err != nil {
 		return "", err
 	}
-	d.agentURL, d.metrics = "ws://"+ports[0]+"/v1/opamp", ports[1]
-	d.config = gatewayConfig{Server: d.server.endpoint(), Listen: ports[0], Connections: connections, Metrics: d.metrics}
+	d.agentURL, d.metrics, d.page = "ws://"+ports[0]+"/v1/opamp", ports[1], "http://"+ports[2]+"/"
+	d.config = gatewayConfig{Server: d.server.endpoint(), Listen: ports[0], Connections: connections, Metrics: d.metrics, Status: ports[2]}
 	config, err := render(gatewayTemplate, d.config)
 	if err != nil {
 		return "", err
@@ -273,6 +274,9 @@ func (d *demo) live(ctx context.Context) error {
 	d.screen.say(d.hints()...)
 	d.screen.say("", "running; Ctrl-C stops everything. What happens from now on:")
 	if d.screen.terminal() {
+		if d.gateway != nil {
+			openPage(d.page)
+		}
 		if term.IsTerminal(int(os.Stdin.Fd())) {
 			go d.pushOnEnter()
 		}
@@ -390,6 +394,7 @@ func (d *demo) summary() []string {
 // places are the addresses that summaries show.
 type places struct {
 	gateway string // empty with -direct
+	page    string // as gateway
 	server  string
 }
 
@@ -397,6 +402,7 @@ func (d *demo) places() places {
 	p := places{server: d.server.endpoint()}
 	if d.gateway != nil {
 		p.gateway = fmt.Sprintf("%s (pid %d)", d.agentURL, d.gateway.pid())
+		p.page = d.page
 	}
 	return p
 }
@@ -421,6 +427,9 @@ func summarize(v fleetView, now time.Time, p places, m *gatewayMetrics, width in
 		add("agents", "%d connected, all through the gateway", v.connected())
 		add("links", "%d up, with agents: %s", len(v.links), dash(strings.Join(loads, ", ")))
 		add("gateway", "%s", p.gateway)
+		if p.page != "" {
+			add("status page", "%s", p.page)
+		}
 	}
 	add("server", "%s", p.server)
 	if v.offer != nil {
@@ -439,11 +448,15 @@ func (d *demo) hints() []string {
 	if d.gateway != nil {
 		learns = "the gateway says goodbye to the server in its place"
 	}
-	lines := []string{
+	var lines []string
+	if d.gateway != nil {
+		lines = append(lines, "see it in a browser: "+d.screen.paint(bold, d.page), "")
+	}
+	lines = append(lines,
 		"things to try in another terminal:",
 		fmt.Sprintf("  kill -9 %-8d %s vanishes without a word; %s", last.pid(), last.name, learns),
 		fmt.Sprintf("  tail -f %s", filepath.Join(d.dir, "*.log")),
-	}
+	)
 	if d.gateway != nil {
 		lines = append(lines,
 			fmt.Sprintf("  kill -HUP %-6d the gateway reloads its configuration, and no agent notices", d.gateway.pid()),

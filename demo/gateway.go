@@ -28,11 +28,11 @@ func runGatewayOnly(ctx, hurry context.Context, o options) (err error) {
 	if !o.keep {
 		defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	}
-	ports, err := freePorts(1)
+	ports, err := freePorts(2)
 	if err != nil {
 		return err
 	}
-	config, err := render(gatewayTemplate, gatewayConfig{Server: o.server, Listen: o.listen, Connections: connections, Metrics: ports[0]})
+	config, err := render(gatewayTemplate, gatewayConfig{Server: o.server, Listen: o.listen, Connections: connections, Metrics: ports[0], Status: ports[1]})
 	if err != nil {
 		return err
 	}
@@ -41,7 +41,7 @@ func runGatewayOnly(ctx, hurry context.Context, o options) (err error) {
 		return err
 	}
 
-	fmt.Println(strings.Join(gatewayIntroduction(o, file, ports[0]), "\n"))
+	fmt.Println(strings.Join(gatewayIntroduction(o, file, ports[0], ports[1]), "\n"))
 	p, err := startCollector("the gateway", o.collector, file, "", key, os.Stderr)
 	if err != nil {
 		return err
@@ -68,12 +68,13 @@ func checkServer(server, key string) error {
 	return nil
 }
 
-func gatewayIntroduction(o options, file, metrics string) []string {
+func gatewayIntroduction(o options, file, metrics, status string) []string {
 	lines := []string{
 		"OpAMP gateway for " + o.server,
 		"  listens for agents at  ws://" + o.listen,
 		"  its configuration      " + file + " (the secret key stays in " + secretKeyEnv + ")",
 		"  its metrics            http://" + metrics + "/metrics",
+		"  its status page        http://" + status + "/",
 		"",
 		"An agent comes through the gateway when this is in its manager.yaml, the rest as before:",
 		"",

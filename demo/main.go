@@ -94,6 +94,7 @@ func parseFlags(args []string) (options, error) {
 	flags.StringVar(&o.listen, "listen", "localhost:4320", "with -server: the `address` at which agents connect to the gateway")
 	flags.BoolVar(&o.direct, "direct", false, "leave the gateway out: agents connect straight to the server, to compare")
 	flags.IntVar(&o.clients, "clients", 2, "the `number` of agents in this process, next to two collectors")
+	agents := flags.Int("agents", 0, "the `number` of agents in all, instead of -clients: two are collectors")
 	flags.BoolVar(&o.exitAfterAck, "exit-after-ack", false, "stop as soon as the pushed configuration is acknowledged; exit status 0 says that it was")
 	flags.DurationVar(&o.timeout, "timeout", time.Minute, "the `time` all of this may take up to the acknowledgement")
 	flags.BoolVar(&o.keep, "keep", false, "keep the directory with the configurations and logs")
@@ -101,8 +102,14 @@ func parseFlags(args []string) (options, error) {
 		return o, err
 	}
 
+	if *agents != 0 {
+		o.clients = *agents - len(collectorNames)
+	}
+
 	var err error
 	switch {
+	case *agents != 0 && o.clients < 1:
+		err = fmt.Errorf("-agents: must be at least %d; is %d", len(collectorNames)+1, *agents)
 	case flags.NArg() > 0:
 		err = fmt.Errorf("unexpected argument %q", flags.Arg(0))
 	case o.clients < 1:
