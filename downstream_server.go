@@ -432,8 +432,10 @@ func (a *agentConn) speakAs(f *wire.Fields) (telemetry.Reason, error) {
 	case other != nil:
 		a.blame(telemetry.ReasonUIDConflict)
 		if other.fresh {
-			s.pool.seen.offends(a, uid, status.Offender{Kind: status.OffenceUIDConflict, Other: other.agent.remote,
-				Text: "in use on two connections with the same credentials; the one that spoke last gets the replies"})
+			s.pool.seen.offends(a, uid, status.Offender{
+				Kind: status.OffenceUIDConflict, Other: other.agent.remote,
+				Text: "in use on two connections with the same credentials; the one that spoke last gets the replies",
+			})
 			s.events.Warn("instance UID is in use on two connections with the same credentials: an agent has reconnected, or was cloned; the one that spoke last gets the replies",
 				zap.Stringer("agent", uid), telemetry.Peer("client", a.remote), telemetry.Peer("other", other.agent.remote))
 		}
@@ -466,8 +468,10 @@ func (a *agentConn) challenge(c *claim) bool {
 		return false
 	}
 	c.answered.Store(monotonic.Now())
-	a.server.pool.seen.offends(a, c.route.uid, status.Offender{Kind: status.OffenceUIDTaken, Other: c.agent.remote,
-		Text: "speaks under the instance UID of another agent, with other credentials; its messages are not relayed"})
+	a.server.pool.seen.offends(a, c.route.uid, status.Offender{
+		Kind: status.OffenceUIDTaken, Other: c.agent.remote,
+		Text: "speaks under the instance UID of another agent, with other credentials; its messages are not relayed",
+	})
 	a.server.events.Warn("agent speaks under the instance UID of another one, with other credentials, while that is connected; its messages are not relayed",
 		zap.Stringer("agent", c.route.uid), telemetry.Peer("client", a.remote), telemetry.Peer("other", c.agent.remote))
 	return true

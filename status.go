@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -260,9 +261,7 @@ func (p *statusPage) Agents(rows []status.Row, uid wire.UID) []status.Row {
 	names := map[*link]string{}
 	for _, l := range g.pool.links() {
 		names[l] = l.target.linkName(l.slot)
-		for line, bytes := range l.Outbox.Load().Lines {
-			waiting[line] = bytes
-		}
+		maps.Copy(waiting, l.Outbox.Load().Lines)
 	}
 	g.server.mu.Lock()
 	agents := make([]*agentConn, 0, len(g.server.agents))

@@ -188,7 +188,7 @@ func TestShownEndsAndOffenders(t *testing.T) {
 	play(t, func(t *testing.T, s *stage) {
 		alice := s.introduce("alice", "Authorization", "hers")
 		alice.Close(websocket.CloseNormalClosure)
-		alice.WantEnd(time.Second)
+		_, _ = alice.WantEnd(time.Second)
 		ended := s.shown().Ended[0]
 		require.Equal(t, status.KindAgent, ended.Kind)
 		require.Equal(t, writtenUID(alice), ended.Name)
@@ -237,7 +237,7 @@ func TestNothingSecretIsShown(t *testing.T) {
 		s.server.WantLinks(3)[0].Push(gatewaytest.Offer(alice.UID, "mystery-6", 100))
 		synctest.Wait()
 		alice.Close(websocket.CloseNormalClosure)
-		alice.WantEnd(time.Second)
+		_, _ = alice.WantEnd(time.Second)
 		s.introduce("bob", "Authorization", "mystery-1")
 		s.server.Stop()
 		time.Sleep(3 * time.Second)

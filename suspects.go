@@ -106,8 +106,10 @@ func (p *upstreamPool) findCulprit(l *link, err error) bool {
 	p.log.Warn("server ends the connection when it reads a message of this agent, so the message is dropped, and what the agent says is turned down for a while",
 		c.agent.logged(zap.Stringer("agent", c.route.uid), zap.Int("bytes", culprit.Size), zap.Duration("for", turnedDown),
 			zap.String("link", p.linkName(l.slot)), zap.NamedError("server_said", err))...)
-	p.seen.offends(c.agent, c.route.uid, status.Offender{Kind: status.OffenceEndsLinks,
-		Text: fmt.Sprintf("the server ends the link when it reads a message of this agent (%d bytes); what it says is turned down for %s", culprit.Size, turnedDown)})
+	p.seen.offends(c.agent, c.route.uid, status.Offender{
+		Kind: status.OffenceEndsLinks,
+		Text: fmt.Sprintf("the server ends the link when it reads a message of this agent (%d bytes); what it says is turned down for %s", culprit.Size, turnedDown),
+	})
 	p.turnDown(c, telemetry.ReasonServerEndsLink, errSuspect)
 	return true
 }
@@ -169,8 +171,10 @@ func (a *agentConn) noteWait(began int64) {
 	if !f.counted {
 		f.counted = true
 		a.blame(telemetry.ReasonAgentFloods)
-		a.server.pool.seen.offends(a, a.uid, status.Offender{Kind: status.OffenceFloods,
-			Text: "says more than the server takes; it is read no faster than that, and nobody else slower"})
+		a.server.pool.seen.offends(a, a.uid, status.Offender{
+			Kind: status.OffenceFloods,
+			Text: "says more than the server takes; it is read no faster than that, and nobody else slower",
+		})
 	}
 	if !f.named && lasts >= floodNamed {
 		f.named = true

@@ -3,6 +3,7 @@ package status
 import (
 	"cmp"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"maps"
 	"net/url"
@@ -76,7 +77,7 @@ func ParseQuery(values url.Values) (Query, error) {
 	if text := values.Get("desc"); text != "" {
 		desc, err := strconv.ParseBool(text)
 		if err != nil {
-			return q, fmt.Errorf("desc: must be true or false")
+			return q, errors.New("desc: must be true or false")
 		}
 		q.Desc = desc
 	}

@@ -123,7 +123,7 @@ func TestSearch(t *testing.T) {
 		uidOf(42).String():     1,
 		uidOf(42).String()[9:]: 1,
 		"nobody":               0,
-		" id-100 ":             1,
+		"\tid-100\t":           1,
 	} {
 		q := status.Query{Search: text, Sort: "address", Page: 1, Per: 1000}
 		answer := q.Select(rowsOf(100), status.NewClock())

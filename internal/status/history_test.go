@@ -33,11 +33,11 @@ func TestRates(t *testing.T) {
 		require.Len(t, r.Agents, 180)
 		require.Equal(t, 320, r.Agents[0])
 		require.Equal(t, 499, r.Agents[179])
-		require.Equal(t, float64(499*499-498*498), r.MessagesUp[179])
-		require.Equal(t, 100.0, r.BytesUp[0])
+		require.InDelta(t, 499*499-498*498, r.MessagesUp[179], 1e-6)
+		require.InDelta(t, 100, r.BytesUp[0], 1e-6)
 		require.Zero(t, r.MessagesDown[179])
-		require.Equal(t, 0.2, r.Faults[7])
-		require.Equal(t, 5.0, r.IntervalSeconds)
+		require.InDelta(t, 0.2, r.Faults[7], 1e-6)
+		require.InDelta(t, 5, r.IntervalSeconds, 1e-6)
 	})
 }
 

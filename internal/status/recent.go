@@ -50,14 +50,14 @@ type Offenders struct {
 }
 
 // Add notes an offence. Whoever offends again in the same way is kept once.
-func (o *Offenders) Add(new Offender) {
-	new.last = monotonic.Now()
-	new.first, new.Times = new.last, 1
+func (o *Offenders) Add(latest Offender) {
+	latest.last = monotonic.Now()
+	latest.first, latest.Times = latest.last, 1
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for i := range o.known {
-		if k := &o.known[i]; k.Kind == new.Kind && k.UID == new.UID {
-			new.first, new.Times = k.first, k.Times+1
+		if k := &o.known[i]; k.Kind == latest.Kind && k.UID == latest.UID {
+			latest.first, latest.Times = k.first, k.Times+1
 			o.known = append(o.known[:i], o.known[i+1:]...)
 			break
 		}
@@ -65,7 +65,7 @@ func (o *Offenders) Add(new Offender) {
 	if len(o.known) >= maxOffenders {
 		o.known = append(o.known[:0], o.known[1:]...)
 	}
-	o.known = append(o.known, new)
+	o.known = append(o.known, latest)
 }
 
 // All returns them, the latest first.
