@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -183,7 +184,7 @@ func judgeState(s *status.Snapshot) (state status.State, problems []string) {
 			continue
 		}
 		state = status.StateDegraded
-		text := fmt.Sprintf("link %s has been %s for %s", l.Name, l.State, s.Time.Sub(l.Since).Round(time.Second))
+		text := fmt.Sprintf("link %s has been %s for %s", l.Name, l.State, inWords(s.Time.Sub(l.Since)))
 		if l.LastError != "" {
 			text += ": " + l.LastError
 		}
@@ -350,6 +351,15 @@ func (p *upstreamPool) noteFailure(slot int, err error) {
 	defer p.mu.Unlock()
 	s := &p.states[slot]
 	s.failure, s.failed = errorText(err), monotonic.Now()
+}
+
+// inWords is how a duration is told: to the second, and to the minute if that is all.
+func inWords(d time.Duration) string {
+	text := max(0, d).Round(time.Second).String()
+	if minutes, ok := strings.CutSuffix(text, "m0s"); ok {
+		return minutes + "m"
+	}
+	return text
 }
 
 // errorText is as much of an error as is shown.

@@ -108,7 +108,7 @@ func (p *upstreamPool) findCulprit(l *link, err error) bool {
 			zap.String("link", p.linkName(l.slot)), zap.NamedError("server_said", err))...)
 	p.seen.offends(c.agent, c.route.uid, status.Offender{
 		Kind: status.OffenceEndsLinks,
-		Text: fmt.Sprintf("the server ends the link when it reads a message of this agent (%d bytes); what it says is turned down for %s", culprit.Size, turnedDown),
+		Text: fmt.Sprintf("the server ends the link when it reads a message of this agent (%d bytes); what it says is turned down for %s", culprit.Size, inWords(turnedDown)),
 	})
 	p.turnDown(c, telemetry.ReasonServerEndsLink, errSuspect)
 	return true
