@@ -2,7 +2,9 @@ package opampgateway
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
+	"errors"
 	"io"
 	"net/http"
 	"strings"
@@ -12,6 +14,7 @@ import (
 
 	"github.com/gorilla/websocket"
 	"github.com/stretchr/testify/require"
+	"go.opentelemetry.io/collector/component"
 	"go.opentelemetry.io/collector/config/confighttp"
 	"go.opentelemetry.io/collector/config/confignet"
 	"go.opentelemetry.io/collector/config/configoptional"
@@ -344,4 +347,52 @@ func TestNamesOfPage(t *testing.T) {
 	require.NotContains(t, names, "*")
 	cfg.NetAddr = confignet.AddrConfig{Endpoint: "/run/status.sock", Transport: confignet.TransportTypeUnix}
 	require.NotContains(t, strings.Join(pageNames(&cfg), " "), "sock")
+}
+
+// TLS, client certificates and authentication are those of the collector.
+func TestPageIsProtected(t *testing.T) {
+	authority := newAuthority(t)
+	cert, operator := authority.issue(t, "page"), authority.issue(t, "operator")
+	check := func(ctx context.Context, headers map[string][]string) (context.Context, error) {
+		if http.Header(headers).Get("Authorization") != "Bearer sesame" {
+			return ctx, errors.New("not on the list")
+		}
+		return ctx, nil
+	}
+	address := freeAddress(t)
+	startLoopback(t, nil, map[string]any{"status": map[string]any{
+		"endpoint": address, "auth": map[string]any{"authenticator": "doorman"},
+		"tls": map[string]any{"cert_file": cert.certFile, "key_file": cert.keyFile, "client_ca_file": authority.file},
+	}}, map[component.ID]component.Component{component.MustNewID("doorman"): doorman{ServerAuthenticateFunc: check}})
+
+	ask := func(config *tls.Config, path string, headers ...string) (*http.Response, error) {
+		transport := &http.Transport{TLSClientConfig: config, ForceAttemptHTTP2: true}
+		defer transport.CloseIdleConnections()
+		request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://"+address+path, nil)
+		require.NoError(t, err)
+		for i := 0; i < len(headers); i += 2 {
+			request.Header.Set(headers[i], headers[i+1])
+		}
+		resp, err := (&http.Client{Transport: transport}).Do(request)
+		if err == nil {
+			_ = resp.Body.Close()
+		}
+		return resp, err
+	}
+	_, err := ask(&tls.Config{RootCAs: authority.pool}, "/")
+	require.Error(t, err, "without a certificate")
+	known := &tls.Config{RootCAs: authority.pool, Certificates: []tls.Certificate{operator.pair}}
+	for _, path := range []string{"/", "/api/v1/status", "/api/v1/agents"} {
+		resp, err := ask(known, path)
+		require.NoError(t, err)
+		require.Equal(t, http.StatusUnauthorized, resp.StatusCode, path)
+		require.NotEmpty(t, resp.Header.Get("Content-Security-Policy"))
+		resp, err = ask(known, path, "Authorization", "Bearer sesame")
+		require.NoError(t, err)
+		require.Equal(t, http.StatusOK, resp.StatusCode, path)
+		require.Equal(t, 2, resp.ProtoMajor)
+		resp, err = ask(known, path, "Authorization", "Bearer sesame", "Origin", "https://evil.example")
+		require.NoError(t, err)
+		require.Equal(t, path == "/", resp.StatusCode == http.StatusOK, path)
+	}
 }
