@@ -130,7 +130,7 @@ fuzz: ## run each fuzz target for FUZZTIME (10s)
 		name=$${func#func }; echo "==> fuzz $$name"; \
 		(cd "$$(dirname "$$file")" && go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x . </dev/null) || exit; done
 
-e2e: collector opampsupervisor ## the built collector between real agents, supervisors and servers
+e2e: collector opampsupervisor prometheus haproxy ## the built collector between real agents, supervisors and servers
 	@echo '==> e2e'
 	@cd e2e && go test -count=1 -timeout 15m ./...
 
@@ -225,6 +225,19 @@ c-compiler:
 		echo 'The race detector needs a C compiler: gcc and libc6-dev on Debian.'; \
 		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo 'Installing them.' && \
 		apt-get update -qq && apt-get install -y -qq --no-install-recommends gcc libc6-dev; }
+
+# What the e2e tests have the alerts and the dashboard tried by. Its package would start it as a
+# service, so just its programs are taken out of it.
+.PHONY: prometheus
+prometheus: build/prometheus/prometheus build/prometheus/promtool
+
+build/prometheus/%:
+	@mkdir -p $(@D) && if command -v $* >/dev/null; then ln -sf "$$(command -v $*)" $@; else \
+		command -v apt-get >/dev/null || { \
+			echo 'The tests need Prometheus: put prometheus and promtool on the PATH, or name them in E2E_PROMETHEUS and E2E_PROMTOOL.'; exit 1; }; \
+		echo 'The tests need Prometheus: fetching the package of Debian.'; \
+		cd $(@D) && { apt-get download -qq prometheus 2>/dev/null || { apt-get update -qq && apt-get download -qq prometheus; }; } && \
+		dpkg -x prometheus_*.deb . && mv usr/bin/prometheus usr/bin/promtool . && rm -rf etc lib usr var prometheus_*.deb; fi
 
 # A peer that the bench measures. Debian has it on the PATH of root only.
 .PHONY: haproxy
