@@ -30,7 +30,7 @@ BENCH_TARGET = $(if $(TARGET),-target '$(TARGET)' -agents $(AGENTS) \
 # The modules with Go code of our own, and those whose go.mod `go mod tidy` keeps:
 # not e2e/supervisor, where it would ask for all that the supervisor's own tests
 # import, the whole test bed of collector-contrib.
-CODE_MODULES := . $(patsubst %/go.mod,%,$(wildcard bench/go.mod demo/go.mod e2e/go.mod))
+CODE_MODULES := . $(patsubst %/go.mod,%,$(wildcard bench/go.mod demo/go.mod deploy/go.mod e2e/go.mod))
 TIDY_MODULES := $(CODE_MODULES) tools tools/lint
 
 # Those of 32 bits are for lengths that are too long for an int there.

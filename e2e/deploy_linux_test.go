@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+	"go.yaml.in/yaml/v3"
 )
 
 // site is a gateway that runs from the files of deploy/, and what its environment says.
@@ -82,6 +83,46 @@ func TestDeployedConfig(t *testing.T) {
 			collectorProgram(t), "--config=../deploy/config.yaml", "--config=../deploy/config-tls.yaml", healthGate)
 		s.wantServed(t, "wss://"+s.listen, agentOptions{tls: authority.mutual(nil)})
 	})
+}
+
+// The container of deploy/kubernetes/ starts with the arguments and variables that its manifest gives it, and its
+// readiness probe tells whether it has a link.
+func TestKubernetesContainer(t *testing.T) {
+	t.Parallel()
+	var deployment struct {
+		Spec struct {
+			Template struct {
+				Spec struct {
+					Containers []struct {
+						Args           []string
+						Env            []struct{ Name, Value string }
+						ReadinessProbe struct {
+							HTTPGet struct{ Path string } `yaml:"httpGet"`
+						} `yaml:"readinessProbe"`
+					}
+				}
+			}
+		}
+	}
+	require.NoError(t, yaml.Unmarshal([]byte(readText(t, "../deploy/kubernetes/deployment.yaml")), &deployment))
+	c := deployment.Spec.Template.Spec.Containers[0]
+	s := newSite(t)
+	authority := newAuthority(t, "inside")
+	id := authority.issue(t, "gateway")
+	environment := []string{}
+	for _, variable := range c.Env {
+		environment = append(environment, variable.Name+"="+variable.Value)
+	}
+	environment = append(environment, s.environment...) // the last counts
+	environment = append(environment, "GATEWAY_CERT="+id.certFile, "GATEWAY_KEY="+id.keyFile)
+	args := slices.Clone(c.Args)
+	for i := range args {
+		args[i] = strings.Replace(args[i], "/etc/otelcol-opampgateway/", "../deploy/", 1)
+	}
+	startProcessIn(t, environment, "gateway", collectorProgram(t), args...)
+	s.wantServed(t, "wss://"+s.listen, agentOptions{tls: authority.mutual(nil)})
+	code, body := get(t, "http://"+s.health+c.ReadinessProbe.HTTPGet.Path)
+	require.Equal(t, http.StatusOK, code, body)
 }
 
 // The service is one that systemd takes, and hardly anything is left to it that it does not need.
