@@ -121,6 +121,7 @@ func TestManifestsFitImage(t *testing.T) {
 	require.EqualValues(t, 65532, *security.RunAsUser)
 	require.EqualValues(t, 65532, *security.FSGroup, "or the key cannot be read")
 	require.True(t, *security.RunAsNonRoot)
+	require.EqualValues(t, 0o440, *m.deployment.Spec.Template.Spec.Volumes[0].Secret.DefaultMode, "by the group, not by others")
 }
 
 // Memory is enough for the agents that the manifest promises, by the README's figures, and Go is told.

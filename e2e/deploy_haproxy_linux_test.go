@@ -130,6 +130,10 @@ func startPair(t *testing.T, config string) *pair {
 		text = strings.NewReplacer("user haproxy", "", "group haproxy", "").Replace(text)
 	}
 	require.NoError(t, os.WriteFile(file, []byte(text), 0o600))
+	check := exec.Command(haproxy, "-c", "-f", file) // with the defaults, which an operator replaces
+	check.Env = []string{"CERT=" + pem}
+	output, err := check.CombinedOutput()
+	require.NoError(t, err, string(output))
 	balancer := startProcessIn(t, []string{
 		"LISTEN=" + listen, "CERT=" + pem, "MAXCONN=2000", "HEALTH_PORT=" + p.ports[1],
 		"GATEWAY_1=" + net.JoinHostPort(p.host(0), p.ports[0]), "GATEWAY_2=" + net.JoinHostPort(p.host(1), p.ports[0]),
@@ -193,7 +197,7 @@ func TestHAProxy(t *testing.T) {
 			for _, conn := range p.line[0].Conns() {
 				conn.Reset()
 			}
-			p.wantAllAt(t, 1, agents, 40*time.Second)
+			p.wantAllAt(t, 1, agents, 45*time.Second)
 			// Gateway-1 has fewer agents, and gets none nevertheless.
 			start := time.Now()
 			newcomer := startAgent(t, "newcomer", p.url, trust())

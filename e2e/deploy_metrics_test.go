@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/open-telemetry/opamp-go/protobufs"
@@ -108,10 +109,14 @@ func TestDashboard(t *testing.T) {
 
 	agents := startAgents(t, 5, gateway.url(), agentOptions{headers: key("right")})
 	stop := make(chan struct{})
-	t.Cleanup(func() { close(stop) })
+	var talking sync.WaitGroup
+	t.Cleanup(func() {
+		close(stop)
+		talking.Wait()
+	})
 	for _, a := range agents {
 		server.wantAgent(t, a.id(), "is connected", isConnected)
-		go a.chatUntil(stop)
+		talking.Go(func() { a.chatUntil(stop) })
 	}
 	for range 3 {
 		_, _, err := dialRaw(gateway.url(), key("wrong"), nil)

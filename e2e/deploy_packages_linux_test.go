@@ -136,7 +136,7 @@ func TestDebPackage(t *testing.T) {
 	s.wantServed(t, "ws://"+s.listen, agentOptions{})
 	p.end(t)
 
-	mine := root+"/etc/otelcol-opampgateway/environment"
+	mine := root + "/etc/otelcol-opampgateway/environment"
 	install(t, "OPAMP_ENDPOINT=wss://opamp.example/\n", mine, 0o600)
 	dpkg("--install", deb)
 	require.Equal(t, "OPAMP_ENDPOINT=wss://opamp.example/\n", readText(t, mine), "an upgrade leaves it as it is")
