@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -80,6 +81,31 @@ func TestOperationsPage(t *testing.T) {
 		}
 	}
 	require.Greater(t, quoted, 15, "lines of the log quoted")
+}
+
+// What the pages for operators link to in the project is there.
+func TestLinksOfPages(t *testing.T) {
+	t.Parallel()
+	for _, page := range []string{"../README.md", "../CHANGELOG.md", "../deploy/README.md", "../docs/operations.md", "../docs/scaling.md"} {
+		links := regexp.MustCompile(`\]\(([^)#:]+)(?:#([^)]*))?\)`).FindAllStringSubmatch(readText(t, page), -1)
+		require.NotEmpty(t, links, page)
+		for _, link := range links {
+			target := path.Join(path.Dir(page), link[1])
+			require.True(t, exists(target), "%s links to %s", page, target)
+			if link[2] != "" {
+				anchors := []string{}
+				for _, heading := range regexp.MustCompile(`(?m)^##+ (.*)$`).FindAllStringSubmatch(readText(t, target), -1) {
+					anchors = append(anchors, anchorOf(heading[1]))
+				}
+				require.Contains(t, anchors, link[2], "%s links to %s", page, target)
+			}
+		}
+	}
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(filepath.FromSlash(path))
+	return err == nil
 }
 
 // The alerts fire when they should, and not otherwise, and each does in some case.

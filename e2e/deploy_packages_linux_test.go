@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -76,7 +77,7 @@ func TestDebPackage(t *testing.T) {
 	if _, err := exec.LookPath("dpkg"); err != nil || os.Geteuid() != 0 {
 		t.Skip("it takes dpkg, and root")
 	}
-	deb := builtPackage(t, "*.deb")
+	deb := builtPackage(t, "*_"+runtime.GOARCH+".deb")
 	root := t.TempDir()
 	require.NoError(t, os.Chmod(root, 0o755))
 	for _, empty := range []string{"status", "available"} {
@@ -156,7 +157,8 @@ func TestRPMPackage(t *testing.T) {
 	if _, err := exec.LookPath("rpm"); err != nil || os.Geteuid() != 0 {
 		t.Skip("it takes rpm, and root")
 	}
-	rpm := builtPackage(t, "*.rpm")
+	machine := map[string]string{"amd64": "x86_64", "arm64": "aarch64"}[runtime.GOARCH]
+	rpm := builtPackage(t, "*."+machine+".rpm")
 	root := t.TempDir()
 	// Its scripts would need a shell in that root.
 	command(t, "rpm", "--root="+root, "--noscripts", "--nosignature", "--install", rpm)
@@ -189,11 +191,11 @@ func TestPackages(t *testing.T) {
 			require.NoError(t, err, "%s %s: %s", script, arg, output)
 		}
 	}
-	packages := filepath.Dir(builtPackage(t, "*.deb"))
+	packages := filepath.Dir(builtPackage(t, "*_"+runtime.GOARCH+".deb"))
 	check := exec.Command("sha256sum", "--check", "--strict", "SHA256SUMS")
 	check.Dir = packages
 	output, err := check.CombinedOutput()
 	require.NoError(t, err, string(output))
 	version := strings.Fields(command(t, collectorProgram(t), "--version"))
-	require.Contains(t, filepath.Base(builtPackage(t, "*.deb")), fmt.Sprintf("_%s_", version[len(version)-1]))
+	require.Contains(t, filepath.Base(builtPackage(t, "*_"+runtime.GOARCH+".deb")), fmt.Sprintf("_%s_", version[len(version)-1]))
 }
