@@ -136,9 +136,13 @@ func (g *gateway) park(id component.ID, grace time.Duration) (before *gateway) {
 }
 
 // canAdopt reports whether g can go on with this configuration: its listener is the same, but for its address, and
-// so is what cannot be changed while agents are connected.
+// so is what cannot be changed while agents are connected. One that has neither its address nor its server in common
+// with it is another gateway, of another collector in this process perhaps.
 func (g *gateway) canAdopt(cfg *Config) bool {
 	before, after := *g.cfg.Load(), *cfg
+	if before.Listener.NetAddr != after.Listener.NetAddr && before.Server.Endpoint != after.Server.Endpoint {
+		return false
+	}
 	before.Listener.NetAddr.Endpoint, after.Listener.NetAddr.Endpoint = "", ""
 	return g.server.failed.Load() == nil && reflect.DeepEqual(before.Listener, after.Listener) &&
 		before.Server.AgentAdmission == after.Server.AgentAdmission &&

@@ -436,6 +436,14 @@ func TestReloadMovesListener(t *testing.T) {
 		s.introduce("bob")
 		require.Equal(t, links, s.server.WantLinks(3))
 		s.wantConnections(2)
+
+		// One with neither the address nor the server in common is another gateway.
+		s.reload(func(cfg *Config) {
+			cfg.Listener.NetAddr.Endpoint = gatewayAddress
+			cfg.Server.Endpoint = "ws://elsewhere.example:4320"
+		})
+		alice.WantLetGo()
+		wantNothingParked(t)
 	})
 }
 

@@ -172,12 +172,13 @@ func (p *statusPage) Status() *status.Snapshot {
 	for _, o := range telemetry.Outcomes {
 		s.Admissions = append(s.Admissions, status.Count{Name: string(o.Outcome), What: o.What, Count: g.tel.AdmissionCount(o.Outcome)})
 	}
-	s.Gateway.State, s.Problems = judgeState(s)
+	s.Gateway.State, s.Problems = judgeState(s, cfg.Server.AgentAdmission == AdmissionAsk && t.asking.Deaf(time.Now()))
 	return s
 }
 
-// judgeState tells how a gateway is, and what is wrong.
-func judgeState(s *status.Snapshot) (state status.State, problems []string) {
+// judgeState tells how a gateway is, and what is wrong; deaf says whether its server is to be asked about agents, and
+// cannot be.
+func judgeState(s *status.Snapshot, deaf bool) (state status.State, problems []string) {
 	state, problems = status.StateOK, []string{}
 	for _, l := range s.Links {
 		if l.State == status.StateConnected {
@@ -193,6 +194,12 @@ func judgeState(s *status.Snapshot) (state status.State, problems []string) {
 	if s.Gateway.LinksUp == 0 {
 		state = status.StateDown
 		problems = slices.Insert(problems, 0, "there is no link to the server: no agent is relayed, and none is let in")
+	}
+	if deaf {
+		if state == status.StateOK {
+			state = status.StateDegraded
+		}
+		problems = append(problems, "the server cannot be asked about agents, so none is let in; see server::agent_admission")
 	}
 	if used := float64(s.Memory.InUse) / float64(s.Memory.Limit); used >= memoryTight {
 		if state == status.StateOK {
