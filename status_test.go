@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/gorilla/websocket"
+	"github.com/open-telemetry/opamp-go/protobufs"
 	"github.com/stretchr/testify/require"
 	"go.opentelemetry.io/collector/component"
 	"go.opentelemetry.io/collector/config/confighttp"
@@ -394,5 +395,72 @@ func TestPageIsProtected(t *testing.T) {
 		resp, err = ask(known, path, "Authorization", "Bearer sesame", "Origin", "https://evil.example")
 		require.NoError(t, err)
 		require.Equal(t, path == "/", resp.StatusCode == http.StatusOK, path)
+	}
+}
+
+// That nobody is let in, since the server cannot be asked, is shown before the first agent complains.
+func TestShownServerThatCannotBeAsked(t *testing.T) {
+	playUntried(t, func(t *testing.T, s *stage) {
+		require.Empty(t, s.shown().Problems)
+		s.server.OnConnect((*gatewaytest.Question).Silence)
+		first, second := s.knock("alice"), s.knock("bob")
+		question := s.server.WantQuestion()
+		s.server.WantQuestion()
+		reply := gatewaytest.Frame(&protobufs.ServerToAgent{CustomCapabilities: &protobufs.CustomCapabilities{}})
+		question.Link.Push(reply)
+		question.Link.Push(reply)
+		s.wantTurnedAway(first)
+		s.wantTurnedAway(second)
+		shown := s.shown()
+		require.Equal(t, status.StateDegraded, shown.Gateway.State)
+		require.Contains(t, shown.Problems[0], "the server cannot be asked about agents")
+	}, withPage)
+}
+
+// A gateway below is shown as one connection, which is found by the UID of any agent behind it.
+func TestShownGateways(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		s.introduce("alice")
+		below := s.connect("below", connectionIDHeader, "below/upstream-0")
+		for _, name := range []string{"bob", "cathy", "dave"} {
+			below.Send(gatewaytest.Status(gatewaytest.UID(name), 1))
+		}
+		found := s.shownAgents("q=" + uidOf(t, "bob").String())
+		require.Len(t, found, 1)
+		require.True(t, found[0].Gateway)
+		require.Equal(t, 3, found[0].InstanceUIDs)
+		require.EqualValues(t, 3, found[0].MessagesUp)
+		shown := s.shown().Gateway
+		require.Equal(t, []int{2, 1, 4}, []int{shown.Agents, shown.Gateways, shown.InstanceUIDs})
+	}, withPage)
+}
+
+// A memory that is nearly used up is a problem, as is each link that is missing, and none at all is the first.
+func TestProblems(t *testing.T) {
+	up, down := status.Link{Name: "a", State: status.StateConnected}, status.Link{Name: "b", State: status.StateConnecting, LastError: "refused"}
+	for _, test := range []struct {
+		links    []status.Link
+		inUse    int64
+		want     status.State
+		problems []string
+	}{
+		{[]status.Link{up, up}, 89, status.StateOK, nil},
+		{[]status.Link{up, up}, 90, status.StateDegraded, []string{"90 % of the memory"}},
+		{[]status.Link{up, down}, 0, status.StateDegraded, []string{"link b has been connecting for 1m: refused"}},
+		{[]status.Link{down}, 95, status.StateDown, []string{"no link to the server", "link b", "95 %"}},
+	} {
+		s := &status.Snapshot{Links: test.links, Memory: status.Memory{Limit: 100, InUse: test.inUse}}
+		s.Time = s.Time.Add(time.Minute)
+		for _, l := range test.links {
+			if l.State == status.StateConnected {
+				s.Gateway.LinksUp++
+			}
+		}
+		state, problems := judgeState(s, false)
+		require.Equal(t, test.want, state)
+		require.Len(t, problems, len(test.problems))
+		for i, want := range test.problems {
+			require.Contains(t, problems[i], want)
+		}
 	}
 }
