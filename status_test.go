@@ -133,6 +133,29 @@ func TestShownWaiting(t *testing.T) {
 		alice.Next()
 		alice.Next()
 		require.Zero(t, s.shownAgents("")[0].WaitingDown)
+
+		link.StopReading()
+		const n, size = 40, 100_000
+		go func() {
+			for i := range n {
+				alice.Send(gatewaytest.Report(alice.UID, 100+i, size))
+			}
+		}()
+		a, l := s.shownAgents("")[0], s.shown().Links[0]
+		require.Greater(t, a.WaitingUp, 100_000)
+		require.GreaterOrEqual(t, l.WaitingBytes, a.WaitingUp-200_000, "what waits to be taken is not the link's yet")
+		require.Positive(t, l.OnItsWay)
+		require.Greater(t, l.OnItsWayBytes, 100_000)
+		require.LessOrEqual(t, l.OnItsWayBytes+a.WaitingUp, n*(size+200))
+		link.ReadOn()
+		for i := range n {
+			s.server.WantFrame(alice.UID, gatewaytest.Report(alice.UID, 100+i, size))
+		}
+		time.Sleep(time.Second)
+		l = s.shown().Links[0]
+		require.Zero(t, s.shownAgents("")[0].WaitingUp)
+		require.Zero(t, l.WaitingBytes)
+		require.Zero(t, l.OnItsWay)
 	}, withPage, connections(1))
 }
 
@@ -156,6 +179,7 @@ func TestShownLinks(t *testing.T) {
 			require.Equal(t, i, l.Slot)
 			require.Equal(t, status.StateConnected, l.State)
 			require.Empty(t, l.LastError)
+			require.NotNil(t, l.PingSeconds)
 			agents += l.Agents
 			messages += l.Rate.MessagesUp
 		}
@@ -185,6 +209,19 @@ func TestShownLinks(t *testing.T) {
 		time.Sleep(time.Second)
 		require.Equal(t, status.StateOK, s.shown().Gateway.State)
 	}, withPage)
+}
+
+// Why a link was lost is still shown when it is back at once.
+func TestShownLossOfLink(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		s.server.WantLinks(1)[0].Close(websocket.CloseGoingAway)
+		time.Sleep(time.Second)
+		l := s.shown().Links[0]
+		require.Equal(t, status.StateConnected, l.State)
+		require.Contains(t, l.LastError, "1001")
+		require.WithinDuration(t, time.Now().Add(-time.Second), *l.LastErrorAt, 100*time.Millisecond)
+		require.Equal(t, "closed by the server (1001)", s.shown().Ended[0].Why)
+	}, withPage, connections(1))
 }
 
 // Who has left, and why, and who was named for what.
