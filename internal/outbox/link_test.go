@@ -1432,3 +1432,37 @@ func TestManySendersAtOnce(t *testing.T) {
 		})
 	}
 }
+
+// What a link has to do is told by sender, with the message for which a sender waits.
+func TestLoadOfALink(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 8<<20, s)
+		require.Empty(t, o.Load().Lines)
+		fill(t, o, s)
+		before := o.Load()
+		require.Equal(t, startMessages, before.OnItsWay)
+		alice, bob := newSpeaker(o, "alice"), newSpeaker(o, "bob")
+		alice.sayAll(t, 3, 1000)
+		waits := alice.insist(t.Context(), lineShare)
+		bob.sayAll(t, 1, 500)
+		waits.wantWaiting(t, "alice")
+		l := o.Load()
+		alices, bobs := l.Lines[&alice.line], l.Lines[&bob.line]
+		require.GreaterOrEqual(t, alices, 3*(1000+overhead)+lineShare+overhead)
+		require.GreaterOrEqual(t, bobs, 500+overhead)
+		require.Len(t, l.Lines, 2)
+		require.Equal(t, alices+bobs-lineShare-overhead, l.Waiting-before.Waiting, "what is to be taken yet is not the link's")
+
+		s.answers.Store(true)
+		s.answer()
+		synctest.Wait()
+		time.Sleep(time.Second)
+		synctest.Wait()
+		l = o.Load()
+		require.Empty(t, l.Lines)
+		require.Zero(t, l.Waiting)
+		require.Zero(t, l.OnItsWay)
+		require.Zero(t, l.OnItsWayBytes)
+	})
+}
