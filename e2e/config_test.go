@@ -35,6 +35,8 @@ func TestInvalidConfig(t *testing.T) {
 		{"giving up", func(c config) { c.gateway("server::retry::max_elapsed_time", "5m") }, "server: retry::max_elapsed_time: must be 0"},
 		{"admission", func(c config) { c.gateway("server::agent_admission", "deny") }, `server: agent_admission: must be "ask" or "accept", is "deny"`},
 		{"keep-alive", func(c config) { c.gateway("server::keep_alive::timeout", "1s") }, "server::keep_alive: interval: must be"},
+		{"no address of the status page", func(c config) { c.gateway("status::endpoint", "") }, "status::endpoint: must not be empty"},
+		{"unknown key of the status page", func(c config) { c.gateway("status::port", 1) }, "port"},
 		{"message size", func(c config) { c.gateway("max_message_size", 10) }, "max_message_size: must be"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -97,6 +99,13 @@ func TestCannotStart(t *testing.T) {
 		wants []string
 	}{
 		{"busy port", func(c config) { c.gateway("listener::endpoint", busy.Addr().String()) }, []string{"listener::endpoint: ", busy.Addr().String(), "address already in use"}},
+		{"busy port of the status page", func(c config) { c.gateway("status::endpoint", busy.Addr().String()) }, []string{"status::endpoint: ", busy.Addr().String(), "address already in use"}},
+		{"no such authenticator of the status page", func(c config) {
+			c.gateway("status", map[string]any{"endpoint": freeAddress(t), "auth": map[string]any{"authenticator": "oidc"}})
+		}, []string{"oidc"}},
+		{"no such certificate of the status page", func(c config) {
+			c.gateway("status", map[string]any{"endpoint": freeAddress(t), "tls": map[string]any{"cert_file": missing, "key_file": id.keyFile}})
+		}, []string{"status::tls: ", missing}},
 		{"no such CA file", func(c config) {
 			c.gateway("server::endpoint", "wss://127.0.0.1:9")
 			c.gateway("server::tls::ca_file", missing)
