@@ -5,9 +5,11 @@ import (
 	"crypto/tls"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -500,4 +502,43 @@ func TestProblems(t *testing.T) {
 			require.Contains(t, problems[i], want)
 		}
 	}
+}
+
+// The page is looked at while agents come and go, and links end: what is shown at any moment adds up.
+func TestPageWhileAllChanges(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		var changing sync.WaitGroup
+		for i := range 8 {
+			changing.Go(func() {
+				for n := range 20 {
+					a := s.connect(fmt.Sprint("agent ", i, "-", n))
+					for sequence := range 5 {
+						a.Say(sequence)
+						time.Sleep(time.Duration(i+1) * time.Millisecond)
+					}
+					a.Vanish()
+				}
+			})
+		}
+		changing.Go(func() {
+			for range 10 {
+				time.Sleep(50 * time.Millisecond)
+				s.server.WantLinks(3)[0].Close(websocket.CloseGoingAway)
+			}
+		})
+		for range 200 {
+			time.Sleep(3 * time.Millisecond)
+			for _, path := range []string{"/api/v1/status", "/api/v1/agents?sort=waiting&q=127"} {
+				code, body := s.page(path)
+				require.Equal(t, http.StatusOK, code, body)
+			}
+			var fleet status.Agents
+			_, body := s.page("/api/v1/agents?per=3")
+			require.NoError(t, json.Unmarshal([]byte(body), &fleet))
+			require.Equal(t, fleet.Total, fleet.Matching)
+			require.LessOrEqual(t, fleet.Total, 8*20)
+		}
+		changing.Wait()
+		require.NotEmpty(t, s.shown().Ended)
+	}, withPage)
 }
