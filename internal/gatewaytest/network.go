@@ -224,8 +224,8 @@ func (c *Conn) CloseWrite() error {
 
 // Reset ends the connection at both ends at once; what was not yet read is lost.
 func (c *Conn) Reset() {
+	c.out.reset(true) // first: whoever reads here may close the connection at once, which would look like an end to the peer
 	c.in.reset(true)
-	c.out.reset(true)
 }
 
 // BlackHole has whatever is sent from now on, at either end, arrive nowhere, its end included.

@@ -25,6 +25,9 @@ const (
 	alwaysFits = memory.TinyMessage + overhead
 	// maxPings is how many pings may be on their way for the sake of messages on trial.
 	maxPings = 8
+	// maxPostponed is how many lines are looked at for something that is not on trial, while no more pings may be
+	// on their way.
+	maxPostponed = 64
 	// trialTime is how long after a ping was answered the server is still at the message behind it; otherwise it, or the
 	// network, is stuck. lateFor is how long after a message it may still end the link because of it.
 	trialTime, lateFor = 5 * time.Second, time.Second
@@ -529,7 +532,7 @@ func (o *Link[S]) gatherLocked(batch []Entry[S]) []Entry[S] {
 	}
 	clear(o.own)
 	o.own = o.own[:0]
-	for size := 0; size < batchSize; {
+	for size, postponed := 0, 0; size < batchSize; {
 		if o.closing == nil && o.lines.waiting > 0 && !o.window.Open() {
 			o.held = true
 			break
@@ -540,8 +543,11 @@ func (o *Link[S]) gatherLocked(batch []Entry[S]) []Entry[S] {
 		}
 		trial := q.first().Trial && o.closing == nil && !o.window.Blind()
 		if trial && o.window.Outstanding() > maxPings-2 {
-			o.held = true
-			break
+			if postponed++; postponed > maxPostponed || postponed > o.lines.len() {
+				break // all that waits has to be tried
+			}
+			o.lines.postpone(q)
+			continue
 		}
 		e := o.lines.take(q)
 		if trial {

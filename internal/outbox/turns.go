@@ -214,6 +214,15 @@ func (t *turns[S]) next() *queue[S] {
 	}
 }
 
+// postpone has q, which next has returned, wait for its turn to go on behind all others.
+func (t *turns[S]) postpone(q *queue[S]) {
+	q.in.remove(q)
+	t.round.push(q)
+}
+
+// len returns how many queues there are.
+func (t *turns[S]) len() int { return t.fresh.len + t.round.len }
+
 // skip goes through as many rounds at once as nobody can say anything in.
 func (t *turns[S]) skip() {
 	rounds := -1
