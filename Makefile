@@ -33,8 +33,8 @@ BENCH_TARGET = $(if $(TARGET),-target '$(TARGET)' -agents $(AGENTS) \
 # The modules with Go code of our own, and those whose go.mod `go mod tidy` keeps:
 # not e2e/supervisor, where it would ask for all that the supervisor's own tests
 # import, the whole test bed of collector-contrib.
-CODE_MODULES := . $(patsubst %/go.mod,%,$(wildcard bench/go.mod demo/go.mod e2e/go.mod))
-TIDY_MODULES := $(CODE_MODULES) tools tools/lint
+CODE_MODULES := . $(patsubst %/go.mod,%,$(wildcard bench/go.mod demo/go.mod deploy/go.mod e2e/go.mod))
+TIDY_MODULES := $(CODE_MODULES) tools tools/lint tools/nfpm
 
 # Those of 32 bits are for lengths that are too long for an int there.
 PLATFORMS := linux/amd64 linux/arm64 linux/386 linux/arm windows/amd64 darwin/arm64
@@ -70,6 +70,21 @@ export OPAMP_SECRET_KEY := $(value SECRET_KEY)
 endif
 
 collector: build/otelcol-opampgateway ## build the collector with the gateway in it: build/otelcol-opampgateway
+
+# For `make packages`: the processors.
+ARCHES := $(shell go env GOARCH)
+PACKAGES := build/packages
+
+.PHONY: packages
+packages: build/collector/go.sum build/tools/nfpm ## .deb and .rpm of the collector: build/packages; ARCHES='amd64 arm64'
+	@rm -rf $(PACKAGES) && mkdir -p $(PACKAGES)
+	@for a in $(ARCHES); do \
+		(cd build/collector && GOOS=linux GOARCH=$$a $(GOBUILD) "collector for $$a" -o ../packages/$$a/otelcol-opampgateway .) || exit; \
+		for p in deb rpm; do \
+			PACKAGE_ARCH=$$a PACKAGE_VERSION="$$(sed -n 's/^  version: //p' collector/manifest.yaml)" \
+				build/tools/nfpm package --config deploy/package/nfpm.yaml --packager $$p --target $(PACKAGES)/ >/dev/null || exit; done; \
+		rm -r $(PACKAGES)/$$a; done
+	@cd $(PACKAGES) && sha256sum *.deb *.rpm >SHA256SUMS && cat SHA256SUMS
 
 ##@ Change it
 .PHONY: generate fmt tidy
@@ -140,7 +155,7 @@ fuzz: ## run each fuzz target for FUZZTIME (10s)
 		name=$${func#func }; echo "==> fuzz $$name"; \
 		(cd "$$(dirname "$$file")" && go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x . </dev/null) || exit; done
 
-e2e: collector opampsupervisor ## the built collector between real agents, supervisors and servers
+e2e: collector opampsupervisor prometheus haproxy packages rpm ## the built collector between real agents, supervisors and servers
 	@echo '==> e2e'
 	@cd e2e && go test -count=1 -timeout 15m ./...
 
@@ -210,6 +225,9 @@ build/tools/ocb: tools/go.mod tools/go.sum build/tools/.go-version
 build/tools/golangci-lint: tools/lint/go.mod tools/lint/go.sum build/tools/.go-version
 	@cd tools/lint && $(GOBUILD) golangci-lint -o ../../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 
+build/tools/nfpm: tools/nfpm/go.mod tools/nfpm/go.sum build/tools/.go-version
+	@cd tools/nfpm && $(GOBUILD) nfpm -o ../../$@ github.com/goreleaser/nfpm/v2/cmd/nfpm
+
 build/opampsupervisor: e2e/supervisor/go.mod e2e/supervisor/go.sum build/tools/.go-version
 	@cd e2e/supervisor && $(GOBUILD) opampsupervisor -o ../../$@ github.com/open-telemetry/opentelemetry-collector-contrib/cmd/opampsupervisor
 
@@ -236,10 +254,30 @@ c-compiler:
 		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo 'Installing them.' && \
 		apt-get update -qq && apt-get install -y -qq --no-install-recommends gcc libc6-dev; }
 
-# A peer that the bench measures. Debian has it on the PATH of root only.
+# What the e2e tests have the alerts and the dashboard tried by. Its package would start it as a
+# service, so just its programs are taken out of it.
+.PHONY: prometheus
+prometheus: build/prometheus/prometheus build/prometheus/promtool
+
+build/prometheus/%:
+	@mkdir -p $(@D) && if command -v $* >/dev/null; then ln -sf "$$(command -v $*)" $@; else \
+		command -v apt-get >/dev/null || { \
+			echo 'The tests need Prometheus: put prometheus and promtool on the PATH, or name them in E2E_PROMETHEUS and E2E_PROMTOOL.'; exit 1; }; \
+		echo 'The tests need Prometheus: fetching the package of Debian.'; \
+		cd $(@D) && { apt-get download -qq prometheus 2>/dev/null || { apt-get update -qq && apt-get download -qq prometheus; }; } && \
+		dpkg -x prometheus_*.deb . && mv usr/bin/prometheus usr/bin/promtool . && rm -rf etc lib usr var prometheus_*.deb; fi
+
+# A peer that the bench measures, and before two gateways in a test. Debian has it on the PATH of root only.
 .PHONY: haproxy
 haproxy:
 	@PATH="$$PATH:/usr/sbin"; command -v haproxy >/dev/null || { \
-		echo 'The bench measures HAProxy, too: haproxy on Debian.'; \
+		echo 'Bench and tests need HAProxy: haproxy on Debian.'; \
 		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo 'Installing it.' && \
 		apt-get update -qq && apt-get install -y -qq --no-install-recommends haproxy; }
+
+# Where there is none, and who runs the tests is not root, the package for Fedora is built and not tried.
+.PHONY: rpm
+rpm:
+	@command -v rpm >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || exit 0; \
+		echo 'The tests of packages need rpm. Installing it.'; \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends rpm; }
