@@ -23,7 +23,7 @@ func TestExamplesOfDocs(t *testing.T) {
 	require.NoError(t, err)
 	tried := 0
 	for _, page := range append(pages, "../README.md") {
-		for _, block := range regexp.MustCompile("(?ms)^```yaml\n(.*?)^```$").FindAllStringSubmatch(string(read(t, page)), -1) {
+		for _, block := range regexp.MustCompile("(?ms)^```yaml\n(.*?\n)```$").FindAllStringSubmatch(string(read(t, page)), -1) {
 			text := block[1]
 			service := regexp.MustCompile(`(?m)^  extensions: \[.*\]$`)
 			if !strings.Contains(text, "opampgateway") || !service.MatchString(text) {
