@@ -104,7 +104,7 @@ tidy: ## tidy every go.mod
 ##@ Check it
 .PHONY: test generate-check tidy-check versions-check lint cross unit newest fuzz e2e attack soak soak-race soak-broken opampsupervisor
 
-test: c-compiler tidy-check generate-check lint cross unit fuzz versions-check e2e soak ## what CI runs: the checks below, but for attack, soak-race and soak-broken
+test: c-compiler tidy-check generate-check lint cross unit newest fuzz versions-check e2e soak ## what CI runs: the checks below, but for attack, soak-race and soak-broken
 	@echo '==> all is well'
 
 tidy-check: ## every go.mod is tidy
