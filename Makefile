@@ -89,7 +89,7 @@ packages: build/collector/go.sum build/tools/nfpm ## .deb and .rpm of the collec
 ##@ Change it
 .PHONY: generate fmt tidy
 
-generate: build/tools/mdatagen ## regenerate what comes from metadata.yaml
+generate: build/tools/mdatagen ## regenerate what comes from metadata.yaml, and the tables of docs/ that come from the code
 	@# mdatagen takes the package's name from that of its directory.
 	@ln -sfn .. build/opampgateway
 	@cd build/opampgateway && PATH="$(BIN):$$PATH" go generate ./...

@@ -190,3 +190,16 @@ func TestTestsOfDocs(t *testing.T) {
 	}
 	require.Greater(t, named, 20)
 }
+
+// TestMetricsOfDocs has the page of metrics explain each that there is.
+func TestMetricsOfDocs(t *testing.T) {
+	generated, err := os.ReadFile("documentation.md")
+	require.NoError(t, err)
+	text, err := os.ReadFile("docs/metrics.md")
+	require.NoError(t, err)
+	metrics := regexp.MustCompile(`(?m)^### otelcol_(\S+)$`).FindAllStringSubmatch(string(generated), -1)
+	require.NotEmpty(t, metrics)
+	for _, metric := range metrics {
+		require.Regexp(t, "(?m)^\\| `"+regexp.QuoteMeta(metric[1])+"` ", string(text))
+	}
+}
