@@ -270,7 +270,14 @@ func TestStatus(t *testing.T) {
 		last := s.host.events[len(s.host.events)-1]
 		require.ErrorIs(t, last.Err(), errNoLink)
 		require.ErrorContains(t, last.Err(), "connection refused")
+		told := len(s.host.events)
+		s.server.OnUpgrade(func(*http.Request) *gatewaytest.Refusal {
+			return &gatewaytest.Refusal{Status: http.StatusInternalServerError}
+		})
 		s.server.Start()
+		time.Sleep(20 * time.Second)
+		require.Len(t, s.host.events, told, "another reason is not told: health checks count from what was told last")
+		s.server.OnUpgrade(nil)
 		s.server.WantLinks(3)
 		synctest.Wait()
 		require.Equal(t, []componentstatus.Status{ok, recoverable, ok}, s.host.statuses())

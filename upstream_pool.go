@@ -266,10 +266,25 @@ func (p *upstreamPool) tellStatus() {
 			now = nil
 		}
 		p.mu.Unlock()
-		if now != told { //nolint:errorlint // whether it is the one that was told, not what kind it is
+		if isNews(now, told) {
 			told = now
 			p.status(now)
 		}
+	}
+}
+
+// isNews reports whether now, why there is no link, is to be told after told. While there is none, another reason is
+// not: health checks count from what was told last.
+func isNews(now, told error) bool {
+	switch told { //nolint:errorlint // whether it is the one that was told, not what kind it is
+	case nil:
+		return now != nil
+	case errUntold:
+		return true
+	case errNoLink: // a reason was not known yet
+		return now != errNoLink //nolint:errorlint // as above
+	default:
+		return now == nil
 	}
 }
 

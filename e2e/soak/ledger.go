@@ -145,6 +145,7 @@ type down struct {
 	heard   bool
 	between bool // it was said when the server had been asked about the agent again already
 	oldUID  bool // it was sent under a UID that the agent had just been told to give up
+	early   bool // the agent, which is behind two gateways, had said nothing there yet: the upper one may not know its way
 }
 
 // finding is something that must not be.
@@ -376,7 +377,7 @@ func (l *ledger) tell(seg *segment, size int, uid uuid.UUID) stamp {
 	m := seg.epoch.actor.member
 	oldUID := uid != m.uids[len(m.uids)-1] && time.Since(m.renamed) < inFlight
 	between := seg.index < len(seg.epoch.segments)-1
-	m.downs = append(m.downs, &down{at: time.Now(), segment: seg, between: between, oldUID: oldUID})
+	m.downs = append(m.downs, &down{at: time.Now(), segment: seg, between: between, oldUID: oldUID, early: seg.first == 0 && seg.epoch.hops() > 1})
 	l.counts["said by the server"]++
 	return stamp{down: true, actor: seg.epoch.actor.id, epoch: seg.epoch.number, number: uint32(len(m.downs)), size: uint32(size)}
 }

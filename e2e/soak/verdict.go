@@ -374,6 +374,8 @@ func (l *ledger) judgeDownLocked(m *member) {
 			l.counts["lost down, under a UID that the agent was about to give up"]++
 		case m.hadCloneLocked(d.at):
 			l.counts["lost down, to an agent while it had a clone"]++
+		case d.early: // servers learn where an agent is from what it says
+			l.counts["lost down, to an agent behind two gateways that had not spoken there yet"]++
 		case number < d.segment.lastHeard:
 			l.findLocked("lost", e, d.at, "down %d for %s, said at %s on %s: %d was heard on the same way", number, e, l.since(d.at), d.segment.conn, d.segment.lastHeard)
 		default:
