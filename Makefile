@@ -17,6 +17,9 @@ AGENTS := 500
 SEED :=
 BROKEN := $(patsubst e2e/soak/broken/%.patch,%,$(wildcard e2e/soak/broken/*.patch))
 
+# For `make newest`: a release of the collector, its modules of 1.x and of 0.x; or latest.
+NEWEST := v1.71.0 v0.165.0
+
 # For `make bench`: flags for it; and, to size a gateway of your own, where AGENTS
 # agents connect, where the bench's server listens, and the gateway's process, if that
 # is on this machine. See bench/README.md.
@@ -87,11 +90,11 @@ packages: build/collector/go.sum build/tools/nfpm ## .deb and .rpm of the collec
 ##@ Change it
 .PHONY: generate fmt tidy
 
-generate: build/tools/mdatagen ## regenerate what comes from metadata.yaml
+generate: build/tools/mdatagen ## regenerate what comes from metadata.yaml, and the tables of docs/ that come from the code
 	@# mdatagen takes the package's name from that of its directory.
 	@ln -sfn .. build/opampgateway
 	@cd build/opampgateway && PATH="$(BIN):$$PATH" go generate ./...
-	@go test -count=1 -run '^TestTablesOfREADME$$' . -update >/dev/null
+	@go test -count=1 -run '^TestTablesOfDocs$$' . -update >/dev/null
 
 fmt: build/tools/golangci-lint ## format the code
 	@for m in $(CODE_MODULES); do (cd $$m && $(LINT) fmt) || exit; done
@@ -100,9 +103,9 @@ tidy: ## tidy every go.mod
 	@for m in $(TIDY_MODULES); do (cd $$m && go mod tidy) || exit; done
 
 ##@ Check it
-.PHONY: test generate-check tidy-check versions-check lint cross unit fuzz e2e attack soak soak-race soak-broken screenshots opampsupervisor
+.PHONY: test generate-check tidy-check versions-check lint cross unit newest fuzz e2e attack soak soak-race soak-broken screenshots opampsupervisor
 
-test: c-compiler tidy-check generate-check lint cross unit fuzz versions-check e2e soak ## what CI runs: the checks below, but for attack, soak-race and soak-broken
+test: c-compiler tidy-check generate-check lint cross unit newest fuzz versions-check e2e soak ## what CI runs: the checks below, but for attack, soak-race and soak-broken
 	@echo '==> all is well'
 
 tidy-check: ## every go.mod is tidy
@@ -140,6 +143,13 @@ cross: ## build and vet for Linux, Windows and macOS
 unit: c-compiler ## unit tests, with the race detector
 	@for m in $(filter-out e2e,$(CODE_MODULES)); do echo "==> unit $$m"; \
 		(cd $$m && CGO_ENABLED=1 go test -race -timeout 5m ./...) || exit; done
+
+# The oldest collector that it takes is that of go.mod, with which everything else here is tested: Go builds
+# nothing with an older one.
+newest: ## build and unit-test with the newest collector that is known to do; NEWEST=latest: with today's
+	@echo '==> newest $(NEWEST)'
+	@tools/newest.sh build/newest $(NEWEST)
+	@rm -rf build/newest
 
 fuzz: ## run each fuzz target for FUZZTIME (10s)
 	@grep -rEo --include='*_test.go' --exclude-dir=build '^func Fuzz[A-Za-z0-9_]*' . | while IFS=: read -r file func; do \

@@ -40,7 +40,8 @@ type Config struct {
 	// which it starts then, if this is a reload, goes on with them. 0 ends them at once.
 	ReloadGrace time.Duration `mapstructure:"reload_grace"`
 
-	// Status is where the gateway shows what it does, as a page and as JSON; nowhere unless it is given.
+	// Status is where the gateway shows what it does, as a page and as JSON: nowhere unless it is given, and then
+	// at localhost:4321 unless its endpoint says otherwise.
 	Status configoptional.Optional[confighttp.ServerConfig] `mapstructure:"status"`
 
 	// prevent unkeyed literal initialization

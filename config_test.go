@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
-	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -72,7 +71,7 @@ func TestConfigDefaults(t *testing.T) {
 func TestConfigEveryKey(t *testing.T) {
 	cfg := example(t, "every_key")
 	require.Equal(t, "tcp4", string(cfg.Listener.NetAddr.Transport))
-	require.Equal(t, "basicauth/agents", cfg.Listener.Auth.Get().AuthenticatorID.String())
+	require.Equal(t, "basicauth/agents", cfg.Listener.Auth.Get().Config.AuthenticatorID.String()) //nolint:staticcheck // newer collectors do not embed Config
 	require.Equal(t, "ratelimiter", cfg.Listener.Middlewares[0].ID.String())
 	require.Equal(t, "/etc/otel/agents-ca.crt", cfg.Listener.TLS.Get().ClientCAFile)
 
@@ -158,39 +157,6 @@ func (envProvider) Retrieve(_ context.Context, uri string, _ confmap.WatcherFunc
 		return confmap.NewRetrievedFromYAML([]byte("[a, b]"))
 	}
 	return nil, fmt.Errorf("unexpected %s", uri)
-}
-
-// TestConfigOfReadme loads the examples in the papers.
-func TestConfigOfReadme(t *testing.T) {
-	papers, err := filepath.Glob("*.md")
-	require.NoError(t, err)
-	for _, paper := range papers {
-		content, err := os.ReadFile(paper)
-		require.NoError(t, err)
-		for i, block := range regexp.MustCompile("(?s)```yaml\n(.*?)```").FindAllSubmatch(content, -1) {
-			retrieved, err := confmap.NewRetrievedFromYAML(block[1])
-			require.NoError(t, err)
-			conf, err := retrieved.AsConf()
-			if err != nil {
-				continue // of something else
-			}
-			extensions, err := conf.Sub("extensions")
-			if err != nil {
-				continue // a manifest
-			}
-			for name := range extensions.ToStringMap() {
-				if name != "opampgateway" && !strings.HasPrefix(name, "opampgateway/") {
-					continue
-				}
-				t.Run(fmt.Sprint(paper, " ", i, " ", name), func(t *testing.T) {
-					conf, err := extensions.Sub(name)
-					require.NoError(t, err)
-					_, err = load(conf)
-					require.NoError(t, err)
-				})
-			}
-		}
-	}
 }
 
 // TestConfigMistakes makes every mistake there is. Each is refused with what the user typed.

@@ -287,7 +287,7 @@ func TestStartFails(t *testing.T) {
 		}, []string{"server::tls", "/does/not/exist.ca"}},
 		"missing authenticator": {func(cfg *Config) {
 			auth := confighttp.AuthConfig{}
-			auth.AuthenticatorID = component.MustNewID("basicauth")
+			auth.Config.AuthenticatorID = component.MustNewID("basicauth") //nolint:staticcheck // newer collectors do not embed Config
 			cfg.Listener.Auth = configoptional.Some(auth)
 		}, []string{"listener", "basicauth"}},
 	} {

@@ -13,20 +13,27 @@ import (
 	"github.com/opampgateway/opampgateway/internal/telemetry"
 )
 
-var update = flag.Bool("update", false, "write the tables of the README that come from the code")
+var update = flag.Bool("update", false, "write the tables of the docs that come from the code")
 
-// The README's tables of what is counted are those of the code.
-func TestTablesOfREADME(t *testing.T) {
-	before, err := os.ReadFile("README.md")
-	require.NoError(t, err)
-	readme := replaceTable(t, string(before), "outcomes", outcomeTable())
-	readme = replaceTable(t, readme, "reasons", reasonTable(t))
-	if *update {
-		require.NoError(t, os.WriteFile("README.md", []byte(readme), 0o644))
-		return
-	}
-	if readme != string(before) {
-		t.Error(`README.md is out of date: run "make generate"`)
+// TestTablesOfDocs has the tables of what is counted, and of what can be configured, be those of the code.
+func TestTablesOfDocs(t *testing.T) {
+	for _, table := range []struct {
+		page, name, text string
+	}{
+		{"docs/metrics.md", "outcomes", outcomeTable()},
+		{"docs/metrics.md", "reasons", reasonTable()},
+		{"docs/configuration.md", "keys", keyTable(t)},
+	} {
+		before, err := os.ReadFile(table.page)
+		require.NoError(t, err)
+		page := replaceTable(t, string(before), table.name, table.text)
+		switch {
+		case page == string(before):
+		case *update:
+			require.NoError(t, os.WriteFile(table.page, []byte(page), 0o644))
+		default:
+			t.Errorf(`the table of %s in %s is out of date: run "make generate"`, table.name, table.page)
+		}
 	}
 }
 
@@ -50,8 +57,7 @@ func outcomeTable() string {
 	return b.String()
 }
 
-func reasonTable(t *testing.T) string {
-	t.Helper()
+func reasonTable() string {
 	var b strings.Builder
 	b.WriteString("| Reason | What happened | What the gateway does |\n|---|---|---|\n")
 	for _, r := range telemetry.Reasons {

@@ -317,7 +317,7 @@ func TestReloadThatFails(t *testing.T) {
 		"busy port":   func(cfg *Config) { cfg.Listener.NetAddr.Endpoint = serverAddress },
 		"authenticator, and another listener": func(cfg *Config) {
 			auth := confighttp.AuthConfig{}
-			auth.AuthenticatorID = component.MustNewID("basicauth")
+			auth.Config.AuthenticatorID = component.MustNewID("basicauth") //nolint:staticcheck // newer collectors do not embed Config
 			cfg.Listener.Auth = configoptional.Some(auth)
 		},
 	} {
@@ -371,7 +371,7 @@ func TestReloadChangesListener(t *testing.T) {
 		s.host.extensions = map[component.ID]component.Component{id: doorman{ServerAuthenticateFunc: check}}
 		require.NoError(t, s.goOn(func(cfg *Config) {
 			auth := confighttp.AuthConfig{}
-			auth.AuthenticatorID = id
+			auth.Config.AuthenticatorID = id //nolint:staticcheck // newer collectors do not embed Config
 			cfg.Listener.Auth = configoptional.Some(auth)
 		}))
 		alice.WantLetGo()
@@ -407,7 +407,7 @@ func TestReloadWaitsForAuthentication(t *testing.T) {
 		require.NoError(t, s.e.Shutdown(t.Context()))
 		require.NoError(t, s.goOn(func(cfg *Config) {
 			auth := confighttp.AuthConfig{}
-			auth.AuthenticatorID = id
+			auth.Config.AuthenticatorID = id //nolint:staticcheck // newer collectors do not embed Config
 			cfg.Listener.Auth = configoptional.Some(auth)
 		}))
 		s.server.WantLinks(3)

@@ -454,7 +454,7 @@ func (fragile) Hijack() (net.Conn, *bufio.ReadWriter, error) { panic("oh dear") 
 func authenticated(id component.ID) func(*Config) {
 	return func(cfg *Config) {
 		var auth confighttp.AuthConfig
-		auth.AuthenticatorID = id
+		auth.Config.AuthenticatorID = id //nolint:staticcheck // newer collectors do not embed Config
 		cfg.Listener.Auth = configoptional.Some(auth)
 	}
 }

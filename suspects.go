@@ -41,9 +41,11 @@ func (p *upstreamPool) judge(e *entry) error {
 	case suspicion.TooLarge:
 		return errServerLimit
 	case suspicion.Try:
-		e.Trial = true
+		e.Trial, e.Alone = true, false
+	case suspicion.TryAlone:
+		e.Trial, e.Alone = true, true
 	case suspicion.Pass:
-		e.Trial = false
+		e.Trial, e.Alone = false, false
 	}
 	return nil
 }

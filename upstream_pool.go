@@ -280,15 +280,14 @@ func (p *upstreamPool) tellStatus() {
 // isNews reports whether now, why there is no link, is to be told after told. While there is none, another reason is
 // not: health checks count from what was told last.
 func isNews(now, told error) bool {
-	switch told { //nolint:errorlint // whether it is the one that was told, not what kind it is
-	case nil:
-		return now != nil
-	case errUntold:
+	same := func(a, b error) bool { return a == b } //nolint:errorlint // whether it is the very one, not what kind it is
+	switch {
+	case same(told, errUntold):
 		return true
-	case errNoLink: // a reason was not known yet
-		return now != errNoLink //nolint:errorlint // as above
+	case same(told, errNoLink): // a reason was not known yet
+		return !same(now, errNoLink)
 	default:
-		return now == nil
+		return (now == nil) != (told == nil)
 	}
 }
 

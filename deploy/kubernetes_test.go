@@ -124,7 +124,7 @@ func TestManifestsFitImage(t *testing.T) {
 	require.EqualValues(t, 0o440, *m.deployment.Spec.Template.Spec.Volumes[0].Secret.DefaultMode, "by the group, not by others")
 }
 
-// Memory is enough for the agents that the manifest promises, by the README's figures, and Go is told.
+// Memory is enough for the agents that the manifest promises, by the figures of docs/sizing.md, and Go is told.
 func TestManifestsMemory(t *testing.T) {
 	c := container(t, read(t))
 	limit := c.Resources.Limits[corev1.ResourceMemory]
@@ -135,8 +135,8 @@ func TestManifestsMemory(t *testing.T) {
 	require.NotNil(t, promised)
 	agents := resource.MustParse(promised[1] + "k")
 	row := regexp.MustCompile(`(?m)^\| agents per GiB to plan with \| [0-9,]+ \| ([0-9]+),000 \|$`).
-		FindStringSubmatch(readFile(t, "../README.md"))
-	require.NotNil(t, row, "the README's Sizing, with TLS")
+		FindStringSubmatch(readFile(t, "../docs/sizing.md"))
+	require.NotNil(t, row, "docs/sizing.md, with TLS")
 	perGiB := resource.MustParse(row[1] + "k")
 	const mib = 1 << 20
 	need := agents.Value()*(1<<30)/perGiB.Value() + 30*mib + 256*mib*3/2

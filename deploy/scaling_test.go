@@ -11,13 +11,13 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// The table of docs/scaling.md follows from the figures that the README has measured.
+// The table of docs/scaling.md follows from the figures of docs/sizing.md, and the defaults of docs/configuration.md.
 func TestScalingTable(t *testing.T) {
-	readme := readFile(t, "../README.md")
+	sizing := readFile(t, "../docs/sizing.md") + readFile(t, "../docs/configuration.md")
 	figure := func(pattern string) float64 {
 		t.Helper()
-		found := regexp.MustCompile(pattern).FindStringSubmatch(readme)
-		require.NotNil(t, found, "the README's figure: %s", pattern)
+		found := regexp.MustCompile(pattern).FindStringSubmatch(sizing)
+		require.NotNil(t, found, "the figure: %s", pattern)
 		return number(t, found[1])
 	}
 	const mib, gib = 1 << 20, 1 << 30

@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -81,31 +80,6 @@ func TestOperationsPage(t *testing.T) {
 		}
 	}
 	require.Greater(t, quoted, 15, "lines of the log quoted")
-}
-
-// What the pages for operators link to in the project is there.
-func TestLinksOfPages(t *testing.T) {
-	t.Parallel()
-	for _, page := range []string{"../README.md", "../CHANGELOG.md", "../deploy/README.md", "../docs/operations.md", "../docs/scaling.md"} {
-		links := regexp.MustCompile(`\]\(([^)#:]+)(?:#([^)]*))?\)`).FindAllStringSubmatch(readText(t, page), -1)
-		require.NotEmpty(t, links, page)
-		for _, link := range links {
-			target := path.Join(path.Dir(page), link[1])
-			require.True(t, exists(target), "%s links to %s", page, target)
-			if link[2] != "" {
-				anchors := []string{}
-				for _, heading := range regexp.MustCompile(`(?m)^##+ (.*)$`).FindAllStringSubmatch(readText(t, target), -1) {
-					anchors = append(anchors, anchorOf(heading[1]))
-				}
-				require.Contains(t, anchors, link[2], "%s links to %s", page, target)
-			}
-		}
-	}
-}
-
-func exists(path string) bool {
-	_, err := os.Stat(filepath.FromSlash(path))
-	return err == nil
 }
 
 // The alerts fire when they should, and not otherwise, and each does in some case.
@@ -337,11 +311,11 @@ func sources(t *testing.T) string {
 	return regexp.MustCompile(`"\s*\+\s*"`).ReplaceAllString(all.String(), "")
 }
 
-// namesOf returns the first column of a table of the README that is made from the code.
+// namesOf returns the first column of a table of docs/metrics.md that is made from the code.
 func namesOf(t *testing.T, table string) (names []string) {
 	t.Helper()
-	_, text, found := strings.Cut(readText(t, "../README.md"), "<!-- "+table+": made by make generate -->")
-	require.True(t, found, "the README's table of %s", table)
+	_, text, found := strings.Cut(readText(t, "../docs/metrics.md"), "<!-- "+table+": made by make generate -->")
+	require.True(t, found, "docs/metrics.md has a table of %s", table)
 	text, _, _ = strings.Cut(text, "<!-- end of")
 	for _, row := range regexp.MustCompile("(?m)^\\| `([a-z_]+)` \\|").FindAllStringSubmatch(text, -1) {
 		names = append(names, row[1])

@@ -27,11 +27,11 @@ func (g *Gateway) ofGateway(levels ...string) (lines []string) {
 	return lines
 }
 
-// Every reason and every outcome that the README names is in the metrics from the start, as 0, and
+// Every reason and every outcome that docs/metrics.md names is in the metrics from the start, as 0, and
 // no other.
 func TestMetricsAreThereFromTheStart(t *testing.T) {
 	t.Parallel()
-	readme := string(read(t, "../README.md"))
+	page := string(read(t, "../docs/metrics.md"))
 	server := startServer(t, serverOptions{})
 	metrics := freeAddress(t)
 	gateway := startGateway(t, server.url(), func(c config) { c.metrics(t, metrics) })
@@ -39,10 +39,10 @@ func TestMetricsAreThereFromTheStart(t *testing.T) {
 	for _, test := range []struct{ metric, attribute, section string }{
 		{"faults", "reason", "reasons"}, {"admissions", "outcome", "outcomes"},
 	} {
-		_, section, _ := strings.Cut(readme, "<!-- "+test.section)
+		_, section, _ := strings.Cut(page, "<!-- "+test.section)
 		section, _, _ = strings.Cut(section, "<!-- end of "+test.section)
 		named := regexp.MustCompile("(?m)^\\| `([a-z_]+)`").FindAllStringSubmatch(section, -1)
-		require.NotEmpty(t, named, "%s in the README", test.section)
+		require.NotEmpty(t, named, "%s in docs/metrics.md", test.section)
 		want := map[string]float64{}
 		for _, name := range named {
 			want[fmt.Sprintf("otelcol_opampgateway_%s{%s=%q}", test.metric, test.attribute, name[1])] = 0

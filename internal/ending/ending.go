@@ -52,7 +52,7 @@ var (
 	Shutdown       = &Cause{Text: "gateway is shutting down"}
 )
 
-// Causes is the table of all causes, for the README.
+// Causes is the table of all causes, for docs/metrics.md.
 var Causes = []*Cause{
 	BadMessages, NoWebSocket, TooLarge, ForeignConnect, Mute, Slow, MemoryFull, Silent, GraceOver, Refused, LinkLost, Shutdown,
 }

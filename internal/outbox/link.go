@@ -83,6 +83,8 @@ type Link[S comparable] struct {
 	pinged   uint64        // what was sent before it, as sent counts
 	answered uint64        // the number of the last ping that was answered
 	reached  int64         // when it was
+	trying   int           // messages on trial that are not acknowledged
+	alone    bool          // one of them is to be the only one
 	tried    []tried[S]    // messages on trial that were acknowledged, the last maxTried
 	wakeAt   int64         // when the timer goes off; math.MaxInt64 for not
 	closing  []byte        // payload of the close frame that is to come last; nil while there is none
@@ -242,7 +244,7 @@ func (o *Link[S]) Pong(payload []byte) (ack Acknowledgement[S], expected bool) {
 	ack.RoundTrip = roundTrip
 	o.answered, o.reached = number, now
 	for o.sent.begin < acknowledged && o.sent.len() > 0 {
-		s := o.sent.pop()
+		s := o.popLocked()
 		ack.Largest = max(ack.Largest, s.Size)
 		if s.ping != 0 {
 			ack.Tried = append(ack.Tried, s)
@@ -567,7 +569,7 @@ func (o *Link[S]) gatherLocked(batch []Entry[S]) []Entry[S] {
 			break
 		}
 		trial := q.first().Trial && o.closing == nil && !o.window.Blind()
-		if trial && o.window.Outstanding() > maxPings-2 {
+		if trial && !o.mayTryLocked(q.first()) {
 			if postponed++; postponed > maxPostponed || postponed > o.lines.len() {
 				break // all that waits has to be tried
 			}
@@ -594,6 +596,11 @@ func (o *Link[S]) gatherLocked(batch []Entry[S]) []Entry[S] {
 	return batch
 }
 
+// mayTryLocked reports whether a message may be on trial now.
+func (o *Link[S]) mayTryLocked(e *Entry[S]) bool {
+	return !o.alone && (!e.Alone || o.trying == 0) && o.window.Outstanding() <= maxPings-2
+}
+
 // tryLocked appends to batch a message on trial, between two pings; one between it and the last on trial is enough.
 func (o *Link[S]) tryLocked(batch []Entry[S], e Entry[S]) []Entry[S] {
 	if o.pinged != o.sent.end || o.lastPing == o.answered {
@@ -601,14 +608,26 @@ func (o *Link[S]) tryLocked(batch []Entry[S], e Entry[S]) []Entry[S] {
 	}
 	batch = o.sendLocked(batch, e)
 	o.sent.last().ping = o.lastPing
+	o.trying++
+	o.alone = e.Alone
 	return o.pingLocked(batch)
+}
+
+// popLocked takes the first message out of what is on its way.
+func (o *Link[S]) popLocked() Sent[S] {
+	s := o.sent.pop()
+	if s.ping != 0 {
+		o.trying--
+		o.alone = false
+	}
+	return s
 }
 
 // sendLocked appends a message to batch.
 func (o *Link[S]) sendLocked(batch []Entry[S], e Entry[S]) []Entry[S] {
 	o.window.Sent(len(e.Frame))
 	if o.sent.len() >= maxSent && o.window.Blind() {
-		o.sent.pop()
+		o.popLocked()
 	}
 	o.sent.push(Sent[S]{Sender: e.Sender, Size: len(e.Frame)})
 	return append(batch, e)

@@ -200,6 +200,7 @@ type speaker struct {
 	name   string
 	weight int
 	trial  bool // what it says is on trial
+	alone  bool // and nothing else is
 	line   Line[string]
 	n      int
 }
@@ -219,7 +220,7 @@ func (s *speaker) next(size int) Entry[string] {
 	text := s.name + strconv.Itoa(s.n)
 	s.n++
 	return Entry[string]{
-		Kind: Message, Sender: s.name, Trial: s.trial,
+		Kind: Message, Sender: s.name, Trial: s.trial, Alone: s.alone,
 		Frame: []byte(text + strings.Repeat(".", max(0, size-len(text)))),
 	}
 }
@@ -1043,6 +1044,39 @@ func TestMessagesOnTrialWaitForTheirPings(t *testing.T) {
 		_, caught, before := o.Unacknowledged()
 		require.False(t, caught)
 		require.Len(t, before, 20)
+	})
+}
+
+// One that is to be on trial alone waits for others that are, and they for it; what is not on trial passes.
+func TestOneIsOnTrialAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 1<<20, s)
+		s.settle()
+		alice, bob, cathy := newSpeaker(o, "alice"), newSpeaker(o, "bob"), newSpeaker(o, "cathy")
+		alice.trial, bob.trial, bob.alone = true, true, true
+		require.NoError(t, alice.say(0))
+		synctest.Wait()
+		bob.sayAll(t, 2, 0)
+		synctest.Wait()
+		require.NoError(t, cathy.say(0))
+		synctest.Wait()
+		require.Equal(t, []string{"alice0", "cathy0"}, s.said())
+		s.answerFirst(t)
+		s.answerFirst(t) // alice0 was read
+		synctest.Wait()
+		require.Equal(t, []string{"alice0", "cathy0", "bob0"}, s.said())
+		require.NoError(t, alice.say(0))
+		synctest.Wait()
+		require.NoError(t, cathy.say(0))
+		synctest.Wait()
+		require.Equal(t, []string{"alice0", "cathy0", "bob0", "cathy1"}, s.said())
+		for len(s.said()) < 6 {
+			s.answerFirst(t)
+			synctest.Wait()
+		}
+		s.settle()
+		require.ElementsMatch(t, []string{"bob1", "alice1"}, s.said()[4:])
 	})
 }
 

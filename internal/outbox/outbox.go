@@ -51,6 +51,8 @@ type Entry[S any] struct {
 	Taken int64
 	// Trial has a link's outbox write it between two pings, see Link.
 	Trial bool
+	// Alone has it do so only while no other is on trial there.
+	Alone bool
 	// Stale, when set, is asked right before the frame is written; a stale one is left out.
 	Stale func() bool
 }

@@ -40,6 +40,8 @@ const (
 	// enoughTrials is after how many messages on trial, as large as what it is suspected for, a suspect is not named for
 	// what may have been the network.
 	enoughTrials = 4
+	// enoughAlone is how many messages of a suspect are tried while nothing else is: for longer it would wait too long.
+	enoughAlone = 8
 	// namedFor is for how long an agent is turned down that is named for the first time, when the server has said that it
 	// was for a message; otherwise unsureFor, since something else may just then have ended the link. It doubles each
 	// time, up to maxNamedFor. Afterwards the agent stays a suspect for as long again.
@@ -81,6 +83,9 @@ const (
 	Pass Judgement = iota
 	// Try has it relayed on trial.
 	Try
+	// TryAlone has it relayed on trial while nothing else is on its link: where the server says nothing when it ends a link,
+	// its last pongs may be missing, too.
+	TryAlone
 	// Named turns it down: its agent was named.
 	Named
 	// TooLarge turns it down: the server has ended a link at one no larger.
@@ -120,16 +125,23 @@ type trace struct {
 	at            time.Time // of the last
 	nth           uint      // of all ends, the last
 	there, caught uint64    // bit n: the nth before the last
+
+	size   int  // of the message at which it was caught last; 0 for none
+	passed bool // the server has read one as large of it since
+	twice  bool // it had not, from the catch before to the last
 }
 
 // upTo returns the trace as seen from the end of this number.
 func (t trace) upTo(nth uint) trace {
-	return trace{t.at, nth, t.there << (nth - t.nth), t.caught << (nth - t.nth)}
+	t.there, t.caught, t.nth = t.there<<(nth-t.nth), t.caught<<(nth-t.nth), nth
+	return t
 }
 
 type suspect struct {
 	large bool // only for the size of a message
+	alone bool // the server has said nothing
 	size  int  // of the message, or somewhat less, in bytes
+	heard int  // how many messages of it were acknowledged that had been on trial
 	tried int  // how many as large were acknowledged that had been on trial
 	until time.Time
 }
@@ -181,6 +193,9 @@ func (b *Book) Judge(m Message) Judgement {
 		return Try // the server may take more by now
 	}
 	if s, ok := b.suspects[m.UID]; ok && now.Before(s.until) && (!s.large || m.Size > b.largest) {
+		if s.alone && s.heard < enoughAlone {
+			return TryAlone
+		}
 		return Try
 	}
 	if b.newLocked(m) {
@@ -226,9 +241,16 @@ func (b *Book) Acknowledged(size int) {
 func (b *Book) Taken(m Message) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if s, ok := b.suspects[m.UID]; ok && m.Size >= s.size {
-		s.tried++
+	if s, ok := b.suspects[m.UID]; ok {
+		s.heard++
+		if m.Size >= s.size {
+			s.tried++
+		}
 		b.suspects[m.UID] = s
+	}
+	if t, ok := b.traces[m.UID]; ok && m.Size >= t.size-t.size/8 {
+		t.passed = true
+		b.traces[m.UID] = t
 	}
 }
 
@@ -274,7 +296,8 @@ func (b *Book) Ended(e End) (culprit Message, turnedDown time.Duration) {
 				b.suspectLocked(m.UID, suspect{large: true, size: m.Size}, now)
 			}
 		case latest.accuses, again[m.UID]:
-			b.suspectLocked(m.UID, suspect{size: m.Size - m.Size/8}, now) // said again, it may have changed a little
+			// Said again, it may have changed a little.
+			b.suspectLocked(m.UID, suspect{size: m.Size - m.Size/8, alone: !latest.accuses}, now)
 		}
 	}
 	return Message{}, 0
@@ -335,6 +358,8 @@ func (b *Book) traceLocked(e *End, now time.Time) (again map[wire.UID]bool) {
 		t.there |= 1
 		if i == 0 && e.Caught {
 			t.caught |= 1
+			t.twice = t.size > 0 && !t.passed
+			t.size, t.passed = m.Size, false
 		}
 		b.traces[m.UID] = t
 	}
@@ -361,7 +386,8 @@ func (b *Book) provesLocked(e *End) bool {
 			b.suspects[m.UID].tried < enoughTrials
 	}
 	another := slices.ContainsFunc(e.Before, func(o Message) bool { return o.UID != m.UID && b.newLocked(o) })
-	return 2*caught >= all && (caught > 1 || !another)
+	// Where there are several poisons, each is caught at some of the ends, and one as large never passes.
+	return t.twice || 2*caught >= all && (caught > 1 || !another)
 }
 
 func (b *Book) namedBeforeLocked(uid wire.UID) bool {
@@ -421,7 +447,8 @@ func (b *Book) suspectLocked(uid wire.UID, fresh suspect, now time.Time) {
 	if until := now.Add(suspectFor); until.After(s.until) {
 		s.until = until
 	}
-	s.large, s.size, s.tried = fresh.large && (s.large || !known), max(s.size, fresh.size), 0
+	s.large, s.size = fresh.large && (s.large || !known), max(s.size, fresh.size)
+	s.alone, s.tried, s.heard = fresh.alone, 0, 0
 	b.suspects[uid] = s
 }
 
@@ -436,7 +463,7 @@ func (b *Book) nameLocked(uid wire.UID, sure bool, now time.Time) time.Duration 
 		return 0
 	}
 	b.named[uid] = name{until: now.Add(lasts), remember: now.Add(2 * lasts), lasts: lasts, unsure: !sure}
-	b.suspects[uid] = suspect{until: now.Add(2 * lasts)}
+	b.suspects[uid] = suspect{alone: !sure, until: now.Add(2 * lasts)}
 	return lasts
 }
 

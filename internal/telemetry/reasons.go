@@ -35,7 +35,7 @@ const (
 	ReasonPanic            Reason = "panic"
 )
 
-// Reasons describes every Reason, for the README: what happened, and what the gateway does but
+// Reasons describes every Reason, for docs/metrics.md: what happened, and what the gateway does but
 // for ending a connection, which the causes of internal/ending say.
 var Reasons = []struct {
 	Reason     Reason
@@ -91,7 +91,7 @@ const (
 	OutcomeReload        Outcome = "reload"
 )
 
-// Outcomes describes every Outcome, for the README.
+// Outcomes describes every Outcome, for docs/metrics.md.
 var Outcomes = []struct {
 	Outcome Outcome
 	What    string
