@@ -564,3 +564,64 @@ func TestReloadOfTwo(t *testing.T) {
 		s.exchange(alice, 2)
 	})
 }
+
+// TestReloadTakesSlotsAwayAndBack has slots be taken away, and given back while their old links are still ending.
+func TestReloadTakesSlotsAwayAndBack(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		agents := s.crowd(6)
+		for _, l := range s.server.WantLinks(3) {
+			l.BlackHole()
+		}
+		s.reload(func(cfg *Config) { cfg.Server.Connections = 1 })
+		s.reload(func(cfg *Config) { cfg.Server.Connections = 3 })
+		time.Sleep(10 * time.Second)
+		require.Len(t, s.pool.links(), 3)
+		for i, a := range agents {
+			s.server.WantFrame(a.UID, a.Say(100+i))
+		}
+	})
+}
+
+// A newcomer waits while all links are about to end, and none is there yet.
+func TestReloadNewcomersWhileLinksEnd(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		s.introduce("alice")
+		for _, l := range s.server.WantLinks(3) {
+			l.BlackHole()
+		}
+		s.leaveOff()
+		bob := s.knock("bob")
+		synctest.Wait()
+		require.NoError(t, s.goOn(func(cfg *Config) { cfg.Server.AgentID = "renamed" }))
+		s.exchange(s.wantLetIn(bob), 1)
+	})
+}
+
+// Links that are about to end are none, as far as the status is concerned.
+func TestReloadStatusFewerSlotsNoServer(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		s.introduce("alice")
+		links := s.server.WantLinks(3)
+		for _, l := range links[1:] {
+			l.BlackHole()
+		}
+		s.reload(func(cfg *Config) {
+			cfg.Server.Connections = 1
+			cfg.Server.Endpoint = "ws://localhost:9001"
+		})
+		time.Sleep(15 * time.Second)
+		require.Equal(t, []componentstatus.Status{componentstatus.StatusRecoverableError}, s.host.statuses())
+	})
+}
+
+// TestReloadStatusSilentServer has the next server not answer at all, for which an attempt to dial waits long.
+func TestReloadStatusSilentServer(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		s.introduce("alice")
+		s.net.Silence("localhost:9001", true)
+		time.Sleep(linkWait)
+		s.reload(func(cfg *Config) { cfg.Server.Endpoint = "ws://localhost:9001" })
+		time.Sleep(linkWait + time.Second)
+		require.Equal(t, []componentstatus.Status{componentstatus.StatusRecoverableError}, s.host.statuses())
+	})
+}
