@@ -158,7 +158,7 @@ func sameLinks(a, b *ServerConfig) bool {
 // adopt has g go on for another component:
 //
 //  1. What can fail is done first: certificates are read again, there is the listener's middleware of the new component,
-//     another listener if the address has changed, or was given back, and metrics. With an error, g is as it was.
+//     another listener if the address has changed, or was given back, and metrics. With an error, g is to be ended.
 //  2. What g says is the new component's from here on: logs, metrics, status.
 //  3. The configuration holds that is the new component's. Where it has another server, there are other links.
 //  4. Newcomers, which have waited, are let in.
@@ -173,8 +173,13 @@ func (g *gateway) adopt(ctx context.Context, e *gatewayExtension, host component
 		return err
 	}
 	var listener net.Listener
-	if g.server.door.Vacant() || cfg.Listener.NetAddr.Endpoint != before.Listener.NetAddr.Endpoint {
-		if listener, err = e.listen(ctx); err != nil {
+	if vacant := g.server.door.Vacant(); vacant || cfg.Listener.NetAddr.Endpoint != before.Listener.NetAddr.Endpoint {
+		listener, err = e.listen(ctx)
+		if err != nil && !vacant { // the old address may be in the way of the new one, as localhost is of 0.0.0.0
+			g.server.door.Vacate()
+			listener, err = e.listen(ctx)
+		}
+		if err != nil {
 			return err
 		}
 	}

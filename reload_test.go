@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.opentelemetry.io/collector/component"
 	"go.opentelemetry.io/collector/component/componentstatus"
+	"go.opentelemetry.io/collector/component/componenttest"
 	"go.opentelemetry.io/collector/config/confighttp"
 	"go.opentelemetry.io/collector/config/configoptional"
 	"go.uber.org/zap"
@@ -624,4 +625,33 @@ func TestReloadStatusSilentServer(t *testing.T) {
 		time.Sleep(linkWait + time.Second)
 		require.Equal(t, []componentstatus.Status{componentstatus.StatusRecoverableError}, s.host.statuses())
 	})
+}
+
+// TestReloadSpellsAddressAnew moves the listener to an address that is busy as long as the old one is taken.
+func TestReloadSpellsAddressAnew(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	require.NoError(t, l.Close())
+	set := settings(t)
+	start := func(host string) *gatewayExtension {
+		cfg := createDefaultConfig().(*Config)
+		cfg.Server.Endpoint, cfg.Listener.NetAddr.Endpoint = "ws://127.0.0.1:9", net.JoinHostPort(host, port)
+		e, err := newGatewayExtension(set, cfg)
+		require.NoError(t, err)
+		e.told = func() bool { return false }
+		require.NoError(t, e.Start(t.Context(), componenttest.NewNopHost()))
+		return e
+	}
+	e := start("127.0.0.1")
+	conn, err := net.Dial("tcp", "127.0.0.1:"+port)
+	require.NoError(t, err)
+	defer conn.Close()
+	require.Eventually(t, e.gateway.inUse, 5*time.Second, time.Millisecond)
+	g := e.gateway
+	require.NoError(t, e.Shutdown(t.Context()))
+	e = start("0.0.0.0")
+	require.Same(t, g, e.gateway)
+	e.told = func() bool { return true }
+	require.NoError(t, e.Shutdown(t.Context()))
 }
