@@ -655,3 +655,20 @@ func TestReloadSpellsAddressAnew(t *testing.T) {
 	e.told = func() bool { return true }
 	require.NoError(t, e.Shutdown(t.Context()))
 }
+
+// A gateway that is being let in when gateways are shut out is let go, as those that are connected.
+func TestReloadShutsOutGatewayThatIsComing(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		s.introduce("alice")
+		held := make(chan *gatewaytest.Question, 1)
+		s.server.OnConnect(func(q *gatewaytest.Question) { held <- q })
+		below := s.knock("gateway", connectionIDHeader, "below")
+		q := <-held
+		s.reload(func(cfg *Config) { cfg.Agents.AllowGateways = false })
+		q.Accept()
+		if a := (<-below).agent; a != nil {
+			a.WantLetGo()
+		}
+		s.wantConnections(1)
+	})
+}
