@@ -672,3 +672,38 @@ func TestReloadShutsOutGatewayThatIsComing(t *testing.T) {
 		s.wantConnections(1)
 	})
 }
+
+// TestReloadAnswersWhoWaits has the next component not go on with the gateway for which newcomers wait.
+func TestReloadAnswersWhoWaits(t *testing.T) {
+	for range 30 {
+		play(t, func(t *testing.T, s *stage) {
+			s.introduce("alice")
+			s.leaveOff()
+			var waiting []<-chan answer
+			for range 20 {
+				waiting = append(waiting, s.knock("bob"))
+			}
+			synctest.Wait()
+			require.NoError(t, s.goOn(func(cfg *Config) {
+				cfg.Listener.CORS = configoptional.Some(confighttp.CORSConfig{AllowedOrigins: []string{"https://x.example"}})
+			}))
+			for _, w := range waiting {
+				a := <-w
+				require.NotNil(t, a.Response)
+				require.Equal(t, http.StatusServiceUnavailable, a.StatusCode)
+			}
+		})
+	}
+}
+
+// The write timeout of the listener may be shorter than newcomers wait.
+func TestReloadHangsWithWriteTimeout(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		s.introduce("alice")
+		s.leaveOff()
+		a := <-s.knock("bob")
+		require.NotNil(t, a.Response)
+		require.Equal(t, http.StatusServiceUnavailable, a.StatusCode)
+		require.NoError(t, s.goOn())
+	}, func(cfg *Config) { cfg.Listener.WriteTimeout = time.Second })
+}
