@@ -497,7 +497,7 @@ const maxAsked, askAgain = 3, 4 * time.Second
 
 // admit attaches a new agent to a link and asks the server about it; on another link if that one ends.
 func (p *upstreamPool) admit(ctx context.Context, a *agentConn) (connect.Result, error) {
-	for asked := 1; ; asked++ {
+	for asked := 1; ; {
 		l, err := p.attach(ctx, a, nil, time.Time{})
 		if err != nil {
 			return connect.Result{}, err
@@ -509,12 +509,15 @@ func (p *upstreamPool) admit(ctx context.Context, a *agentConn) (connect.Result,
 		switch {
 		case !errors.Is(err, questions.ErrEnded):
 			return result, err
+		case l.givenUp.Load(): // not the server's doing
+			continue
 		case !l.target.asking.Answered(): // the book finds out whether the server can be asked
-		case asked == maxAsked:
+		case asked >= maxAsked:
 			return connect.Result{}, errNoLink
 		case asked == maxAsked-1:
 			_ = sleep(ctx, time.Second+rand.N(askAgain)) // and not at once: links that end together end for another reason
 		}
+		asked++
 	}
 }
 

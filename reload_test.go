@@ -707,3 +707,24 @@ func TestReloadHangsWithWriteTimeout(t *testing.T) {
 		require.NoError(t, s.goOn())
 	}, func(cfg *Config) { cfg.Listener.WriteTimeout = time.Second })
 }
+
+// A newcomer about whom the server is slow to answer outlasts more reloads than links may end at it.
+func TestReloadsWhileAsked(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		s.introduce("alice")
+		s.server.OnConnect(func(q *gatewaytest.Question) {
+			if q.Who() != "bob" {
+				q.Accept()
+			}
+		})
+		bob := s.knock("bob")
+		for i := range maxAsked {
+			time.Sleep(6 * time.Second)
+			if i == maxAsked-1 {
+				s.server.OnConnect((*gatewaytest.Question).Accept)
+			}
+			s.reload(func(cfg *Config) { cfg.Server.AgentID = fmt.Sprint(i) })
+		}
+		s.exchange(s.wantLetIn(bob), 1)
+	})
+}
