@@ -96,6 +96,9 @@ func (l *parkingLot) givePort(id component.ID, p *place) {
 func (l *parkingLot) end(id component.ID, p *place) {
 	l.mu.Lock()
 	g := l.takeLocked(id, p)
+	if g != nil && !g.server.door.Vacant() {
+		g.server.door.Vacate() // before somebody else finds that it is not here any more, and wants the port
+	}
 	l.mu.Unlock()
 	if g != nil {
 		g.log.Info("nobody has taken over the gateway since its collector was shut down; its connections end")

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"runtime"
 	"strconv"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -19,6 +20,7 @@ import (
 	"go.opentelemetry.io/collector/config/confighttp"
 	"go.opentelemetry.io/collector/config/configoptional"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 
 	"github.com/opampgateway/opampgateway/internal/gatewaytest"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
@@ -727,4 +729,26 @@ func TestReloadsWhileAsked(t *testing.T) {
 		}
 		s.exchange(s.wantLetIn(bob), 1)
 	})
+}
+
+// TestReloadGraceIsOverAtOnce has a component start when a gateway has just been found to be nobody's.
+func TestReloadGraceIsOverAtOnce(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		alice := s.introduce("alice")
+		free := make(chan error, 1)
+		s.gateway.logs.Swap(s.e.set.Logger.WithOptions(zap.Hooks(func(e zapcore.Entry) error {
+			if strings.Contains(e.Message, "nobody has taken over") {
+				l, err := s.net.Listen(gatewayAddress)
+				if err == nil {
+					err = l.Close()
+				}
+				free <- err
+			}
+			return nil
+		})))
+		s.leaveOff()
+		require.NoError(t, <-free)
+		alice.WantLetGo()
+		wantNothingParked(t)
+	}, func(cfg *Config) { cfg.ReloadGrace = time.Second })
 }
