@@ -377,36 +377,38 @@ func TestNothingSecretIsLogged(t *testing.T) {
 	})
 }
 
-// TestShutdownWhileAdopting shuts an extension down while it takes a gateway over.
+// TestShutdownWhileAdopting shuts an extension down at some moment while it takes a gateway over.
 func TestShutdownWhileAdopting(t *testing.T) {
-	play(t, func(t *testing.T, s *stage) {
-		alice := s.introduce("alice")
-		s.leaveOff()
-		e, err := newGatewayExtension(settings(t), s.cfg)
-		require.NoError(t, err)
-		e.set.ID = s.e.set.ID
-		e.told = func() bool { return false }
-		e.dial = s.net.Dial
-		e.net = func(_ context.Context, at confignet.AddrConfig) (net.Listener, error) {
-			return s.net.Listen(at.Endpoint)
-		}
-		h := &heldHost{Host: componenttest.NewNopHost(), reached: make(chan struct{}), goOn: make(chan struct{})}
-		done := make(chan error)
-		go func() { done <- e.Start(t.Context(), h) }()
-		<-h.reached
-		close(h.goOn)
-		for range rand.IntN(100) {
-			runtime.Gosched()
-		}
-		require.NoError(t, e.Shutdown(t.Context()))
-		err = <-done // either is first
-		if err != nil {
-			require.ErrorContains(t, err, "shut down while starting")
-		}
-		time.Sleep(time.Minute)
-		alice.WantLetGo()
-		wantNothingParked(t)
-	})
+	for range 50 {
+		play(t, func(t *testing.T, s *stage) {
+			alice := s.introduce("alice")
+			s.leaveOff()
+			e, err := newGatewayExtension(settings(t), s.cfg)
+			require.NoError(t, err)
+			e.set.ID = s.e.set.ID
+			e.told = func() bool { return false }
+			e.dial = s.net.Dial
+			e.net = func(_ context.Context, at confignet.AddrConfig) (net.Listener, error) {
+				return s.net.Listen(at.Endpoint)
+			}
+			h := &heldHost{Host: componenttest.NewNopHost(), reached: make(chan struct{}), goOn: make(chan struct{})}
+			done := make(chan error)
+			go func() { done <- e.Start(t.Context(), h) }()
+			<-h.reached
+			close(h.goOn)
+			for range rand.IntN(100) {
+				runtime.Gosched()
+			}
+			require.NoError(t, e.Shutdown(t.Context()))
+			err = <-done // either is first
+			if err != nil {
+				require.ErrorContains(t, err, "shut down while starting")
+			}
+			time.Sleep(time.Minute)
+			alice.WantLetGo()
+			wantNothingParked(t)
+		})
+	}
 }
 
 // heldHost has whoever asks for its extensions first wait, as in the midst of a start.
