@@ -287,14 +287,16 @@ func (p *upstreamPool) tellStatus() {
 
 // isNews reports whether now, why there is no link, is to be told after told. While there is none, another reason is
 // not: health checks count from what was told last.
+//
+//nolint:errorlint // whether it is the one that was told, not what kind it is
 func isNews(now, told error) bool {
-	switch told { //nolint:errorlint // whether it is the one that was told, not what kind it is
+	switch told {
 	case nil:
 		return now != nil
 	case errUntold:
 		return true
 	case errNoLink: // a reason was not known yet
-		return now != errNoLink //nolint:errorlint // as above
+		return now != errNoLink
 	default:
 		return now == nil
 	}
