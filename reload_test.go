@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"runtime"
@@ -751,4 +752,58 @@ func TestReloadGraceIsOverAtOnce(t *testing.T) {
 		alice.WantLetGo()
 		wantNothingParked(t)
 	}, func(cfg *Config) { cfg.ReloadGrace = time.Second })
+}
+
+// TestReloadsAtRandom reloads over and over, with other links or the same, while links end or fall silent. Nobody is let go,
+// whoever comes is let in, and a stop ends it all at any moment.
+func TestReloadsAtRandom(t *testing.T) {
+	for range 10 {
+		play(t, func(t *testing.T, s *stage) {
+			agents := s.crowd(8)
+			var knocks []<-chan answer
+			for i := range 10 {
+				for _, l := range s.server.Links() {
+					switch rand.IntN(5) {
+					case 0:
+						l.BlackHole()
+					case 1:
+						l.Reset()
+					}
+				}
+				time.Sleep(time.Duration(rand.IntN(1500)) * time.Millisecond)
+				for _, a := range agents {
+					a.Say(10 + i)
+				}
+				knocks = append(knocks, s.knock(fmt.Sprint("new", i)))
+				s.leaveOff()
+				time.Sleep(time.Duration(rand.IntN(100)) * time.Millisecond)
+				require.NoError(t, s.goOn(func(cfg *Config) {
+					cfg.Server.Connections = 1 + rand.IntN(4)
+					if rand.IntN(2) == 0 {
+						cfg.Server.AgentID = fmt.Sprint("name", i)
+					}
+				}))
+				if rand.IntN(20) == 0 {
+					break
+				}
+			}
+			if rand.IntN(3) == 0 {
+				require.LessOrEqual(t, s.stop(), shutdownTimeout)
+				return
+			}
+			time.Sleep(25 * time.Second)
+			require.Len(t, s.pool.links(), s.cfg.Server.Connections)
+			for _, k := range knocks {
+				s.wantLetIn(k)
+			}
+			s.wantConnections(len(agents) + len(knocks))
+			for _, a := range agents {
+				n := len(s.server.Received(a.UID))
+				a.Say(100)
+				time.Sleep(time.Second)
+				require.Len(t, s.server.Received(a.UID), n+1)
+			}
+			require.LessOrEqual(t, s.stop(), shutdownTimeout)
+		})
+	}
 }
