@@ -66,6 +66,7 @@ type gatewayExtension struct {
 	// mu guards what follows.
 	mu      sync.Mutex
 	gateway *gateway // nil before Start and after Shutdown
+	started bool     // Start was called
 	stopped bool     // Shutdown was called
 }
 
@@ -92,6 +93,13 @@ func (e *gatewayExtension) Dependencies() []component.ID {
 // Start takes the listener and returns; it does not wait for the server. If the component before a reload has left
 // its gateway, that goes on, as far as the configuration allows; otherwise it is ended first.
 func (e *gatewayExtension) Start(ctx context.Context, host component.Host) error {
+	e.mu.Lock()
+	again := e.started
+	e.started = true
+	e.mu.Unlock()
+	if again {
+		return errors.New("started twice")
+	}
 	if e.told == nil {
 		e.told = watchSignals()
 	}
@@ -158,7 +166,7 @@ func (e *gatewayExtension) listen(ctx context.Context) (net.Listener, error) {
 // Start before it, or a second time.
 func (e *gatewayExtension) Shutdown(ctx context.Context) error {
 	e.mu.Lock()
-	g, again := e.gateway, e.stopped
+	g, concerned := e.gateway, e.started || e.stopped // then Start, or Shutdown, ends what there is
 	e.gateway, e.stopped = nil, true
 	e.mu.Unlock()
 	switch {
@@ -168,7 +176,7 @@ func (e *gatewayExtension) Shutdown(ctx context.Context) error {
 		}
 	case g != nil:
 		g.shutdown(ctx)
-	case !again:
+	case !concerned:
 		e.tel.Shutdown()
 	}
 	return nil
