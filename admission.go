@@ -167,8 +167,19 @@ func (s *downstreamServer) enteredLocked() {
 	s.entered = make(chan struct{})
 }
 
-// enter counts a request among those that are being answered, and returns what it has to pass; it waits while there
-// is nothing. An error says why there is nothing for too long.
+// begin counts a request among those that are being answered, unless the gateway is stopping.
+func (s *downstreamServer) begin() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closing {
+		return false
+	}
+	s.requests.Add(1)
+	return true
+}
+
+// enter returns what a request has to pass; it waits while there is nothing. An error says why there is nothing for
+// too long.
 func (s *downstreamServer) enter(ctx context.Context, through *passage) (*life, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, lifeWait, errReload)
 	defer cancel()
@@ -180,7 +191,6 @@ func (s *downstreamServer) enter(ctx context.Context, through *passage) (*life, 
 			return nil, errClosing
 		case s.life != nil:
 			l := s.life
-			s.requests.Add(1)
 			if through != nil {
 				l.before.Add(1)
 				through.life.Store(l)
@@ -246,6 +256,12 @@ func (e httpErrors) Write(line []byte) (int, error) {
 //  5. The connection is upgraded, and its reader started. From here on the link's end is
 //     not the agent's.
 func (s *downstreamServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if !s.begin() {
+		s.tel.Admission(telemetry.OutcomeReload)
+		refuseForReload(w, errClosing)
+		return
+	}
+	defer s.requests.Done()
 	through, _ := r.Context().Value(passageKey{}).(*passage)
 	life, err := s.enter(r.Context(), through)
 	if err != nil {
@@ -253,7 +269,6 @@ func (s *downstreamServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refuseForReload(w, err)
 		return
 	}
-	defer s.requests.Done()
 	if through != nil {
 		defer through.over()
 	}
@@ -422,8 +437,10 @@ func refuseForNow(w http.ResponseWriter, reason string) {
 // once, but not with all others.
 func refuseForReload(w http.ResponseWriter, reason error) {
 	w.Header().Set("Retry-After", strconv.Itoa(2+rand.IntN(4)))
+	answer := http.NewResponseController(w)
+	_ = answer.SetWriteDeadline(time.Now().Add(answerTime)) // the listener's write timeout counts from the request
 	http.Error(w, reason.Error(), http.StatusServiceUnavailable)
-	_ = http.NewResponseController(w).Flush() // before the connection is ended
+	_ = answer.Flush() // before the connection is ended
 }
 
 // retryAfter is when an agent may come again, in seconds: 30 is the least that the specification
@@ -483,7 +500,7 @@ const maxAsked, askAgain = 3, 4 * time.Second
 
 // admit attaches a new agent to a link and asks the server about it; on another link if that one ends.
 func (p *upstreamPool) admit(ctx context.Context, a *agentConn) (connect.Result, error) {
-	for asked := 1; ; asked++ {
+	for asked := 1; ; {
 		l, err := p.attach(ctx, a, nil, time.Time{})
 		if err != nil {
 			return connect.Result{}, err
@@ -495,12 +512,15 @@ func (p *upstreamPool) admit(ctx context.Context, a *agentConn) (connect.Result,
 		switch {
 		case !errors.Is(err, questions.ErrEnded):
 			return result, err
+		case l.givenUp.Load(): // not the server's doing
+			continue
 		case !l.target.asking.Answered(): // the book finds out whether the server can be asked
-		case asked == maxAsked:
+		case asked >= maxAsked:
 			return connect.Result{}, errNoLink
 		case asked == maxAsked-1:
 			_ = sleep(ctx, time.Second+rand.N(askAgain)) // and not at once: links that end together end for another reason
 		}
+		asked++
 	}
 }
 

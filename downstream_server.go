@@ -331,7 +331,8 @@ func (a *agentConn) start(conn net.Conn) {
 	closing := s.closing
 	s.readers.Add(1)
 	s.mu.Unlock()
-	if closing {
+	// A reload may have changed what holds for gateways while this one was being let in; see enterLife.
+	if closing || a.gateway && !s.cfg.Load().Agents.AllowGateways {
 		a.dismiss(ending.Shutdown)
 	}
 	s.pool.settleNew(a)

@@ -70,6 +70,7 @@ type gatewayExtension struct {
 	mu      sync.Mutex
 	gateway *gateway    // nil before Start and after Shutdown
 	page    *statusPage // nil unless it is configured; otherwise as gateway
+	started bool        // Start was called
 	stopped bool        // Shutdown was called
 }
 
@@ -104,6 +105,13 @@ func extensionsOf(cfg *confighttp.ServerConfig) (ids []component.ID) {
 // Start takes the listener and returns; it does not wait for the server. If the component before a reload has left
 // its gateway, that goes on, as far as the configuration allows; otherwise it is ended first.
 func (e *gatewayExtension) Start(ctx context.Context, host component.Host) error {
+	e.mu.Lock()
+	again := e.started
+	e.started = true
+	e.mu.Unlock()
+	if again {
+		return errors.New("started twice")
+	}
 	if e.told == nil {
 		e.told = watchSignals()
 	}
@@ -178,7 +186,7 @@ func (e *gatewayExtension) listen(ctx context.Context) (net.Listener, error) {
 // Start before it, or a second time.
 func (e *gatewayExtension) Shutdown(ctx context.Context) error {
 	e.mu.Lock()
-	g, page, again := e.gateway, e.page, e.stopped
+	g, page, concerned := e.gateway, e.page, e.started || e.stopped // then Start, or Shutdown, ends what there is
 	e.gateway, e.page, e.stopped = nil, nil, true
 	e.mu.Unlock()
 	page.stop()
@@ -189,7 +197,7 @@ func (e *gatewayExtension) Shutdown(ctx context.Context) error {
 		}
 	case g != nil:
 		g.shutdown(ctx)
-	case !again:
+	case !concerned:
 		e.tel.Shutdown()
 	}
 	return nil

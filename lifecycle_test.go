@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -18,6 +19,7 @@ import (
 	"go.opentelemetry.io/collector/component"
 	"go.opentelemetry.io/collector/component/componenttest"
 	"go.opentelemetry.io/collector/config/confighttp"
+	"go.opentelemetry.io/collector/config/confignet"
 	"go.opentelemetry.io/collector/config/configoptional"
 	"go.opentelemetry.io/collector/config/configtls"
 	"go.opentelemetry.io/collector/extension"
@@ -372,5 +374,65 @@ func TestNothingSecretIsLogged(t *testing.T) {
 		for _, entry := range s.logs.All() {
 			require.False(t, strings.HasSuffix(entry.Message, "."), entry.Message)
 		}
+	})
+}
+
+// TestShutdownWhileAdopting shuts an extension down at some moment while it takes a gateway over.
+func TestShutdownWhileAdopting(t *testing.T) {
+	for range 50 {
+		play(t, func(t *testing.T, s *stage) {
+			alice := s.introduce("alice")
+			s.leaveOff()
+			e, err := newGatewayExtension(settings(t), s.cfg)
+			require.NoError(t, err)
+			e.set.ID = s.e.set.ID
+			e.told = func() bool { return false }
+			e.dial = s.net.Dial
+			e.net = func(_ context.Context, at confignet.AddrConfig) (net.Listener, error) {
+				return s.net.Listen(at.Endpoint)
+			}
+			h := &heldHost{Host: componenttest.NewNopHost(), reached: make(chan struct{}), goOn: make(chan struct{})}
+			done := make(chan error)
+			go func() { done <- e.Start(t.Context(), h) }()
+			<-h.reached
+			close(h.goOn)
+			for range rand.IntN(100) {
+				runtime.Gosched()
+			}
+			require.NoError(t, e.Shutdown(t.Context()))
+			err = <-done // either is first
+			if err != nil {
+				require.ErrorContains(t, err, "shut down while starting")
+			}
+			time.Sleep(time.Minute)
+			alice.WantLetGo()
+			wantNothingParked(t)
+		})
+	}
+}
+
+// heldHost has whoever asks for its extensions first wait, as in the midst of a start.
+type heldHost struct {
+	component.Host
+	reached, goOn chan struct{}
+	once          sync.Once
+}
+
+// GetExtensions is that of component.Host.
+func (h *heldHost) GetExtensions() map[component.ID]component.Component {
+	h.once.Do(func() {
+		close(h.reached)
+		<-h.goOn
+	})
+	return nil
+}
+
+// A second Start changes nothing.
+func TestStartTwice(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		alice := s.introduce("alice")
+		require.ErrorContains(t, s.e.Start(t.Context(), s.host), "started twice")
+		require.Same(t, s.gateway, s.e.gateway)
+		s.exchange(alice, 1)
 	})
 }

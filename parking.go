@@ -96,6 +96,9 @@ func (l *parkingLot) givePort(id component.ID, p *place) {
 func (l *parkingLot) end(id component.ID, p *place) {
 	l.mu.Lock()
 	g := l.takeLocked(id, p)
+	if g != nil && !g.server.door.Vacant() {
+		g.server.door.Vacate() // before somebody else finds that it is not here any more, and wants the port
+	}
 	l.mu.Unlock()
 	if g != nil {
 		g.log.Info("nobody has taken over the gateway since its collector was shut down; its connections end")
@@ -158,7 +161,7 @@ func sameLinks(a, b *ServerConfig) bool {
 // adopt has g go on for another component:
 //
 //  1. What can fail is done first: certificates are read again, there is the listener's middleware of the new component,
-//     another listener if the address has changed, or was given back, and metrics. With an error, g is as it was.
+//     another listener if the address has changed, or was given back, and metrics. With an error, g is to be ended.
 //  2. What g says is the new component's from here on: logs, metrics, status.
 //  3. The configuration holds that is the new component's. Where it has another server, there are other links.
 //  4. Newcomers, which have waited, are let in.
@@ -173,8 +176,13 @@ func (g *gateway) adopt(ctx context.Context, e *gatewayExtension, host component
 		return err
 	}
 	var listener net.Listener
-	if g.server.door.Vacant() || cfg.Listener.NetAddr.Endpoint != before.Listener.NetAddr.Endpoint {
-		if listener, err = e.listen(ctx); err != nil {
+	if vacant := g.server.door.Vacant(); vacant || cfg.Listener.NetAddr.Endpoint != before.Listener.NetAddr.Endpoint {
+		listener, err = e.listen(ctx)
+		if err != nil && !vacant { // the old address may be in the way of the new one, as localhost is of 0.0.0.0
+			g.server.door.Vacate()
+			listener, err = e.listen(ctx)
+		}
+		if err != nil {
 			return err
 		}
 	}

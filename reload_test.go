@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"runtime"
 	"strconv"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -15,9 +17,11 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.opentelemetry.io/collector/component"
 	"go.opentelemetry.io/collector/component/componentstatus"
+	"go.opentelemetry.io/collector/component/componenttest"
 	"go.opentelemetry.io/collector/config/confighttp"
 	"go.opentelemetry.io/collector/config/configoptional"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 
 	"github.com/opampgateway/opampgateway/internal/gatewaytest"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
@@ -563,4 +567,243 @@ func TestReloadOfTwo(t *testing.T) {
 		bob.WantLetGo()
 		s.exchange(alice, 2)
 	})
+}
+
+// TestReloadTakesSlotsAwayAndBack has slots be taken away, and given back while their old links are still ending.
+func TestReloadTakesSlotsAwayAndBack(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		agents := s.crowd(6)
+		for _, l := range s.server.WantLinks(3) {
+			l.BlackHole()
+		}
+		s.reload(func(cfg *Config) { cfg.Server.Connections = 1 })
+		s.reload(func(cfg *Config) { cfg.Server.Connections = 3 })
+		time.Sleep(10 * time.Second)
+		require.Len(t, s.pool.links(), 3)
+		for i, a := range agents {
+			s.server.WantFrame(a.UID, a.Say(100+i))
+		}
+	})
+}
+
+// A newcomer waits while all links are about to end, and none is there yet.
+func TestReloadNewcomersWhileLinksEnd(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		s.introduce("alice")
+		for _, l := range s.server.WantLinks(3) {
+			l.BlackHole()
+		}
+		s.leaveOff()
+		bob := s.knock("bob")
+		synctest.Wait()
+		require.NoError(t, s.goOn(func(cfg *Config) { cfg.Server.AgentID = "renamed" }))
+		s.exchange(s.wantLetIn(bob), 1)
+	})
+}
+
+// Links that are about to end are none, as far as the status is concerned.
+func TestReloadStatusFewerSlotsNoServer(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		s.introduce("alice")
+		links := s.server.WantLinks(3)
+		for _, l := range links[1:] {
+			l.BlackHole()
+		}
+		s.reload(func(cfg *Config) {
+			cfg.Server.Connections = 1
+			cfg.Server.Endpoint = "ws://localhost:9001"
+		})
+		time.Sleep(15 * time.Second)
+		require.Equal(t, []componentstatus.Status{componentstatus.StatusRecoverableError}, s.host.statuses())
+	})
+}
+
+// TestReloadStatusSilentServer has the next server not answer at all, for which an attempt to dial waits long.
+func TestReloadStatusSilentServer(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		s.introduce("alice")
+		s.net.Silence("localhost:9001", true)
+		time.Sleep(linkWait)
+		s.reload(func(cfg *Config) { cfg.Server.Endpoint = "ws://localhost:9001" })
+		time.Sleep(linkWait + time.Second)
+		require.Equal(t, []componentstatus.Status{componentstatus.StatusRecoverableError}, s.host.statuses())
+	})
+}
+
+// TestReloadSpellsAddressAnew moves the listener to an address that is busy as long as the old one is taken.
+func TestReloadSpellsAddressAnew(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	require.NoError(t, l.Close())
+	set := settings(t)
+	start := func(host string) *gatewayExtension {
+		cfg := createDefaultConfig().(*Config)
+		cfg.Server.Endpoint, cfg.Listener.NetAddr.Endpoint = "ws://127.0.0.1:9", net.JoinHostPort(host, port)
+		e, err := newGatewayExtension(set, cfg)
+		require.NoError(t, err)
+		e.told = func() bool { return false }
+		require.NoError(t, e.Start(t.Context(), componenttest.NewNopHost()))
+		return e
+	}
+	e := start("127.0.0.1")
+	conn, err := net.Dial("tcp", "127.0.0.1:"+port)
+	require.NoError(t, err)
+	defer conn.Close()
+	require.Eventually(t, e.gateway.inUse, 5*time.Second, time.Millisecond)
+	g := e.gateway
+	require.NoError(t, e.Shutdown(t.Context()))
+	e = start("0.0.0.0")
+	require.Same(t, g, e.gateway)
+	e.told = func() bool { return true }
+	require.NoError(t, e.Shutdown(t.Context()))
+}
+
+// A gateway that is being let in when gateways are shut out is let go, as those that are connected.
+func TestReloadShutsOutGatewayThatIsComing(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		s.introduce("alice")
+		held := make(chan *gatewaytest.Question, 1)
+		s.server.OnConnect(func(q *gatewaytest.Question) { held <- q })
+		below := s.knock("gateway", connectionIDHeader, "below")
+		q := <-held
+		s.reload(func(cfg *Config) { cfg.Agents.AllowGateways = false })
+		q.Accept()
+		if a := (<-below).agent; a != nil {
+			a.WantLetGo()
+		}
+		s.wantConnections(1)
+	})
+}
+
+// TestReloadAnswersWhoWaits has the next component not go on with the gateway for which newcomers wait.
+func TestReloadAnswersWhoWaits(t *testing.T) {
+	for range 30 {
+		play(t, func(t *testing.T, s *stage) {
+			s.introduce("alice")
+			s.leaveOff()
+			var waiting []<-chan answer
+			for range 20 {
+				waiting = append(waiting, s.knock("bob"))
+			}
+			synctest.Wait()
+			require.NoError(t, s.goOn(func(cfg *Config) {
+				cfg.Listener.CORS = configoptional.Some(confighttp.CORSConfig{AllowedOrigins: []string{"https://x.example"}})
+			}))
+			for _, w := range waiting {
+				a := <-w
+				require.NotNil(t, a.Response)
+				require.Equal(t, http.StatusServiceUnavailable, a.StatusCode)
+			}
+		})
+	}
+}
+
+// The write timeout of the listener may be shorter than newcomers wait.
+func TestReloadHangsWithWriteTimeout(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		s.introduce("alice")
+		s.leaveOff()
+		a := <-s.knock("bob")
+		require.NotNil(t, a.Response)
+		require.Equal(t, http.StatusServiceUnavailable, a.StatusCode)
+		require.NoError(t, s.goOn())
+	}, func(cfg *Config) { cfg.Listener.WriteTimeout = time.Second })
+}
+
+// A newcomer about whom the server is slow to answer outlasts more reloads than links may end at it.
+func TestReloadsWhileAsked(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		s.introduce("alice")
+		s.server.OnConnect(func(q *gatewaytest.Question) {
+			if q.Who() != "bob" {
+				q.Accept()
+			}
+		})
+		bob := s.knock("bob")
+		for i := range maxAsked {
+			time.Sleep(6 * time.Second)
+			if i == maxAsked-1 {
+				s.server.OnConnect((*gatewaytest.Question).Accept)
+			}
+			s.reload(func(cfg *Config) { cfg.Server.AgentID = fmt.Sprint(i) })
+		}
+		s.exchange(s.wantLetIn(bob), 1)
+	})
+}
+
+// TestReloadGraceIsOverAtOnce has a component start when a gateway has just been found to be nobody's.
+func TestReloadGraceIsOverAtOnce(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		alice := s.introduce("alice")
+		free := make(chan error, 1)
+		s.gateway.logs.Swap(s.e.set.Logger.WithOptions(zap.Hooks(func(e zapcore.Entry) error {
+			if strings.Contains(e.Message, "nobody has taken over") {
+				l, err := s.net.Listen(gatewayAddress)
+				if err == nil {
+					err = l.Close()
+				}
+				free <- err
+			}
+			return nil
+		})))
+		s.leaveOff()
+		require.NoError(t, <-free)
+		alice.WantLetGo()
+		wantNothingParked(t)
+	}, func(cfg *Config) { cfg.ReloadGrace = time.Second })
+}
+
+// TestReloadsAtRandom reloads over and over, with other links or the same, while links end or fall silent. Nobody is let go,
+// whoever comes is let in, and a stop ends it all at any moment.
+func TestReloadsAtRandom(t *testing.T) {
+	for range 10 {
+		play(t, func(t *testing.T, s *stage) {
+			agents := s.crowd(8)
+			var knocks []<-chan answer
+			for i := range 10 {
+				for _, l := range s.server.Links() {
+					switch rand.IntN(5) {
+					case 0:
+						l.BlackHole()
+					case 1:
+						l.Reset()
+					}
+				}
+				time.Sleep(time.Duration(rand.IntN(1500)) * time.Millisecond)
+				for _, a := range agents {
+					a.Say(10 + i)
+				}
+				knocks = append(knocks, s.knock(fmt.Sprint("new", i)))
+				s.leaveOff()
+				time.Sleep(time.Duration(rand.IntN(100)) * time.Millisecond)
+				require.NoError(t, s.goOn(func(cfg *Config) {
+					cfg.Server.Connections = 1 + rand.IntN(4)
+					if rand.IntN(2) == 0 {
+						cfg.Server.AgentID = fmt.Sprint("name", i)
+					}
+				}))
+				if rand.IntN(20) == 0 {
+					break
+				}
+			}
+			if rand.IntN(3) == 0 {
+				require.LessOrEqual(t, s.stop(), shutdownTimeout)
+				return
+			}
+			time.Sleep(25 * time.Second)
+			require.Len(t, s.pool.links(), s.cfg.Server.Connections)
+			for _, k := range knocks {
+				s.wantLetIn(k)
+			}
+			s.wantConnections(len(agents) + len(knocks))
+			for _, a := range agents {
+				n := len(s.server.Received(a.UID))
+				a.Say(100)
+				time.Sleep(time.Second)
+				require.Len(t, s.server.Received(a.UID), n+1)
+			}
+			require.LessOrEqual(t, s.stop(), shutdownTimeout)
+		})
+	}
 }

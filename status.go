@@ -157,7 +157,7 @@ func (p *statusPage) Status() *status.Snapshot {
 		Gateway: status.Gateway{
 			Name: t.name, Version: gatewayVersion(), Collector: p.collector, Server: socket.Place(t.endpoint),
 			Listener: g.server.door.Addr().String(), Admission: string(cfg.Server.AgentAdmission), Started: c.Time(g.began),
-			LinksExpected: len(t.left), InstanceUIDs: g.router.count(),
+			LinksExpected: t.slots, InstanceUIDs: g.router.count(),
 		},
 	}
 	s.Gateway.Agents, s.Gateway.Gateways = g.server.counts()
@@ -223,7 +223,7 @@ func (g *gateway) linkStates(c status.Clock) []status.Link {
 	t := p.target.Load()
 	all := make([]found, 0, len(p.live))
 	for slot, l := range p.live {
-		if l == nil && slot >= len(t.left) {
+		if l == nil && slot >= t.slots {
 			continue // from before a reload with fewer
 		}
 		f := found{link: l, state: p.states[slot]}

@@ -102,6 +102,7 @@ type upstreamPool struct {
 	homing        sync.WaitGroup  // agents on their way to a new link, and goodbyes that wait to be said
 	suspicion     *suspicion.Book // whose messages the server may have ended links for
 	seen          *seen           // what the status page shows of what is over
+	left          []chan struct{} // by slot: closed when nothing dials there any more for the last target that had it; change's own
 
 	// Shared.
 	target atomic.Pointer[target] // changed by change only
@@ -113,7 +114,7 @@ type upstreamPool struct {
 	// connections come and go, never for a frame.
 	mu      sync.Mutex
 	live    []*link       // by slot; nil while there is none
-	count   int           // of live links
+	count   int           // of live links that are not leaving
 	since   time.Time     // when count last became more than 0
 	changed chan struct{} // closed and renewed whenever a link comes up or goes down
 	back    chan struct{} // closed and renewed whenever count becomes more than 0
@@ -136,7 +137,7 @@ type target struct {
 	pace      *pace                      // of dialing
 	turns     []int                      // by slot: of its next attempt, see socket.DialInTurn; each is the slot's own
 	asking    *questions.Server          // whether it can be asked
-	left      []chan struct{}            // by slot: closed when nothing dials there any more
+	slots     int                        // how many links there are
 
 	// By change, before anybody dials.
 	dialing context.Context    // until leave, or the pool's stop
@@ -159,12 +160,9 @@ func newTarget(ctx context.Context, cfg *Config, set extension.Settings) (*targe
 	t := &target{
 		endpoint: endpoint, name: gatewayName(cfg, set.TelemetrySettings), headers: headers, elsewhere: elsewhere,
 		pace: newPace(cfg.Server.Connections), turns: firstTurns(cfg.Server.Connections), asking: questions.NewServer(),
-		left: make([]chan struct{}, cfg.Server.Connections),
+		slots: cfg.Server.Connections,
 	}
 	t.tls.Store(tlsConfig)
-	for slot := range t.left {
-		t.left[slot] = make(chan struct{})
-	}
 	return t, nil
 }
 
@@ -210,26 +208,34 @@ func (p *upstreamPool) change(t *target) {
 		for _, l := range p.live {
 			if l != nil {
 				l.leaving = true
+				l.givenUp.Store(true) // so nobody is suspected for its end
 				leaving = append(leaving, l)
 			}
 		}
 	}
-	for len(p.live) < len(t.left) {
+	p.count = 0
+	for len(p.live) < t.slots {
 		p.live = append(p.live, nil)
 		p.states = append(p.states, slotState{since: monotonic.Now()})
 	}
-	p.mu.Unlock()
 	p.blind.Store(false)
+	p.mu.Unlock()
 	p.suspicion.Forget()
 	for _, l := range leaving {
-		l.givenUp.Store(true) // so nobody is suspected for its end
 		l.Outbox.Close(websocket.FormatCloseMessage(websocket.CloseGoingAway, "gateway has another configuration"))
 	}
-	for slot := range t.left {
+	for slot := range t.slots {
+		left := make(chan struct{})
+		var free <-chan struct{}
+		if slot < len(p.left) {
+			free, p.left[slot] = p.left[slot], left
+		} else {
+			p.left = append(p.left, left)
+		}
 		p.slots.Go(func() {
-			defer close(t.left[slot])
-			if before != nil && slot < len(before.left) {
-				<-before.left[slot]
+			defer close(left)
+			if free != nil {
+				<-free
 			}
 			p.keep(t, slot)
 		})
@@ -237,12 +243,18 @@ func (p *upstreamPool) change(t *target) {
 }
 
 // tellAgain has the status told once more, to whom it was not told yet; with other links than before, when the first
-// is up, or could not be dialed.
+// is up, or could not be dialed, or neither for too long.
 func (p *upstreamPool) tellAgain(sameLinks bool) {
 	p.untold.Store(true)
 	if !sameLinks {
+		time.AfterFunc(linkWait, p.tell)
 		return
 	}
+	p.tell()
+}
+
+// tell has tellStatus look whether there is something to tell.
+func (p *upstreamPool) tell() {
 	select {
 	case p.report <- struct{}{}:
 	default:
@@ -396,10 +408,7 @@ func (p *upstreamPool) dial(t *target, slot int) (l *link, retryAfter time.Durat
 // reportLocked has the status told if it has changed, with the reason if there is no link.
 func (p *upstreamPool) reportLocked(failure error) {
 	p.failure = failure
-	select {
-	case p.report <- struct{}{}:
-	default:
-	}
+	p.tell()
 }
 
 // linkUp takes l among the live; it reports false when the gateway is already stopping, or has another server.
@@ -416,8 +425,6 @@ func (p *upstreamPool) linkUp(l *link) bool {
 		close(p.back)
 		p.back = make(chan struct{})
 		p.reportLocked(errNoLink)
-	} else if p.untold.Load() {
-		p.reportLocked(p.failure)
 	}
 	p.signalLocked()
 	return true
@@ -437,7 +444,6 @@ func (p *upstreamPool) linkUp(l *link) bool {
 // It reports whether the server has ended the link just when it was at a message on trial: it is there.
 func (p *upstreamPool) linkDown(l *link, err error) (caught bool) {
 	unwritten := l.Outbox.Abort()
-	p.blind.Store(l.Outbox.Blind())
 	l.late = endsLate(err)
 	kept := p.suspicion.NewcomersEnd()
 	caught = p.findCulprit(l, err)
@@ -460,8 +466,11 @@ func (p *upstreamPool) linkDown(l *link, err error) (caught bool) {
 	}
 	p.live[l.slot] = nil
 	p.states[l.slot].since = monotonic.Now()
-	if p.count--; p.count == 0 && !l.leaving {
-		p.reportLocked(errNoLink)
+	if !l.leaving { // otherwise it says nothing of the server that there is now
+		p.blind.Store(l.Outbox.Blind())
+		if p.count--; p.count == 0 {
+			p.reportLocked(errNoLink)
+		}
 	}
 	p.signalLocked()
 	for a := range l.agents {
@@ -531,9 +540,9 @@ func (p *upstreamPool) attach(ctx context.Context, a *agentConn, from *link, los
 			best = p.leastLoadedLocked(p.apart)
 		case from != nil:
 			wait = max(patience-time.Since(lost), patience-time.Since(p.since))
-			if slots := len(p.target.Load().left); slots == len(from.target.left) {
+			if slots := p.target.Load().slots; slots == from.target.slots {
 				best = p.stayingLocked(from.slot)
-			} else if p.stayLocked() == slots {
+			} else if p.count == slots {
 				wait = 0 // a reload has changed how many there are, and all are back
 			}
 		}
@@ -571,7 +580,7 @@ func (p *upstreamPool) attach(ctx context.Context, a *agentConn, from *link, los
 // keptApartLocked reports whether links end at newcomers, so that these are to be on one of them, and all others
 // elsewhere; and whether a is one of the former.
 func (p *upstreamPool) keptApartLocked(a *agentConn, from *link) (apart, newcomer bool) {
-	if len(p.target.Load().left) == 1 || !p.suspicion.NewcomersEnd() {
+	if p.target.Load().slots == 1 || !p.suspicion.NewcomersEnd() {
 		return false, false
 	}
 	return true, !a.gateway && (from == nil || p.suspicion.New(a.says()))
@@ -583,16 +592,6 @@ func (p *upstreamPool) stayingLocked(slot int) *link {
 		return l
 	}
 	return nil
-}
-
-// stayLocked returns how many links there are that are not about to end.
-func (p *upstreamPool) stayLocked() (n int) {
-	for slot := range p.live {
-		if p.stayingLocked(slot) != nil {
-			n++
-		}
-	}
-	return n
 }
 
 // leastLoadedLocked returns the live link with the fewest agents, apart from that of one slot, or of nowhere.
@@ -948,7 +947,7 @@ func (l *link) Ponged(payload []byte) {
 	}
 	l.pool.tel.RoundTrip(ack.RoundTrip)
 	l.ping.Store(max(1, int64(ack.RoundTrip)))
-	if ack.Largest > 0 {
+	if ack.Largest > 0 && !l.givenUp.Load() { // the server may be another by now
 		l.pool.suspicion.Acknowledged(ack.Largest)
 	}
 	for _, s := range ack.Tried {
