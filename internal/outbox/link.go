@@ -84,7 +84,8 @@ type Link[S comparable] struct {
 	answered uint64        // the number of the last ping that was answered
 	reached  int64         // when it was
 	trying   int           // messages on trial that are not acknowledged
-	alone    bool          // one of them is to be the only one
+	triedAt  int64         // when the last of them was written
+	alone    bool          // it is to be the only one
 	tried    []tried[S]    // messages on trial that were acknowledged, the last maxTried
 	wakeAt   int64         // when the timer goes off; math.MaxInt64 for not
 	closing  []byte        // payload of the close frame that is to come last; nil while there is none
@@ -598,7 +599,8 @@ func (o *Link[S]) gatherLocked(batch []Entry[S]) []Entry[S] {
 
 // mayTryLocked reports whether a message may be on trial now.
 func (o *Link[S]) mayTryLocked(e *Entry[S]) bool {
-	return !o.alone && (!e.Alone || o.trying == 0) && o.window.Outstanding() <= maxPings-2
+	stuck := monotonic.Since(o.triedAt) >= trialTime // so that its end would prove nothing
+	return (stuck || !o.alone && (!e.Alone || o.trying == 0)) && o.window.Outstanding() <= maxPings-2
 }
 
 // tryLocked appends to batch a message on trial, between two pings; one between it and the last on trial is enough.
@@ -609,7 +611,7 @@ func (o *Link[S]) tryLocked(batch []Entry[S], e Entry[S]) []Entry[S] {
 	batch = o.sendLocked(batch, e)
 	o.sent.last().ping = o.lastPing
 	o.trying++
-	o.alone = e.Alone
+	o.triedAt, o.alone = monotonic.Now(), e.Alone
 	return o.pingLocked(batch)
 }
 

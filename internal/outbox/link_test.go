@@ -1080,6 +1080,24 @@ func TestOneIsOnTrialAlone(t *testing.T) {
 	})
 }
 
+// A server that does not answer keeps others from their trials for trialTime, and somewhat more, at most.
+func TestATrialThatIsStuckDoesNotBlockOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 1<<20, s)
+		s.settle()
+		alice, bob := newSpeaker(o, "alice"), newSpeaker(o, "bob")
+		alice.trial, alice.alone, bob.trial, bob.alone = true, true, true, true
+		require.NoError(t, alice.say(0))
+		synctest.Wait()
+		require.NoError(t, bob.say(0))
+		time.Sleep(trialTime - time.Second)
+		require.Equal(t, []string{"alice0"}, s.said())
+		time.Sleep(3 * time.Second)
+		require.Equal(t, []string{"alice0", "bob0"}, s.said())
+	})
+}
+
 // Others pass what waits for a ping.
 func TestOthersPassWhatIsToBeTried(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
