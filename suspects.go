@@ -105,7 +105,7 @@ func (p *upstreamPool) findCulprit(l *link, err error) bool {
 		return caught
 	}
 	c := sent[0].Sender
-	p.log.Warn("server ends the connection when it reads a message of this agent, so the message is dropped, and what the agent says is turned down for a while",
+	p.names.Warn("server ends the connection when it reads a message of this agent, so the message is dropped, and what the agent says is turned down for a while",
 		c.agent.logged(zap.Stringer("agent", c.route.uid), zap.Int("bytes", culprit.Size), zap.Duration("for", turnedDown),
 			zap.String("link", p.linkName(l.slot)), zap.NamedError("server_said", err))...)
 	p.seen.offends(c.agent, c.route.uid, status.Offender{

@@ -89,6 +89,7 @@ type upstreamPool struct {
 	cfg           *currentConfig
 	log           *zap.Logger
 	events        *zap.Logger // log for what may happen again and again: only the first of each kind
+	names         *zap.Logger // the same for what names a link, or an agent: whoever ends links should not fill the log
 	tel           *telemetry.Telemetry
 	router        *router
 	memory        *memory.Budget
@@ -182,7 +183,7 @@ func newUpstreamPool(cfg *currentConfig, log *zap.Logger, tel *telemetry.Telemet
 		e.AddString("url.full", socket.Place(endpoint))
 		return nil
 	})))
-	p.events = sampled(p.log)
+	p.events, p.names = sampled(p.log), sampledTo(p.log, 50)
 	return p
 }
 
@@ -308,7 +309,7 @@ func isNews(now, told error) bool {
 func (p *upstreamPool) keep(t *target, slot int) {
 	retry := p.cfg.Load().Server.Retry
 	delays := newDelays(retry)
-	log := p.log.With(zap.String("link", t.linkName(slot)))
+	log := p.names.With(zap.String("link", t.linkName(slot)))
 	logged := "" // the reason of the last failure logged
 	for dialAtOnce := true; t.dialing.Err() == nil; {
 		back := p.serverBack()

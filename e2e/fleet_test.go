@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"fmt"
 	"net/http"
 	"testing"
 	"time"
@@ -86,7 +87,13 @@ func TestManyAgentsReload(t *testing.T) {
 	for i := range rollouts {
 		gateway.rollOut(t)
 		gateway.wantReady(t, i+2)
-		time.Sleep(2 * time.Second)
+		enough := fleet.said() + agents/10
+		eventually(t, func() string {
+			if now := fleet.said(); now < enough {
+				return fmt.Sprintf("%d messages were said, want %d", now, enough)
+			}
+			return ""
+		})
 	}
 	stop()
 	t.Logf("%d messages during %d rollouts; the gateway uses %s", fleet.said()-said, rollouts, gateway.usage(t))

@@ -113,12 +113,13 @@ type Book struct {
 
 // end is one of a link, or of several for no reason that was told that came together.
 type end struct {
-	at        time.Time // of the first
-	accuses   bool
-	explained bool     // by who was named, now or later
-	culprit   wire.UID // who that is
-	doubtful  bool     // several were caught at once
+	at       time.Time // of the first
+	accuses  bool
+	culprit  wire.UID // who was named, now or later, and explains it; the zero one for nobody
+	doubtful bool     // several were caught at once
 }
+
+func (e *end) explained() bool { return e.culprit != (wire.UID{}) }
 
 // trace says at which ends an agent was there, with a message that was not acknowledged, and at which it was caught.
 type trace struct {
@@ -269,7 +270,7 @@ func (b *Book) Ended(e End) (culprit Message, turnedDown time.Duration) {
 		b.newcomer = now
 	}
 	again := b.traceLocked(&e, now)
-	if e.Caught && latest.explained && latest.culprit != e.Unacknowledged[0].UID {
+	if e.Caught && latest.explained() && latest.culprit != e.Unacknowledged[0].UID {
 		b.revokeLocked(latest, now)
 	}
 	if e.Caught && !latest.doubtful && b.provesLocked(&e) {
@@ -374,8 +375,8 @@ func (b *Book) provesLocked(e *End) bool {
 		return false
 	}
 	alike := uint64(0) // the ends of this kind that are not explained, in the bits of a trace
-	for i, other := range b.ends {
-		if other.accuses == accuses(e.Code) && !other.explained {
+	for i := range b.ends {
+		if other := &b.ends[i]; other.accuses == accuses(e.Code) && !other.explained() {
 			alike |= 1 << (len(b.ends) - 1 - i)
 		}
 	}
@@ -400,7 +401,7 @@ func (b *Book) explainLocked(uid wire.UID, accuses bool) {
 	t := b.traces[uid]
 	for i := range b.ends {
 		if e := &b.ends[i]; e.accuses == accuses && t.there>>(len(b.ends)-1-i)&1 != 0 {
-			e.explained, e.culprit = true, uid
+			e.culprit = uid
 		}
 	}
 }
@@ -414,8 +415,8 @@ func (b *Book) revokeLocked(latest *end, now time.Time) {
 	}
 	uid := latest.culprit
 	for i := range b.ends {
-		if e := &b.ends[i]; e.explained && e.culprit == uid {
-			e.explained, e.culprit = false, wire.UID{}
+		if e := &b.ends[i]; e.culprit == uid {
+			e.culprit = wire.UID{}
 		}
 	}
 }
