@@ -468,6 +468,7 @@ func FuzzAnswer(f *testing.F) {
 	f.Add([]byte("HTTP/1.1 401 Unauthorized\r\nContent-Length: 5\r\n\r\nhello"))
 	f.Add([]byte("HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: x\r\nSec-WebSocket-Extensions: permessage-deflate; x=\"\r\n\r\n"))
 	f.Add([]byte("HTTP/1.1 307 x\r\nLocation: https://a:b@c/d?e\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n<a>bc\r\n0\r\n\r\n"))
+	f.Add([]byte("HTTP/1.1 302 Found\r\nLocation: /\r\n\r\n")) // and the connection ends
 	f.Add([]byte("\x15\x03\x01\x00\x02\x02\x46"))
 	f.Fuzz(func(t *testing.T, answer []byte) {
 		err := dialed(t, scripted(t, string(answer), true), "ws://server/?key=hidden", nil)

@@ -216,7 +216,10 @@ func (c *memConn) Close() error {
 func (c *memConn) SetReadDeadline(t time.Time) error  { return c.in.setDeadline(reading, t) }
 func (c *memConn) SetWriteDeadline(t time.Time) error { return c.out.setDeadline(writing, t) }
 func (c *memConn) SetDeadline(t time.Time) error {
-	return errors.Join(c.SetReadDeadline(t), c.SetWriteDeadline(t))
+	if err := c.SetReadDeadline(t); err != nil {
+		return err
+	}
+	return c.SetWriteDeadline(t)
 }
 
 func (c *memConn) LocalAddr() net.Addr  { return memAddr{} }
