@@ -43,6 +43,10 @@ type statusShown struct {
 		Kind string `json:"kind"`
 		UID  string `json:"instance_uid"`
 	} `json:"offenders"`
+	Suspects []struct {
+		State string `json:"state"`
+		UID   string `json:"instance_uid"`
+	} `json:"suspects"`
 	Ended []struct {
 		Kind string `json:"kind"`
 		Name string `json:"name"`
@@ -160,6 +164,10 @@ func TestStatus(t *testing.T) {
 
 	poisoning := startFleetOf(t, 1, gateway.url(), 1, fleetOptions{state: configOf(1000)})
 	wantOffender(t, page, "ends_links", poisoning.agents[0].uid)
+	getJSON(t, page+"/api/v1/status", &s)
+	require.NotEmpty(t, s.Suspects)
+	require.Equal(t, "turned_down", s.Suspects[0].State, "the latest first")
+	require.Equal(t, poisoning.agents[0].uid.String(), s.Suspects[0].UID)
 	var worst statusAgents
 	getJSON(t, page+"/api/v1/agents?per=3", &worst)
 	require.Equal(t, 63, worst.Total)
