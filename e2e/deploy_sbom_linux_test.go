@@ -22,9 +22,9 @@ func TestBillOfMaterials(t *testing.T) {
 			Component struct{ Version string } `json:"component"`
 		} `json:"metadata"`
 		Components []struct {
-			Name    string                           `json:"name"`
-			Version string                           `json:"version"`
-			URL     string                           `json:"purl"`
+			Name    string                          `json:"name"`
+			Version string                          `json:"version"`
+			URL     string                          `json:"purl"`
 			Hashes  []struct{ Alg, Content string } `json:"hashes"`
 		} `json:"components"`
 	}

@@ -115,7 +115,7 @@ func TestShippedOAuth(t *testing.T) {
 	startShipped(t, "gateway", shippedExample(t, "extensions: [opampgateway]"), nil, map[string]string{
 		"extensions::opampgateway::server::endpoint": server.url(), "extensions::opampgateway::listener::endpoint": listen,
 	})
-	issuer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	issuer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
 		_, _ = io.WriteString(w, `{"access_token":"issued","token_type":"Bearer","expires_in":3600}`)
 	}))
