@@ -96,11 +96,11 @@ packages: build/collector/go.sum build/tools/nfpm build/tools/cyclonedx-gomod ##
 ##@ Change it
 .PHONY: generate fmt tidy
 
-generate: build/tools/mdatagen ## regenerate what comes from metadata.yaml, and the tables of docs/ that come from the code
+generate: build/tools/mdatagen ## regenerate what comes from metadata.yaml, the tables of docs/ that come from the code, and config.schema.yaml
 	@# mdatagen takes the package's name from that of its directory.
 	@ln -sfn .. build/opampgateway
 	@cd build/opampgateway && PATH="$(BIN):$$PATH" go generate ./...
-	@go test -count=1 -run '^TestTablesOfDocs$$' . -update >/dev/null
+	@go test -count=1 -run '^(TestTablesOfDocs|TestConfigSchema)$$' . -update >/dev/null
 
 fmt: build/tools/golangci-lint ## format the code
 	@for m in $(CODE_MODULES); do (cd $$m && $(LINT) fmt) || exit; done
