@@ -50,7 +50,7 @@ func TestConfigDefaults(t *testing.T) {
 
 	require.Equal(t, 3, cfg.Server.Connections)
 	require.Equal(t, "localhost:4320", cfg.Listener.NetAddr.Endpoint)
-	require.Equal(t, AdmissionAsk, cfg.Server.AgentAdmission)
+	require.Equal(t, AdmissionAuto, cfg.Server.AgentAdmission)
 	require.Equal(t, 500*time.Millisecond, cfg.Server.Retry.InitialInterval)
 	require.Equal(t, 5*time.Second, cfg.Server.Retry.MaxInterval)
 	require.Zero(t, cfg.Server.Retry.MaxElapsedTime)
