@@ -100,7 +100,7 @@ type upstreamPool struct {
 	stop          context.CancelFunc // ends dialing; what lives goes on
 	dialing       context.Context    // until stop
 	slots         sync.WaitGroup
-	homing        sync.WaitGroup  // agents on their way to a new link, and goodbyes that wait to be said
+	homing        sync.WaitGroup // agents on their way to a new link, and goodbyes that wait to be said
 	verifier      *verifier
 	suspicion     *suspicion.Book // whose messages the server may have ended links for
 	seen          *seen           // what the status page shows of what is over

@@ -13,8 +13,8 @@ import (
 func Leave(conn net.Conn) {
 	defer conn.Close()
 	payload := websocket.FormatCloseMessage(websocket.CloseNormalClosure, "")
-	const final, close, masked = 0x80, 0x8, 0x80
-	frame := []byte{final | close, masked | byte(len(payload))}
+	const fin, opcode, masked = 0x80, websocket.CloseMessage, 0x80
+	frame := []byte{fin | opcode, masked | byte(len(payload))}
 	mask := rand.Uint32() // of a client (RFC 6455, section 5.3)
 	for i := range 4 {
 		frame = append(frame, byte(mask>>(8*i)))
