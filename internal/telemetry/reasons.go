@@ -98,7 +98,7 @@ var Outcomes = []struct {
 	What    string
 }{
 	{OutcomeAccepted, "let in"},
-	{OutcomeRefused, "refused by the server, with its status"},
+	{OutcomeRefused, "refused by the server, asked or shown the agent's headers, with its status"},
 	{OutcomeNoLink, "503: there is no link to ask the server on"},
 	{OutcomeNoAnswer, "503: the server did not answer in time"},
 	{OutcomeCannotAsk, "503: the server does not know the gateway capability; never with `auto`"},
