@@ -31,6 +31,7 @@ func BenchmarkAdmission(b *testing.B) {
 }
 
 func benchmarkAdmission(b *testing.B, admission AgentAdmission, scheme string) {
+	b.Helper()
 	listener, err := net.Listen("tcp", "localhost:0")
 	require.NoError(b, err)
 	address := listener.Addr().String()
