@@ -63,7 +63,7 @@ func propertyOf(v reflect.Value, comments map[string]string) object {
 	case configoptional.Optional[confighttp.ServerConfig]:
 		return object{"x-optional": true, "$ref": referenceTo(reflect.TypeFor[confighttp.ServerConfig]())}
 	case AgentAdmission:
-		return object{"type": "string", "default": string(value), "enum": []any{string(AdmissionAsk), string(AdmissionAccept)}}
+		return object{"type": "string", "default": string(value), "enum": []any{string(AdmissionAuto), string(AdmissionVerify), string(AdmissionAsk), string(AdmissionAccept)}}
 	case time.Duration:
 		return object{"type": "string", "format": "duration", "x-customType": "time.Duration", "default": brief(value)}
 	case int:
