@@ -36,6 +36,9 @@ func warnOfDangers(cfg *Config, log *zap.Logger) {
 	if err == nil && endpoint.Scheme == "ws" && len(server.Headers) > 0 && !isLoopback(endpoint.Hostname()) {
 		log.Warn("server::endpoint is ws://, so server::headers, and what agents send, travel to another host in clear; use wss://")
 	}
+	if err == nil && endpoint.Scheme == "ws" && server.Auth.HasValue() && !isLoopback(endpoint.Hostname()) {
+		log.Warn("server::endpoint is ws://, so what server::auth adds, and what agents send, travel to another host in clear; use wss://")
+	}
 	if server.TLS.InsecureSkipVerify {
 		log.Warn("server::tls::insecure_skip_verify is set: whoever answers at the server's address gets the keys of gateway and agents")
 	}
