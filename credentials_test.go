@@ -260,6 +260,7 @@ func TestProxyOfConfiguration(t *testing.T) {
 			s.server.Start()
 			s.start(through)
 			s.server.WantLinks(3)
+			require.Len(t, asked, 3)
 			for range 3 {
 				require.Equal(t, "Basic bWU6czNjcmV0", <-asked)
 			}
@@ -270,6 +271,7 @@ func TestProxyOfConfiguration(t *testing.T) {
 			s.reload(func(cfg *Config) { cfg.Server.ProxyURL = "" })
 			time.Sleep(2 * time.Second)
 			s.server.WantLinks(3)
+			require.Len(t, s.server.Upgrades(), 6)
 			require.Empty(t, asked)
 			s.server.WantFrame(alice.UID, alice.Say(1))
 		})
@@ -279,6 +281,10 @@ func TestProxyOfConfiguration(t *testing.T) {
 		"407": {
 			"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n",
 			"proxy http://proxy.example:3128 answered 407 Proxy Authentication Required: it wants a user and password, or others, see server::proxy_url",
+		},
+		"401": { // as tinyproxy says of a wrong password
+			"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n",
+			"proxy http://proxy.example:3128 answered 401 Unauthorized: it wants a user and password, or others, see server::proxy_url",
 		},
 		"403": {
 			"HTTP/1.1 403 Filtered\r\nContent-Length: 12\r\n\r\nno " + secret + " here",
@@ -303,22 +309,10 @@ func TestProxyOfConfiguration(t *testing.T) {
 			})
 		})
 	}
-
-	t.Run("refused, and then the server is", func(t *testing.T) {
-		playWithout(t, func(t *testing.T, s *stage) {
-			s.start(through, connections(1))
-			time.Sleep(time.Minute)
-			s.reload(func(cfg *Config) { cfg.Server.ProxyURL = "" })
-			time.Sleep(time.Minute)
-			told := s.logged(zap.WarnLevel, "cannot connect")
-			require.NotEmpty(t, told)
-			require.NotContains(t, told[len(told)-1].ContextMap()["error"], "proxy")
-		})
-	})
 }
 
-// TestReasonsOfProxyAndServerDiffer has a change from one to the other be logged.
-func TestReasonsOfProxyAndServerDiffer(t *testing.T) {
+// TestProxyIsAway has the log tell it from a server that is.
+func TestProxyIsAway(t *testing.T) {
 	playWithout(t, func(t *testing.T, s *stage) {
 		s.start(connections(1), func(cfg *Config) { cfg.Server.ProxyURL = "http://" + proxyAddress })
 		time.Sleep(time.Minute)

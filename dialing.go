@@ -159,7 +159,7 @@ func (p *upstreamPool) explainDial(err error) error {
 	answer, answered := errors.AsType[*socket.HandshakeError](err)
 	refused := answered && answer.Proxy == "" && (answer.StatusCode == http.StatusUnauthorized || answer.StatusCode == http.StatusForbidden)
 	if _, ok := errors.AsType[*socket.ProxyError](err); ok {
-		return p.explainProxy(err, answered && answer.StatusCode == http.StatusProxyAuthRequired)
+		return p.explainProxy(err, answered && (answer.StatusCode == http.StatusProxyAuthRequired || answer.StatusCode == http.StatusUnauthorized))
 	}
 	cfg := &p.cfg.Load().Server
 	keys, withheld := "server::headers", "server::headers, which are"

@@ -998,9 +998,6 @@ func (l *link) WriteBatch(batch []entry) (int, error) {
 // failureReason is what stays the same when an attempt fails again in the same way: the text
 // of a network error holds a port that does not.
 func failureReason(err error) string {
-	if proxy, ok := errors.AsType[*socket.ProxyError](err); ok {
-		return "proxy: " + failureReason(proxy.Err)
-	}
 	if redirected, ok := errors.AsType[*socket.RedirectedError](err); ok {
 		return redirected.To + ": " + failureReason(redirected.Err)
 	}

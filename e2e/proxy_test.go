@@ -171,7 +171,7 @@ func TestProxiesSayNo(t *testing.T) {
 		want            []string
 	}{
 		"HTTP: no user":           {"http://" + closed, server.url(), []string{"proxy http://" + closed + " answered 407", "wants a user and password", "server::proxy_url"}},
-		"HTTP: another user":      {"http://another:" + proxySecret + "@" + closed, server.url(), []string{"proxy http://" + closed + " answered 40", "server::proxy_url"}},
+		"HTTP: another user":      {"http://another:" + proxySecret + "@" + closed, server.url(), []string{"proxy http://" + closed + " answered 40", "wants a user and password, or others", "server::proxy_url"}},
 		"HTTP: filtered":          {"http://" + login + filtered, server.url(), []string{"proxy http://" + filtered + " answered 403", "server::proxy_url"}},
 		"HTTP: not this port":     {"http://" + ports, server.url(), []string{"proxy http://" + ports + " answered 403", "server::proxy_url"}},
 		"HTTP: server is away":    {"http://" + open, "ws://" + away + "/v1/opamp", []string{"proxy http://" + open + " answered 500", "Unable to connect", "server::proxy_url"}},
