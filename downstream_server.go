@@ -272,6 +272,7 @@ type agentConn struct {
 	remote      string           // its address
 	question    connect.Question // asks the server about it; nil if the server is not asked
 	credentials credentials      // that it came with
+	decided     *target          // at whose server it was let in last; by who finds a home for it, one after the other
 	gateway     bool             // another gateway, which may ask about its agents
 	came        int64            // when it has connected, of the monotonic clock
 	userAgent   unique.Handle[string]
