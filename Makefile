@@ -162,7 +162,7 @@ fuzz: ## run each fuzz target for FUZZTIME (10s)
 		name=$${func#func }; echo "==> fuzz $$name"; \
 		(cd "$$(dirname "$$file")" && go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x . </dev/null) || exit; done
 
-e2e: collector opampsupervisor prometheus haproxy packages rpm chromium ## the built collector between real agents, supervisors and servers
+e2e: collector opampsupervisor prometheus haproxy proxies packages rpm chromium ## the built collector between real agents, supervisors and servers
 	@echo '==> e2e'
 	@cd e2e && go test -count=1 -timeout 15m ./...
 
@@ -287,6 +287,14 @@ haproxy:
 		echo 'Bench and tests need HAProxy: haproxy on Debian.'; \
 		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo 'Installing it.' && \
 		apt-get update -qq && apt-get install -y -qq --no-install-recommends haproxy; }
+
+# Proxies through which a gateway reaches its server in the tests.
+.PHONY: proxies
+proxies:
+	@command -v tinyproxy >/dev/null && command -v microsocks >/dev/null || { \
+		echo 'Tests need two proxies: tinyproxy and microsocks on Debian.'; \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo 'Installing them.' && \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends tinyproxy microsocks; }
 
 # The browser in which the status page is tested. Without it, these tests are skipped.
 .PHONY: chromium

@@ -7,8 +7,10 @@ import (
 	"time"
 
 	"go.opentelemetry.io/collector/component"
+	"go.opentelemetry.io/collector/config/configauth"
 	"go.opentelemetry.io/collector/config/confighttp"
 	"go.opentelemetry.io/collector/config/confignet"
+	"go.opentelemetry.io/collector/config/configopaque"
 	"go.opentelemetry.io/collector/config/configoptional"
 	"go.opentelemetry.io/collector/config/configretry"
 	"go.opentelemetry.io/collector/config/configtls"
@@ -56,7 +58,15 @@ type ServerConfig struct {
 	// Headers are sent with the upgrade request of every link, to the endpoint's host only.
 	Headers Headers `mapstructure:"headers,omitempty"`
 
-	// TLS applies to a wss:// endpoint.
+	// Auth names an extension of the collector that authenticates the gateway to the server: each time a link is
+	// dialed it is asked what to add to the upgrade request, in place of headers of the same name.
+	Auth configoptional.Optional[configauth.Config] `mapstructure:"auth,omitempty"`
+
+	// ProxyURL is the proxy on the way to the server, with its user and password if it wants them: http://, https://,
+	// socks5:// or socks5h://. Without it those of the environment are used.
+	ProxyURL configopaque.String `mapstructure:"proxy_url,omitempty"`
+
+	// TLS applies to a wss:// endpoint, and to an https:// proxy.
 	TLS configtls.ClientConfig `mapstructure:"tls,omitempty"`
 
 	// Connections is the number of links kept to the server.
@@ -245,7 +255,7 @@ func (c *Config) Validate() error {
 
 // Validate reports every mistake below server.
 func (c *ServerConfig) Validate() error {
-	errs := []error{c.validateEndpoint(), c.validateHeaders()}
+	errs := []error{c.validateEndpoint(), c.validateHeaders(), c.validateProxy()}
 	if c.Connections < 1 || c.Connections > maxConnections {
 		errs = append(errs, fmt.Errorf("connections: must be from 1 to %d, is %d", maxConnections, c.Connections))
 	}
@@ -308,6 +318,13 @@ func (c *ServerConfig) validateEndpoint() error {
 func (c *ServerConfig) validateHeaders() error {
 	if err := c.Headers.validate(); err != nil {
 		return fmt.Errorf("headers: %w", err)
+	}
+	return nil
+}
+
+func (c *ServerConfig) validateProxy() error {
+	if _, err := parseProxy(c.ProxyURL); err != nil {
+		return fmt.Errorf("proxy_url: %w", err)
 	}
 	return nil
 }

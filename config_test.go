@@ -217,6 +217,14 @@ func TestConfigMistakes(t *testing.T) {
 		{"header entry with another key", server("headers", []any{m{"name": "X-Team", "values": secret}}), []string{"server", "headers", "values", "name and value"}},
 		{"header entry that is a number", server("headers", []any{m{"name": "X-Team", "value": 4711}}), []string{"server", "headers", "text, or a list of texts"}},
 		{"reserved header in an entry", server("headers", []any{m{"name": "upgrade", "value": []string{secret}}}), []string{"server", "headers", "upgrade", "reserved"}},
+		{"proxy that is no URL", server("proxy_url", "http://me:"+secret+"@pro xy"), []string{"server", "proxy_url", "is not a URL"}},
+		{"proxy without a scheme", server("proxy_url", "proxy.example.com:3128"), []string{"server", "proxy_url", "must start with http://, https://, socks5:// or socks5h://"}},
+		{"proxy of another kind", server("proxy_url", "ftp://me:"+secret+"@proxy.example.com"), []string{"server", "proxy_url", "must start with"}},
+		{"proxy without a host", server("proxy_url", "http://me:"+secret+"@:3128"), []string{"server", "proxy_url", "no host"}},
+		{"proxy with a slash in its password", server("proxy_url", "http://me:1/"+secret+"@proxy.example.com"), []string{"server", "proxy_url", "%2F"}},
+		{"proxy with a question mark in its password", server("proxy_url", "http://me:1?"+secret+"@proxy.example.com"), []string{"server", "proxy_url"}},
+		{"proxy with a long password", server("proxy_url", "socks5://me:"+strings.Repeat(secret, 64)+"@proxy.example.com"), []string{"server", "proxy_url", "255"}},
+		{"authenticator without a name", server("auth", m{"authenticator": ""}), []string{"server", "auth"}},
 		{"two mistakes in headers", server("headers", m{"Upgrade": secret, "a b": secret}), []string{"Upgrade", "a b"}},
 		{"retry switched off", server("retry", m{"enabled": false}), []string{"server", "retry::enabled", "never gives up"}},
 		{"retry that gives up", server("retry", m{"max_elapsed_time": "10m"}), []string{"server", "retry::max_elapsed_time", "never gives up", "10m"}},
@@ -380,7 +388,8 @@ func TestDependencies(t *testing.T) {
 	}
 	require.Empty(t, ids(example(t, "minimal")))
 	got := ids(example(t, "every_key"))
-	require.Len(t, got, 3)
+	require.Len(t, got, 4)
+	require.True(t, slices.Contains(got, component.MustNewID("oauth2client")))
 	require.True(t, slices.Contains(got, component.MustNewIDWithName("basicauth", "agents")))
 	require.True(t, slices.Contains(got, component.MustNewID("ratelimiter")))
 	require.True(t, slices.Contains(got, component.MustNewIDWithName("basicauth", "operators")))

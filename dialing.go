@@ -158,15 +158,38 @@ func askedToWait(err error) time.Duration {
 func (p *upstreamPool) explainDial(err error) error {
 	answer, answered := errors.AsType[*socket.HandshakeError](err)
 	refused := answered && answer.Proxy == "" && (answer.StatusCode == http.StatusUnauthorized || answer.StatusCode == http.StatusForbidden)
+	if _, ok := errors.AsType[*socket.ProxyError](err); ok {
+		return p.explainProxy(err, answered && (answer.StatusCode == http.StatusProxyAuthRequired || answer.StatusCode == http.StatusUnauthorized))
+	}
+	cfg := &p.cfg.Load().Server
+	keys, withheld := "server::headers", "server::headers, which are"
+	switch {
+	case cfg.Auth.HasValue() && len(cfg.Headers) > 0:
+		keys, withheld = "server::headers and server::auth", "server::headers and what server::auth adds, which are"
+	case cfg.Auth.HasValue():
+		keys, withheld = "server::auth", "what server::auth adds, which is"
+	}
 	switch {
 	case errors.Is(err, socket.ErrRedirect):
 		return fmt.Errorf("%w; see server::endpoint", err)
-	case refused && answer.Withheld && len(p.cfg.Load().Server.Headers) > 0:
-		return fmt.Errorf("%w: it was not sent server::headers, which are for the host of server::endpoint", err)
+	case refused && answer.Withheld && (len(cfg.Headers) > 0 || cfg.Auth.HasValue()):
+		return fmt.Errorf("%w: it was not sent %s for the host of server::endpoint", err, withheld)
 	case refused:
-		return fmt.Errorf("%w: it does not take the gateway's own credentials, see server::headers", err)
+		return fmt.Errorf("%w: it does not take the gateway's own credentials, see %s", err, keys)
 	}
 	return err
+}
+
+// explainProxy is explainDial for what went wrong at a proxy.
+func (p *upstreamPool) explainProxy(err error, credentials bool) error {
+	key := "server::proxy_url"
+	if p.target.Load().proxy == nil {
+		key = "HTTP_PROXY and HTTPS_PROXY"
+	}
+	if credentials {
+		return fmt.Errorf("%w: it wants a user and password, or others, see %s", err, key)
+	}
+	return fmt.Errorf("%w; see %s", err, key)
 }
 
 // redirectedTo says in the log where the server has sent a link, if it has.

@@ -82,9 +82,12 @@ func newGatewayExtension(set extension.Settings, cfg *Config) (*gatewayExtension
 	return &gatewayExtension{cfg: cfg, set: set, tel: tel, net: door.Listen}, nil
 }
 
-// Dependencies names the extensions that the listener uses, so that they are started first.
+// Dependencies names the extensions that the gateway uses, so that they are started first.
 func (e *gatewayExtension) Dependencies() []component.ID {
 	ids := extensionsOf(&e.cfg.Listener)
+	if auth := e.cfg.Server.Auth.Get(); auth != nil {
+		ids = append(ids, auth.AuthenticatorID)
+	}
 	if page := e.cfg.Status.Get(); page != nil {
 		ids = append(ids, extensionsOf(page)...)
 	}
@@ -244,7 +247,7 @@ func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel 
 	g.logs, g.log = swaplog.New(set.Logger)
 	g.host.Store(&host)
 	g.router = newRouter(g.memory)
-	t, err := newTarget(ctx, cfg, set)
+	t, err := newTarget(ctx, cfg, set, host)
 	if err != nil {
 		cancel()
 		return nil, err

@@ -18,6 +18,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.opentelemetry.io/collector/component"
 	"go.opentelemetry.io/collector/component/componenttest"
+	"go.opentelemetry.io/collector/config/configauth"
 	"go.opentelemetry.io/collector/config/confighttp"
 	"go.opentelemetry.io/collector/config/confignet"
 	"go.opentelemetry.io/collector/config/configoptional"
@@ -292,6 +293,9 @@ func TestStartFails(t *testing.T) {
 			auth.Config.AuthenticatorID = component.MustNewID("basicauth") //nolint:staticcheck // newer collectors do not embed Config
 			cfg.Listener.Auth = configoptional.Some(auth)
 		}, []string{"listener", "basicauth"}},
+		"missing authenticator of the gateway": {func(cfg *Config) {
+			cfg.Server.Auth = configoptional.Some(configauth.Config{AuthenticatorID: component.MustNewID("oauth2client")})
+		}, []string{"server::auth", "oauth2client", "not found"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			cfg := createDefaultConfig().(*Config)

@@ -154,20 +154,20 @@ func (g *gateway) canAdopt(cfg *Config) bool {
 
 // sameLinks reports whether links are the same with both configurations.
 func sameLinks(a, b *ServerConfig) bool {
-	return a.Endpoint == b.Endpoint && a.Connections == b.Connections && a.AgentID == b.AgentID &&
-		reflect.DeepEqual(a.Headers, b.Headers) && reflect.DeepEqual(a.TLS, b.TLS)
+	return a.Endpoint == b.Endpoint && a.Connections == b.Connections && a.AgentID == b.AgentID && a.ProxyURL == b.ProxyURL &&
+		reflect.DeepEqual(a.Auth, b.Auth) && reflect.DeepEqual(a.Headers, b.Headers) && reflect.DeepEqual(a.TLS, b.TLS)
 }
 
 // adopt has g go on for another component:
 //
-//  1. What can fail is done first: certificates are read again, there is the listener's middleware of the new component,
+//  1. What can fail is done first: certificates are read again, there are the extensions of the new component,
 //     another listener if the address has changed, or was given back, and metrics. With an error, g is to be ended.
 //  2. What g says is the new component's from here on: logs, metrics, status.
 //  3. The configuration holds that is the new component's. Where it has another server, there are other links.
 //  4. Newcomers, which have waited, are let in.
 func (g *gateway) adopt(ctx context.Context, e *gatewayExtension, host component.Host) error {
 	before, cfg := g.cfg.Load(), e.cfg
-	t, err := newTarget(ctx, cfg, e.set)
+	t, err := newTarget(ctx, cfg, e.set, host)
 	if err != nil {
 		return err
 	}
@@ -202,7 +202,7 @@ func (g *gateway) adopt(ctx context.Context, e *gatewayExtension, host component
 	same := sameLinks(&before.Server, &cfg.Server)
 	g.pool.tellAgain(same)
 	if same {
-		g.pool.target.Load().tls.Store(t.tls.Load())
+		g.pool.target.Load().renew(t)
 	} else {
 		g.log.Info("the server's configuration has changed; agents move to new links")
 		g.pool.change(t)

@@ -12,6 +12,9 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"go.opentelemetry.io/collector/component"
+	"go.opentelemetry.io/collector/config/configauth"
+	"go.opentelemetry.io/collector/config/configoptional"
 	"go.opentelemetry.io/collector/confmap"
 )
 
@@ -31,6 +34,8 @@ const (
 var whenChanged = map[string]string{
 	"server.endpoint":                     whenLinks,
 	"server.headers":                      whenLinks,
+	"server.auth":                         whenLinks,
+	"server.proxy_url":                    whenLinks,
 	"server.tls":                          whenLinks,
 	"server.connections":                  whenLinks,
 	"server.agent_id":                     whenLinks,
@@ -64,6 +69,8 @@ var whenChanged = map[string]string{
 var defaultText = map[string]string{
 	"server.endpoint":        "required",
 	"server.headers":         "none",
+	"server.auth":            "none",
+	"server.proxy_url":       "that of the environment",
 	"server.tls":             "the system's authorities",
 	"server.agent_id":        "the collector's `service.instance.id`",
 	"listener":               "no TLS, no `auth`",
@@ -74,6 +81,7 @@ var defaultText = map[string]string{
 // settingsOfCollector are those of a kind that the Collector documents.
 var settingsOfCollector = map[string]string{
 	"server.tls":   "[TLS client settings](https://github.com/open-telemetry/opentelemetry-collector/blob/main/config/configtls/README.md)",
+	"server.auth":  "[Authentication](https://github.com/open-telemetry/opentelemetry-collector/blob/main/config/configauth/README.md)",
 	"server.retry": "[Back-off settings](https://github.com/open-telemetry/opentelemetry-collector/blob/main/config/configretry/README.md)",
 	"listener":     "[HTTP server settings](https://github.com/open-telemetry/opentelemetry-collector/blob/main/config/confighttp/README.md)",
 	"status":       "[HTTP server settings](https://github.com/open-telemetry/opentelemetry-collector/blob/main/config/confighttp/README.md); [the page](status-page.md)",
@@ -253,7 +261,10 @@ func TestReferenceOfReloads(t *testing.T) {
 		return cfg
 	}
 	changes := map[string]func(*Config){
-		"server.headers":    func(c *Config) { c.Server.Headers.Set("Authorization", "another") },
+		"server.headers": func(c *Config) { c.Server.Headers.Set("Authorization", "another") },
+		"server.auth": func(c *Config) {
+			c.Server.Auth = configoptional.Some(configauth.Config{AuthenticatorID: component.MustNewID("oauth2client")})
+		},
 		"server.tls":        func(c *Config) { c.Server.TLS.InsecureSkipVerify = true },
 		"server.retry":      func(c *Config) { c.Server.Retry.MaxInterval++ },
 		"status":            withPage,

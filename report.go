@@ -33,8 +33,8 @@ func warnOfDangers(cfg *Config, log *zap.Logger) {
 		log.Warn("server::agent_admission is accept, and the listener does not authenticate: whoever reaches it is let in; see listener::auth and listener::tls::client_ca_file")
 	}
 	endpoint, err := url.Parse(server.Endpoint)
-	if err == nil && endpoint.Scheme == "ws" && len(server.Headers) > 0 && !isLoopback(endpoint.Hostname()) {
-		log.Warn("server::endpoint is ws://, so server::headers, and what agents send, travel to another host in clear; use wss://")
+	if err == nil && endpoint.Scheme == "ws" && (len(server.Headers) > 0 || server.Auth.HasValue()) && !isLoopback(endpoint.Hostname()) {
+		log.Warn("server::endpoint is ws://, so server::headers, server::auth, and what agents send, travel to another host in clear; use wss://")
 	}
 	if server.TLS.InsecureSkipVerify {
 		log.Warn("server::tls::insecure_skip_verify is set: whoever answers at the server's address gets the keys of gateway and agents")

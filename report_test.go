@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"go.opentelemetry.io/collector/component"
 	"go.opentelemetry.io/collector/config/configoptional"
 	"go.opentelemetry.io/collector/config/configtls"
 	"go.opentelemetry.io/otel/attribute"
@@ -218,6 +219,10 @@ func TestWarningsOfStart(t *testing.T) {
 			cfg.Server.Headers.Set("Authorization", "s3cret")
 		}, "server::endpoint"},
 		"no key in clear": {func(cfg *Config) { cfg.Server.Endpoint = "ws://opamp.example:80/" }, ""},
+		"a token in clear": {func(cfg *Config) {
+			cfg.Server.Endpoint = "ws://opamp.example:80/"
+			withIssuer(cfg)
+		}, "server::endpoint"},
 		"a key to this host": {func(cfg *Config) {
 			cfg.Server.Endpoint = "ws://127.0.0.1:80/"
 			cfg.Server.Headers.Set("Authorization", "s3cret")
@@ -238,6 +243,7 @@ func TestWarningsOfStart(t *testing.T) {
 			playWithout(t, func(t *testing.T, s *stage) {
 				s.net.Silence(serverAddress, true)
 				s.net.Silence("opamp.example:80", true)
+				s.extensions = map[component.ID]component.Component{issuerID: newIssuer("s3cret")}
 				s.start(test.change)
 				told := s.logged(zap.WarnLevel, "::")
 				if test.want == "" {

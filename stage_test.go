@@ -377,6 +377,7 @@ func (r *running) wantFaults(want map[telemetry.Reason]int) {
 // wantAdmissions checks how often agents' requests ended so.
 func (r *running) wantAdmissions(outcome telemetry.Outcome, n int) {
 	r.t.Helper()
+	synctest.Wait() // an answer is counted when it is written
 	require.EqualValues(r.t, n, r.counted("admissions", string(outcome)), "admissions: %s", outcome)
 }
 

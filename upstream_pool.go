@@ -18,12 +18,14 @@ import (
 	"github.com/cenkalti/backoff/v7"
 	"github.com/gorilla/websocket"
 	"github.com/open-telemetry/opamp-go/protobufs"
+	"go.opentelemetry.io/collector/component"
 	"go.opentelemetry.io/collector/config/configretry"
 	"go.opentelemetry.io/collector/extension"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/opampgateway/opampgateway/internal/clientauth"
 	"github.com/opampgateway/opampgateway/internal/connect"
 	"github.com/opampgateway/opampgateway/internal/ending"
 	"github.com/opampgateway/opampgateway/internal/memory"
@@ -134,21 +136,24 @@ type target struct {
 	endpoint  *url.URL
 	name      string // comes first in those of the links
 	headers   http.Header
-	elsewhere http.Header                // for hosts to which the server redirects
-	tls       atomic.Pointer[tls.Config] // but when certificates are read again
-	pace      *pace                      // of dialing
-	turns     []int                      // by slot: of its next attempt, see socket.DialInTurn; each is the slot's own
-	asking    *questions.Server          // whether it can be asked
-	slots     int                        // how many links there are
-	verified  atomic.Bool                // that agents are verified is what was logged last
+	elsewhere http.Header                              // for hosts to which the server redirects
+	tls       atomic.Pointer[tls.Config]               // but when certificates are read again
+	auth      atomic.Pointer[clientauth.Authenticator] // but by a reload, which has extensions of its own; may be nil
+	proxy     *url.URL                                 // nil leaves it to the environment
+	pace      *pace                                    // of dialing
+	turns     []int                                    // by slot: of its next attempt, see socket.DialInTurn; each is the slot's own
+	asking    *questions.Server                        // whether it can be asked
+	slots     int                                      // how many links there are
+	verified  atomic.Bool                              // that agents are verified is what was logged last
 
 	// By change, before anybody dials.
 	dialing context.Context    // until leave, or the pool's stop
 	leave   context.CancelFunc // ends dialing; what lives goes on
 }
 
-// newTarget does what can fail about the server: it loads certificates.
-func newTarget(ctx context.Context, cfg *Config, set extension.Settings) (*target, error) {
+// newTarget does what can fail about the server: it loads certificates, and finds the authenticator among the host's
+// extensions.
+func newTarget(ctx context.Context, cfg *Config, set extension.Settings, host component.Host) (*target, error) {
 	tlsConfig, err := cfg.Server.TLS.LoadTLSConfig(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("server::tls: %w", err)
@@ -157,18 +162,27 @@ func newTarget(ctx context.Context, cfg *Config, set extension.Settings) (*targe
 	if err != nil {
 		return nil, errors.New("server::endpoint: is not a URL") // Validate says more
 	}
+	proxy, err := parseProxy(cfg.Server.ProxyURL)
+	if err != nil {
+		return nil, fmt.Errorf("server::proxy_url: %w", err)
+	}
+	authenticator, err := newAuthenticator(ctx, &cfg.Server, host)
+	if err != nil {
+		return nil, fmt.Errorf("server::auth: %w", err)
+	}
 	elsewhere := http.Header{"User-Agent": {userAgent(set.BuildInfo)}}
 	headers := elsewhere.Clone()
 	cfg.Server.Headers.addTo(headers)
 	t := &target{
 		endpoint: endpoint, name: gatewayName(cfg, set.TelemetrySettings), headers: headers, elsewhere: elsewhere,
 		pace: newPace(cfg.Server.Connections), turns: firstTurns(cfg.Server.Connections), asking: questions.NewServer(),
-		slots: cfg.Server.Connections,
+		slots: cfg.Server.Connections, proxy: proxy,
 	}
 	if cfg.Server.AgentAdmission == AdmissionAuto {
 		t.asking.Spare() // agents get in without a question
 	}
 	t.tls.Store(tlsConfig)
+	t.auth.Store(authenticator)
 	return t, nil
 }
 
@@ -397,12 +411,15 @@ func (p *upstreamPool) dial(t *target, slot int) (l *link, retryAfter time.Durat
 	headers, elsewhere := t.headers.Clone(), t.elsewhere.Clone()
 	headers.Set(connectionIDHeader, t.linkName(slot))
 	elsewhere.Set(connectionIDHeader, t.linkName(slot))
+	if headers, err = t.authenticate(ctx, headers); err != nil {
+		return nil, 0, err
+	}
 	netDial := p.netDial
 	if netDial == nil {
 		netDial = socket.DialInTurn(t.turns[slot])
 		t.turns[slot]++
 	}
-	dialer := socket.Dialer{NetDial: netDial, TLS: t.tls.Load(), ReadBufferSize: dialReadBuffer, Elsewhere: elsewhere}
+	dialer := socket.Dialer{NetDial: netDial, Proxy: t.proxy, TLS: t.tls.Load(), ReadBufferSize: dialReadBuffer, Elsewhere: elsewhere}
 	conn, in, place, err := dialer.Dial(ctx, t.endpoint, headers)
 	if err != nil {
 		return nil, askedToWait(err), p.explainDial(err)

@@ -116,9 +116,12 @@ func (v *verifier) verify(ctx context.Context, about *asker) (connect.Result, er
 	if netDial == nil {
 		netDial = socket.DialInTurn(int(v.dialed.Add(1) >> 1)) // never negative, however small an int is
 	}
-	dialer := socket.Dialer{NetDial: netDial, TLS: withoutCertificate(t.tls.Load()), ReadBufferSize: dialReadBuffer, EndpointOnly: true}
+	dialer := socket.Dialer{NetDial: netDial, Proxy: t.proxy, TLS: withoutCertificate(t.tls.Load()), ReadBufferSize: dialReadBuffer, EndpointOnly: true}
 	conn, _, _, err := dialer.Dial(ctx, t.endpoint, headers)
-	if err != nil {
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+		return connect.Result{}, context.DeadlineExceeded // as whoever waits finds out at the same moment
+	case err != nil:
 		return verdictOf(err)
 	}
 	socket.Leave(conn)

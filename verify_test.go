@@ -457,6 +457,7 @@ func TestAuto(t *testing.T) {
 				s.connect(fmt.Sprint("late ", tries, i), "Authorization", "right")
 				require.Zero(t, time.Since(begin))
 			}
+			synctest.Wait()
 			require.Len(t, s.server.Questions(), known+tries)
 			require.Len(t, s.logged(zap.InfoLevel, auto), 1)
 			time.Sleep(time.Minute)

@@ -3,6 +3,7 @@ package socket
 import (
 	"bufio"
 	"crypto/tls"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -180,13 +181,19 @@ func secretsOf(u *url.URL, headers http.Header) []string {
 		if name == "User-Agent" {
 			continue
 		}
+		authorization := name == "Authorization" || name == "Proxy-Authorization"
 		for _, value := range values {
-			if name == "Authorization" || name == "Proxy-Authorization" {
-				if _, credentials, ok := strings.Cut(value, " "); ok { // behind the scheme, which is none
-					value = credentials
-				}
+			scheme, credentials, ok := strings.Cut(value, " ")
+			if ok {
+				add(credentials) // behind the scheme, which is none
 			}
-			add(value)
+			if !ok || !authorization {
+				add(value)
+			}
+			if login, err := base64.StdEncoding.DecodeString(credentials); err == nil && strings.EqualFold(scheme, "Basic") {
+				_, password, _ := strings.Cut(string(login), ":")
+				add(password)
+			}
 		}
 	}
 	return secrets

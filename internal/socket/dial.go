@@ -15,14 +15,15 @@ import (
 	"strings"
 
 	"github.com/gorilla/websocket"
-	"golang.org/x/net/proxy"
 )
 
 // Dialer connects to a server as a WebSocket client.
 type Dialer struct {
 	// NetDial connects to the server, or to the proxy on the way there.
 	NetDial func(ctx context.Context, network, address string) (net.Conn, error)
-	// TLS applies to wss:// and to the https:// of a proxy.
+	// Proxy is the one on the way to the server; nil leaves that to the environment.
+	Proxy *url.URL
+	// TLS applies to wss:// and to the https:// of a proxy, whose name is always that of its URL.
 	TLS *tls.Config
 	// ReadBufferSize is in bytes.
 	ReadBufferSize int
@@ -32,10 +33,10 @@ type Dialer struct {
 	EndpointOnly bool
 }
 
-// Dial connects and shakes hands, through the proxy that the environment names, with whom the endpoint
-// redirects to. It returns what New takes over, and where that is if it is not the endpoint. An error is a
-// *HandshakeError if a server, or the proxy, has answered something else than yes, and ErrRedirect if it
-// redirects where we do not go. No error, nor the place, tells what is secret in the endpoint, a proxy's
+// Dial connects and shakes hands, through the proxy if there is one, with whom the endpoint redirects to. It
+// returns what New takes over, and where that is if it is not the endpoint. An error is a *HandshakeError if
+// a server, or the proxy, has answered something else than yes, a *ProxyError if it is the proxy's, and
+// ErrRedirect if the server redirects where we do not go. No error, nor the place, tells what is secret in the endpoint, a proxy's
 // URL, or the headers.
 func (d *Dialer) Dial(ctx context.Context, endpoint *url.URL, headers http.Header) (conn net.Conn, in *bufio.Reader, place string, err error) {
 	r := route{Dialer: d, endpoint: endpoint, at: endpoint, headers: headers, secrets: secretsOf(endpoint, headers)}
@@ -59,9 +60,12 @@ func (d *Dialer) Dial(ctx context.Context, endpoint *url.URL, headers http.Heade
 func (r *route) dial(ctx context.Context) (conn net.Conn, in *bufio.Reader, err error) {
 	d, endpoint := r.Dialer, r.at
 	secure := endpoint.Scheme == "wss"
-	through, err := http.ProxyFromEnvironment(&http.Request{URL: withScheme(endpoint, "http", secure)})
-	if err != nil { // which may quote the proxy's URL
-		return nil, nil, errors.New("proxy that the environment names cannot be used, see HTTP_PROXY and HTTPS_PROXY")
+	through := d.Proxy
+	if through == nil {
+		through, err = http.ProxyFromEnvironment(&http.Request{URL: withScheme(endpoint, "http", secure)})
+		if err != nil { // which may quote the proxy's URL
+			return nil, nil, errors.New("proxy that the environment names cannot be used, see HTTP_PROXY and HTTPS_PROXY")
+		}
 	}
 	address := hostPort(endpoint, secure)
 	if through == nil {
@@ -150,39 +154,52 @@ func startTLS(ctx context.Context, conn net.Conn, config *tls.Config, host strin
 	return secured, nil
 }
 
+// ProxyError is what went wrong at the proxy on the way to the server.
+type ProxyError struct{ Err error }
+
+func (e *ProxyError) Error() string { return e.Err.Error() }
+
+// Unwrap returns what went wrong there.
+func (e *ProxyError) Unwrap() error { return e.Err }
+
 // dialThrough connects to address through a proxy: an HTTP one is asked for a tunnel (RFC 9110,
-// section 9.3.6), whatever is to go through it.
+// section 9.3.6), whatever is to go through it. Its errors are *ProxyError.
 func (d *Dialer) dialThrough(ctx context.Context, through *url.URL, address string) (net.Conn, error) {
-	secure := through.Scheme == "https"
-	if !secure && through.Scheme != "http" {
-		socks, err := proxy.FromURL(through, forward{d})
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", proxyAt(through), err)
-		}
-		dialer, ok := socks.(proxy.ContextDialer)
-		if !ok {
-			return nil, fmt.Errorf("%s: of an unknown kind", proxyAt(through))
-		}
-		return dialer.DialContext(ctx, "tcp", address)
+	var ask func(net.Conn) (net.Conn, error)
+	switch through.Scheme {
+	case "http", "https":
+		ask = func(conn net.Conn) (net.Conn, error) { return d.tunnel(ctx, conn, through, address) }
+	case "socks5", "socks5h":
+		ask = func(conn net.Conn) (net.Conn, error) { return conn, askSOCKS(conn, through, address) }
+	default:
+		return nil, &ProxyError{fmt.Errorf("%s: of an unknown kind", proxyAt(through))}
 	}
-	conn, err := d.NetDial(ctx, "tcp", hostPort(through, secure))
+	conn, err := d.NetDial(ctx, "tcp", proxyHostPort(through))
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", proxyAt(through), err)
+		return nil, &ProxyError{fmt.Errorf("%s: %w", proxyAt(through), err)}
 	}
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
-	tunnel, err := d.tunnel(ctx, conn, through, address)
+	tunnel, err := ask(conn)
 	if err = inTime(ctx, stop(), proxyAt(through), err); err != nil {
 		conn.Close()
-		return nil, err
+		return nil, &ProxyError{err}
 	}
 	return tunnel, nil
+}
+
+// proxyHostPort returns where a proxy is dialed.
+func proxyHostPort(through *url.URL) string {
+	if through.Port() == "" && strings.HasPrefix(through.Scheme, "socks") {
+		return net.JoinHostPort(through.Hostname(), "1080")
+	}
+	return hostPort(through, through.Scheme == "https")
 }
 
 func (d *Dialer) tunnel(ctx context.Context, conn net.Conn, through *url.URL, address string) (net.Conn, error) {
 	who := proxyAt(through)
 	if through.Scheme == "https" {
 		var err error
-		if conn, err = startTLS(ctx, conn, d.TLS, through.Hostname()); err != nil {
+		if conn, err = startTLS(ctx, conn, d.tlsElsewhere(), through.Hostname()); err != nil {
 			return nil, explainTLS(err, who, "http://", "https://")
 		}
 	}
@@ -221,17 +238,6 @@ func inTime(ctx context.Context, stopped bool, who string, err error) error {
 		return fmt.Errorf("%s has not answered the handshake: %w", who, context.DeadlineExceeded)
 	}
 	return err
-}
-
-// forward is how a SOCKS proxy is reached.
-type forward struct{ *Dialer }
-
-func (f forward) Dial(network, address string) (net.Conn, error) {
-	return f.NetDial(context.Background(), network, address)
-}
-
-func (f forward) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	return f.NetDial(ctx, network, address)
 }
 
 // withScheme returns the same URL under another scheme, or that scheme's secure sister.

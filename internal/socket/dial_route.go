@@ -74,10 +74,18 @@ func sameHost(a, b *url.URL) bool { return strings.EqualFold(HostPort(a), HostPo
 // tls returns how TLS begins where we are. The name that a certificate has to have instead of the host's is
 // that of the endpoint's only.
 func (r *route) tls() *tls.Config {
-	if r.TLS == nil || r.home() {
+	if r.home() {
 		return r.TLS
 	}
-	config := r.TLS.Clone()
+	return r.tlsElsewhere()
+}
+
+// tlsElsewhere is how TLS begins with anybody but the endpoint.
+func (d *Dialer) tlsElsewhere() *tls.Config {
+	if d.TLS == nil {
+		return nil
+	}
+	config := d.TLS.Clone()
 	config.ServerName = ""
 	return config
 }
