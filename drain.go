@@ -60,7 +60,6 @@ func (g *gateway) drain(ctx context.Context, anew func() bool) {
 		for _, a := range leaving {
 			a.dismiss(ending.Shutdown)
 		}
-		g.pool.dismissHomeless(leaving)
 	}
 }
 

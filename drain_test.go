@@ -128,8 +128,13 @@ func TestDrainEnds(t *testing.T) {
 			agents := s.crowd(5)
 			stopped := s.endSlowly()
 			time.Sleep(10 * time.Second)
-			s.server.Stop() // they wait for a link from here on, and are let go nevertheless
+			s.server.Stop()
 			time.Sleep(time.Second)
+			for _, a := range agents {
+				a.Say(1) // their readers wait for a link, and they are let go nevertheless
+			}
+			time.Sleep(39 * time.Second)
+			require.InDelta(t, 1, s.gateway.server.count(), 1, "of five, after 50 of 60 s")
 			require.LessOrEqual(t, stopped(), time.Minute+5*time.Second)
 			for _, a := range agents {
 				a.WantLetGo()
