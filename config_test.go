@@ -255,8 +255,11 @@ func TestConfigMistakes(t *testing.T) {
 		{"proxies, and no word of how", agents("trusted_proxies", []string{"192.0.2.1"}), []string{"agents", "address_from", "connection", "trusted_proxies"}},
 		{"a way, and nobody who is trusted", agents("address_from", "proxy_protocol"), []string{"agents", "address_from", "trusted_proxies has 0"}},
 		{"strange way", agents("address_from", "hearsay"), []string{"agents", "address_from", "x_forwarded_for", "hearsay"}},
-		{"proxies that are no networks", m{"server": m{"endpoint": "ws://localhost"}, "agents": m{"address_from": "forwarded", "trusted_proxies": []string{"balancer.example", "::1", "10.0.0.0/33"}}},
-			[]string{"agents", "trusted_proxies", "balancer.example", "10.0.0.0/33"}},
+		{
+			"proxies that are no networks",
+			m{"server": m{"endpoint": "ws://localhost"}, "agents": m{"address_from": "forwarded", "trusted_proxies": []string{"balancer.example", "::1", "10.0.0.0/33"}}},
+			[]string{"agents", "trusted_proxies", "balancer.example", "10.0.0.0/33"},
+		},
 		{"no memory", m{"server": m{"endpoint": "ws://localhost"}, "max_buffered_size": 1 << 20}, []string{"max_buffered_size", "at least 268435456 bytes"}},
 		{"less memory than messages need", m{"server": m{"endpoint": "ws://localhost"}, "max_message_size": 128 << 20}, []string{"max_buffered_size", "at least 536870912 bytes"}},
 		{"no message size", m{"server": m{"endpoint": "ws://localhost"}, "max_message_size": 0}, []string{"max_message_size"}},

@@ -1,6 +1,7 @@
 package opampgateway
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"testing"
@@ -55,7 +56,7 @@ func TestDrain(t *testing.T) {
 		}
 		last := s.gateway.server.staying()[0]
 		for _, a := range agents {
-			if string(last.uid.Bytes()) == string(a.UID) {
+			if bytes.Equal(last.uid.Bytes(), a.UID) {
 				s.server.WantFrame(a.UID, a.Say(77))
 			}
 		}

@@ -15,6 +15,7 @@ import (
 // Source is how proxies say from where an agent connects.
 type Source int
 
+// The ways there are.
 const (
 	SourceConnection    Source = iota // they do not: it is where the connection comes from
 	SourceProxyProtocol               // by the PROXY protocol

@@ -105,7 +105,7 @@ func readRest2(r io.Reader) (netip.AddrPort, error) {
 		return netip.AddrPort{}, nil
 	}
 	const overIPv4, overIPv6 = 0x1, 0x2
-	size := 0 // of an address
+	var size int // of an address
 	switch head[1] >> 4 {
 	case overIPv4:
 		size = 4
