@@ -80,6 +80,9 @@ func (s *downstreamServer) newLife(ctx context.Context, cfg *Config, host compon
 		Timeout: cmp.Or(listener.ReadHeaderTimeout, requestTimeout),
 	}}
 	var err error
+	if l.limits.Proxies, err = agents.proxies(); err != nil {
+		return nil, fmt.Errorf("agents::%w", err)
+	}
 	if listener.TLS.HasValue() {
 		if l.secure, err = listener.TLS.Get().LoadTLSConfig(ctx); err != nil {
 			return nil, fmt.Errorf("listener::tls: %w", err)
@@ -171,7 +174,7 @@ func (s *downstreamServer) enteredLocked() {
 func (s *downstreamServer) begin() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closing {
+	if s.closing || s.drains {
 		return false
 	}
 	s.requests.Add(1)

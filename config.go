@@ -17,6 +17,7 @@ import (
 	"golang.org/x/net/http/httpguts"
 
 	"github.com/opampgateway/opampgateway/internal/connect"
+	"github.com/opampgateway/opampgateway/internal/forwarded"
 	"github.com/opampgateway/opampgateway/internal/memory"
 	"github.com/opampgateway/opampgateway/internal/socket"
 )
@@ -132,6 +133,17 @@ type AgentsConfig struct {
 	// WriteTimeout is how long a write to an agent may go without progress.
 	WriteTimeout time.Duration `mapstructure:"write_timeout"`
 
+	// DrainTime is over how long agents are let go, one after the other, when the process is told to end; new ones are
+	// refused meanwhile. 0 lets all of them go at once.
+	DrainTime time.Duration `mapstructure:"drain_time"`
+
+	// TrustedProxies are the networks, or addresses, of the load balancers and proxies whose word counts on from where an
+	// agent connects, in the way of address_from; of all others it does not.
+	TrustedProxies []string `mapstructure:"trusted_proxies,omitempty"`
+
+	// AddressFrom says how trusted_proxies tell from where an agent connects.
+	AddressFrom AddressFrom `mapstructure:"address_from"`
+
 	// prevent unkeyed literal initialization
 	_ struct{}
 }
@@ -163,6 +175,26 @@ const (
 	AdmissionAccept AgentAdmission = "accept"
 )
 
+// AddressFrom says how load balancers and proxies tell from where an agent connects.
+type AddressFrom string
+
+const (
+	// AddressFromConnection has them not say it: it is where the connection comes from.
+	AddressFromConnection AddressFrom = "connection"
+	// AddressFromProxyProtocol takes it from the PROXY protocol, version 1 or 2, with which each of their connections begins.
+	AddressFromProxyProtocol AddressFrom = "proxy_protocol"
+	// AddressFromXForwardedFor takes the last address in the header X-Forwarded-For that is none of theirs.
+	AddressFromXForwardedFor AddressFrom = "x_forwarded_for"
+	// AddressFromForwarded does so in the header Forwarded.
+	AddressFromForwarded AddressFrom = "forwarded"
+)
+
+// addressSources has every AddressFrom.
+var addressSources = map[AddressFrom]forwarded.Source{
+	AddressFromConnection: forwarded.SourceConnection, AddressFromProxyProtocol: forwarded.SourceProxyProtocol,
+	AddressFromXForwardedFor: forwarded.SourceXForwardedFor, AddressFromForwarded: forwarded.SourceForwarded,
+}
+
 const (
 	// maxConnections is far above what one server needs and far below what would hurt it.
 	maxConnections = 64
@@ -180,6 +212,9 @@ const (
 
 	// minKeepAlive is the finest a keep-alive can be: all connections are looked at as often.
 	minKeepAlive = time.Second
+
+	// maxDrainTime is longer than whoever stops a process waits for it as a rule.
+	maxDrainTime = 5 * time.Minute
 
 	// maxReloadGrace is far above what any reload takes.
 	maxReloadGrace = 10 * time.Minute
@@ -225,6 +260,7 @@ func createDefaultConfig() component.Config {
 			MaxRequestHeaderSize: 16 << 10,
 			MaxQueueSize:         4 << 20,
 			WriteTimeout:         30 * time.Second,
+			AddressFrom:          AddressFromConnection,
 		},
 		MaxMessageSize:  64 << 20,
 		MaxBufferedSize: 256 << 20,
@@ -350,7 +386,36 @@ func (c *AgentsConfig) Validate() error {
 	if c.WriteTimeout < time.Second {
 		errs = append(errs, fmt.Errorf("write_timeout: must be at least 1s, is %s", c.WriteTimeout))
 	}
+	if c.DrainTime < 0 || c.DrainTime > maxDrainTime {
+		errs = append(errs, fmt.Errorf("drain_time: must be from 0 to %s, is %s", maxDrainTime, c.DrainTime))
+	}
+	if _, err := c.proxies(); err != nil {
+		errs = append(errs, err)
+	}
 	return errors.Join(errs...)
+}
+
+// proxies returns whose word is taken on from where agents connect.
+func (c *AgentsConfig) proxies() (p forwarded.Proxies, err error) {
+	source, known := addressSources[c.AddressFrom]
+	switch {
+	case !known:
+		return p, fmt.Errorf("address_from: must be %q, %q, %q or %q, is %q", AddressFromConnection, AddressFromProxyProtocol,
+			AddressFromXForwardedFor, AddressFromForwarded, c.AddressFrom)
+	case (source == forwarded.SourceConnection) != (len(c.TrustedProxies) == 0):
+		return p, fmt.Errorf("address_from: is %q, and trusted_proxies has %d networks: one says how, the other who, so both are needed or neither",
+			c.AddressFrom, len(c.TrustedProxies))
+	}
+	p.Source = source
+	for _, text := range c.TrustedProxies {
+		network, problem := forwarded.ParseNetwork(text)
+		err = errors.Join(err, problem)
+		p.Networks = append(p.Networks, network)
+	}
+	if err != nil {
+		err = fmt.Errorf("trusted_proxies: %w", err)
+	}
+	return p, err
 }
 
 // Validate reports a keep-alive that could not work.

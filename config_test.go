@@ -260,6 +260,16 @@ func TestConfigMistakes(t *testing.T) {
 		{"less memory than links need", m{"server": m{"endpoint": "ws://localhost", "connections": 64}, "max_message_size": 1 << 20, "max_buffered_size": 32 << 20}, []string{"max_buffered_size", "at least", "server::connections 64"}},
 		{"no queue", agents("max_queue_size", 1000), []string{"agents", "max_queue_size"}},
 		{"no time to write", agents("write_timeout", "10ms"), []string{"agents", "write_timeout"}},
+		{"negative drain_time", agents("drain_time", "-1s"), []string{"agents", "drain_time", "0 to 5m", "-1s"}},
+		{"drain_time of an hour", agents("drain_time", "1h"), []string{"agents", "drain_time", "1h"}},
+		{"proxies, and no word of how", agents("trusted_proxies", []string{"192.0.2.1"}), []string{"agents", "address_from", "connection", "trusted_proxies"}},
+		{"a way, and nobody who is trusted", agents("address_from", "proxy_protocol"), []string{"agents", "address_from", "trusted_proxies has 0"}},
+		{"strange way", agents("address_from", "hearsay"), []string{"agents", "address_from", "x_forwarded_for", "hearsay"}},
+		{
+			"proxies that are no networks",
+			m{"server": m{"endpoint": "ws://localhost"}, "agents": m{"address_from": "forwarded", "trusted_proxies": []string{"balancer.example", "::1", "10.0.0.0/33"}}},
+			[]string{"agents", "trusted_proxies", "balancer.example", "10.0.0.0/33"},
+		},
 		{"no memory", m{"server": m{"endpoint": "ws://localhost"}, "max_buffered_size": 1 << 20}, []string{"max_buffered_size", "at least 268435456 bytes"}},
 		{"less memory than messages need", m{"server": m{"endpoint": "ws://localhost"}, "max_message_size": 128 << 20}, []string{"max_buffered_size", "at least 536870912 bytes"}},
 		{"no message size", m{"server": m{"endpoint": "ws://localhost"}, "max_message_size": 0}, []string{"max_message_size"}},
@@ -306,6 +316,8 @@ func TestConfigMistakes(t *testing.T) {
 			"most":                 {"server": m{"endpoint": "ws://localhost", "connections": 64}, "agents": m{"max_request_headers": 1000, "max_request_header_size": 65536, "max_instance_uids": 100_000, "max_connections": 1_000_000}},
 			"write_timeout":        agents("write_timeout", "1s"),
 			"64 links, and memory": {"server": m{"endpoint": "ws://localhost", "connections": 64}, "max_message_size": 1 << 20, "max_buffered_size": 180 << 20},
+			"proxies":              {"server": m{"endpoint": "ws://localhost"}, "agents": m{"address_from": "forwarded", "trusted_proxies": []string{"10.0.0.0/8", "192.0.2.1", "::1"}}},
+			"drain_time":           agents("drain_time", "5m"),
 			"empty listener":       {"server": m{"endpoint": "ws://localhost"}, "listener": nil},
 		} {
 			_, err := load(confmap.NewFromStringMap(conf))

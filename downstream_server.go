@@ -90,10 +90,11 @@ type downstreamServer struct {
 	readers  sync.WaitGroup // one per agent
 	others   sync.WaitGroup // goodbyes that wait to be said, and who makes room when memory is used up
 
-	// mu guards the agents connected, and closing. It is never taken for a frame.
+	// mu guards the agents connected, closing and drains. It is never taken for a frame.
 	mu      sync.Mutex
 	agents  map[*agentConn]struct{}
 	closing bool
+	drains  bool          // nobody new is let in any more, but for those that are being answered
 	life    *life         // of the component that there is; nil between two
 	entered chan struct{} // closed, and renewed, when there is a life again, or closing
 

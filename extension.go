@@ -49,7 +49,7 @@ const (
 	// are few links, and much hangs on each.
 	agentSweepInterval, linkSweepInterval = 5 * time.Second, time.Second
 
-	// shutdownTimeout bounds Shutdown, whatever its context allows.
+	// shutdownTimeout bounds Shutdown, whatever its context allows, but for agents.drain_time before it.
 	shutdownTimeout = 4 * time.Second
 	// Before its end, the links have this long to write what waits, and the server to take it.
 	drainTime, closeTime = time.Second, time.Second
@@ -63,6 +63,7 @@ type gatewayExtension struct {
 	set  extension.Settings
 	tel  *telemetry.Telemetry                                                     // the gateway's own once it has one
 	told func() bool                                                              // whether the process was told to end; set by Start but in tests
+	anew func() bool                                                              // whether it was told so again: somebody does not want to wait; as told
 	net  func(ctx context.Context, at confignet.AddrConfig) (net.Listener, error) // door.Listen but in tests
 	dial dialFunc                                                                 // nil but in tests
 
@@ -116,7 +117,7 @@ func (e *gatewayExtension) Start(ctx context.Context, host component.Host) error
 		return errors.New("started twice")
 	}
 	if e.told == nil {
-		e.told = watchSignals()
+		e.told, e.anew = watchSignals()
 	}
 	page, err := newStatusPage(ctx, e, host)
 	if err != nil {
@@ -192,6 +193,9 @@ func (e *gatewayExtension) Shutdown(ctx context.Context) error {
 	g, page, concerned := e.gateway, e.page, e.started || e.stopped // then Start, or Shutdown, ends what there is
 	e.gateway, e.page, e.stopped = nil, nil, true
 	e.mu.Unlock()
+	if g != nil && e.told() {
+		g.drain(ctx, e.anew)
+	}
 	page.stop()
 	switch {
 	case g != nil && e.cfg.ReloadGrace > 0 && !e.told() && g.inUse():

@@ -116,16 +116,20 @@ func listensAt(addr net.Addr, endpoint string) bool {
 	return err == nil && port == wanted
 }
 
-// watchSignals returns what reports whether the process was told to end, which is no reload, since it was called first.
-// That is done once, with the first component, and for good: a signal may come between two.
-var watchSignals = sync.OnceValue(func() func() bool {
-	signals := make(chan os.Signal, 1)
+// watchSignals returns what reports whether the process was told to end, which is no reload, since it was called first,
+// and whether it was told so again, by somebody who does not want to wait. That is done once, with the first component, and
+// for good: a signal may come between two.
+var watchSignals = sync.OnceValues(func() (told, anew func() bool) {
+	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
-	return func() bool {
-		// Stop waits until signals that have arrived are in their channels.
-		signal.Stop(make(chan os.Signal, 1))
-		return len(signals) > 0 // once told, it stays there
+	times := func(n int) func() bool {
+		return func() bool {
+			// Stop waits until signals that have arrived are in their channels.
+			signal.Stop(make(chan os.Signal, 1))
+			return len(signals) >= n // once told, it stays there
+		}
 	}
+	return times(1), times(2)
 })
 
 // inUse reports whether somebody is connected, or about to be.

@@ -59,6 +59,9 @@ var whenChanged = map[string]string{
 	"agents.max_request_header_size":      whenNewcomers,
 	"agents.max_queue_size":               whenNewcomers,
 	"agents.write_timeout":                whenNewcomers,
+	"agents.drain_time":                   whenAtOnce,
+	"agents.trusted_proxies":              whenNewcomers,
+	"agents.address_from":                 whenNewcomers,
 	"max_message_size":                    whenEnds,
 	"max_buffered_size":                   whenEnds,
 	"reload_grace":                        whenAtOnce,
@@ -76,6 +79,7 @@ var defaultText = map[string]string{
 	"listener":               "no TLS, no `auth`",
 	"status":                 "off",
 	"agents.max_connections": "from the limit of open files",
+	"agents.trusted_proxies": "none",
 }
 
 // settingsOfCollector are those of a kind that the Collector documents.
@@ -270,6 +274,8 @@ func TestReferenceOfReloads(t *testing.T) {
 		"status":            withPage,
 		"listener":          func(c *Config) { c.Listener.WriteTimeout++ },
 		"listener.endpoint": func(c *Config) { c.Listener.NetAddr.Endpoint = "localhost:4321" },
+
+		"agents.trusted_proxies": func(c *Config) { c.Agents.TrustedProxies = []string{"192.0.2.1"} },
 	}
 	for i, s := range settingsOf(t, given()) {
 		if s.group || changes[s.key] != nil {

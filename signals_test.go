@@ -25,6 +25,9 @@ func TestToldToEnd(t *testing.T) {
 		require.NoError(t, syscall.Kill(os.Getpid(), syscall.SIGTERM))
 		require.Eventually(t, e.told, 10*time.Second, time.Millisecond)
 		require.True(t, e.told(), "once told, that is so for good")
+		require.False(t, e.anew())
+		require.NoError(t, syscall.Kill(os.Getpid(), syscall.SIGINT))
+		require.Eventually(t, e.anew, 10*time.Second, time.Millisecond)
 		return
 	}
 	process := exec.Command(os.Args[0], "-test.run=^TestToldToEnd$", "-test.v")

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -124,12 +125,13 @@ type running struct {
 	logs    *observer.ObservedLogs
 	host    *statusHost
 
-	t       *testing.T
-	network *gatewaytest.Network
-	e       *gatewayExtension
-	id      component.ID // of the component
-	told    bool         // the process was told to end
-	over    sync.Once
+	t         *testing.T
+	network   *gatewaytest.Network
+	e         *gatewayExtension
+	id        component.ID // of the component
+	told      bool         // the process was told to end
+	toldAgain atomic.Bool  // and once more
+	over      sync.Once
 }
 
 // startRunning starts a gateway between two addresses.
@@ -181,7 +183,7 @@ func (r *running) begin(cfg *Config, extensions map[component.ID]component.Compo
 	}
 	e, err := newGatewayExtension(set, cfg)
 	require.NoError(r.t, err)
-	e.told = func() bool { return r.told }
+	e.told, e.anew = func() bool { return r.told }, func() bool { return r.toldAgain.Load() }
 	e.net = func(_ context.Context, at confignet.AddrConfig) (net.Listener, error) {
 		return r.network.Listen(at.Endpoint)
 	}

@@ -6,6 +6,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	appsv1 "k8s.io/api/apps/v1"
@@ -161,7 +162,16 @@ func TestManifestsProbes(t *testing.T) {
 	require.Nil(t, c.LivenessProbe.HTTPGet)
 	require.Contains(t, readFile(t, "config.yaml"), "path: "+c.ReadinessProbe.HTTPGet.Path+" ")
 	grace := *m.deployment.Spec.Template.Spec.TerminationGracePeriodSeconds
-	require.GreaterOrEqual(t, grace, c.Lifecycle.PreStop.Sleep.Seconds+2*4)
+	drain := time.Duration(0)
+	for _, variable := range c.Env {
+		if variable.Name == "GATEWAY_DRAIN" {
+			var err error
+			drain, err = time.ParseDuration(variable.Value)
+			require.NoError(t, err)
+		}
+	}
+	require.Positive(t, drain)
+	require.GreaterOrEqual(t, grace, c.Lifecycle.PreStop.Sleep.Seconds+int64(drain.Seconds())+2*4)
 	require.Positive(t, c.Lifecycle.PreStop.Sleep.Seconds)
 	require.Zero(t, m.deployment.Spec.Strategy.RollingUpdate.MaxUnavailable.IntValue())
 	require.Less(t, m.budget.Spec.MaxUnavailable.IntValue(), int(*m.deployment.Spec.Replicas))

@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -29,6 +30,9 @@ type pair struct {
 	url       string         // for agents
 }
 
+// haproxyAddress is from where HAProxy connects, and drainTime over how long gateways let their agents go.
+const haproxyAddress, drainTime = "127.0.0.10", 6 * time.Second
+
 // host is a gateway's own address.
 func (p *pair) host(gateway int) string { return fmt.Sprintf("127.0.0.%d", 11+gateway) }
 
@@ -36,13 +40,18 @@ func (p *pair) startGateway(t *testing.T, gateway int) {
 	t.Helper()
 	_, metrics, err := net.SplitHostPort(freeAddress(t))
 	require.NoError(t, err)
+	addressFrom := "x_forwarded_for"
+	if p.passed {
+		addressFrom = "proxy_protocol"
+	}
 	args := []string{"--config=../deploy/config.yaml", healthGate}
 	if p.passed {
 		args = append(args, "--config=../deploy/config-tls.yaml")
 	}
 	p.gateways[gateway] = startProcessIn(t, []string{
 		"OPAMP_ENDPOINT=ws://" + p.line[gateway].Address() + "/v1/opamp", "OPAMP_SECRET_KEY=0123456789",
-		fmt.Sprintf("GATEWAY_NAME=gateway-%d", gateway+1), "GATEWAY_GRACE=20s",
+		fmt.Sprintf("GATEWAY_NAME=gateway-%d", gateway+1), "GATEWAY_GRACE=20s", "GATEWAY_DRAIN=" + drainTime.String(),
+		"GATEWAY_PROXIES=[" + haproxyAddress + "]", "GATEWAY_ADDRESS_FROM=" + addressFrom,
 		"GATEWAY_LISTEN=" + net.JoinHostPort(p.host(gateway), p.ports[0]),
 		"HEALTH_LISTEN=" + net.JoinHostPort(p.host(gateway), p.ports[1]),
 		"METRICS_HOST=" + p.host(gateway), "METRICS_PORT=" + metrics,
@@ -126,6 +135,8 @@ func startPair(t *testing.T, config string) *pair {
 	require.NoError(t, err, "install it: make haproxy")
 	file := filepath.Join(t.TempDir(), config)
 	text := readText(t, "../deploy/haproxy/"+config)
+	// Otherwise HAProxy and agents have the same address here.
+	text = strings.Replace(text, "default-server ", "default-server source "+haproxyAddress+" ", 1)
 	if os.Geteuid() != 0 { // who is not root cannot become another user
 		text = strings.NewReplacer("user haproxy", "", "group haproxy", "").Replace(text)
 	}
@@ -152,6 +163,36 @@ func startPair(t *testing.T, config string) *pair {
 		return ""
 	})
 	return p
+}
+
+// maintain stops gateway-2: its agents go to the other one bit by bit, and whoever comes meanwhile at once. It returns the
+// agents there are then.
+func (p *pair) maintain(t *testing.T, agents []*Agent, options agentOptions) []*Agent {
+	t.Helper()
+	before, start := p.at(1), time.Now()
+	p.gateways[1].Signal(t, syscall.SIGTERM)
+	time.Sleep(drainTime / 4) // what takes time here is what is tested
+	newcomer := startAgent(t, "newcomer while gateway-2 drains", p.url, options)
+	asked := time.Now()
+	p.server.wantAgent(t, newcomer.id(), "is connected", isConnected)
+	t.Logf("a newcomer is let in %s after it has come", time.Since(asked).Round(time.Millisecond))
+	require.Less(t, time.Since(asked), 3*time.Second)
+	newcomer.wantConnects(t, 1)
+	agents = append(agents, newcomer)
+	response, err := http.Get("http://" + net.JoinHostPort(p.host(1), p.ports[1]) + "/status")
+	if err == nil { // the collector may have ended that before
+		response.Body.Close()
+		require.NotEqual(t, http.StatusOK, response.StatusCode, "nobody who asks takes it for ready")
+	}
+	time.Sleep(time.Until(start.Add(drainTime / 2)))
+	require.InDelta(t, before/2, p.at(1), float64(before)/4, "half of the agents after half of the time")
+	p.wantAllAt(t, 0, agents, 15*time.Second)
+	code, _ := p.gateways[1].wantExit(t)
+	require.Zero(t, code)
+	t.Logf("gateway-2 has ended %s after it was told to", time.Since(start).Round(10*time.Millisecond))
+	require.Less(t, time.Since(start), drainTime+4*time.Second)
+	p.wantServed(t, agents)
+	return agents
 }
 
 // Two gateways stand behind HAProxy, which passes TLS on or ends it. One is killed, one is stopped for
@@ -186,10 +227,7 @@ func TestHAProxy(t *testing.T) {
 			})
 			require.GreaterOrEqual(t, p.at(1), 20, "who is connected is not moved")
 
-			p.gateways[1].Signal(t, syscall.SIGTERM)
-			p.wantAllAt(t, 0, agents, 15*time.Second)
-			code, _ := p.gateways[1].wantExit(t)
-			require.Zero(t, code)
+			agents = p.maintain(t, agents, trust())
 
 			p.startGateway(t, 1)
 			p.wantLinks(t, 1)
@@ -220,7 +258,7 @@ func TestHAProxy(t *testing.T) {
 			asked := p.server.asked()
 			for _, q := range asked {
 				address, forwarded := q.RemoteAddress, q.Headers.Get("X-Forwarded-For")
-				require.True(t, strings.HasPrefix(address, "127.0.0.1:"), "of HAProxy: %s", address)
+				require.True(t, strings.HasPrefix(address, "127.0.0.1:"), "an agent's own, not HAProxy's: %s", address)
 				require.Equal(t, !p.passed, forwarded == "127.0.0.1", "X-Forwarded-For: %q", forwarded)
 			}
 		})

@@ -18,12 +18,14 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/opampgateway/opampgateway/internal/fair"
+	"github.com/opampgateway/opampgateway/internal/forwarded"
 	"github.com/opampgateway/opampgateway/internal/socket"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
 )
@@ -40,6 +42,8 @@ type Limits struct {
 	Strangers int
 	// Timeout is how long after it has connected a stranger's request has to be there.
 	Timeout time.Duration
+	// Proxies may say from where a stranger comes. Until they have, he counts as nobody's: a whole fleet may come by them.
+	Proxies forwarded.Proxies
 }
 
 // flightSize is what a peer may send, in bytes, until TLS has something to say to it in turn, as long as
@@ -162,6 +166,9 @@ func (d *Door) Prepare(server *http.Server) {
 	server.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		// The door ends the connection anyway; this says so, and keeps the server from waiting for a body.
 		w.Header()["Connection"] = closeToken
+		if s := strangerOf(r); s != nil {
+			s.hearForwarded(r)
+		}
 		next.ServeHTTP(w, r)
 	})
 }
@@ -222,11 +229,15 @@ func (d *Door) meet(conn net.Conn) *stranger {
 		door: d, address: fair.Address(conn.RemoteAddr()), pool: d.strangers, due: time.Now().Add(d.patience),
 		head: head{maxLines: limits.Headers, maxSize: limits.HeaderSize},
 	}
+	take := d.strangers.Take
+	if limits.Proxies.Trust(conn.RemoteAddr()) {
+		s.proxies, take = &limits.Proxies, d.strangers.TakeFree
+	}
 	// Strangers of one address leave places to others, though a balancer may hide a whole fleet behind it.
 	free := limits.Connections - int(d.open.Add(1))
-	if free < 0 || d.strangers.Held(s.address) > strangersPerFree*free {
+	if free < 0 || s.proxies == nil && d.strangers.Held(s.address) > strangersPerFree*free {
 		s.excess = tooManyConnections
-	} else if !d.strangers.Take(s.address, 1) {
+	} else if !take(s.address, 1) {
 		s.excess = tooManyStrangers
 	}
 	if s.excess != "" {
@@ -239,8 +250,7 @@ func (d *Door) meet(conn net.Conn) *stranger {
 			return nil
 		}
 	}
-	s.place = &place{Conn: conn, door: d}
-	s.place.stranger.Store(s)
+	s.place = &place{Conn: conn, door: d, stranger: s}
 	s.below = socket.Wrap(conn)
 	s.below.Conn = s.place
 	s.conn = s.below
@@ -264,9 +274,12 @@ const (
 // the door when the connection has been let in.
 type place struct {
 	net.Conn
-	door     *Door
-	stranger atomic.Pointer[stranger] // nil when it is none any more
-	closed   atomic.Bool
+	door   *Door
+	closed atomic.Bool
+
+	// mu guards whose the place is: what the stranger holds, too.
+	mu       sync.Mutex
+	stranger *stranger // nil when it is none any more
 
 	// Owned by who reads.
 	heard bool // something has come
@@ -320,9 +333,12 @@ func (p *place) Close() error {
 
 // letIn gives back what the connection took as a stranger.
 func (p *place) letIn() {
-	if s := p.stranger.Swap(nil); s != nil {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if s := p.stranger; s != nil && s.pool != nil {
 		s.pool.Give(s.address, 1)
 	}
+	p.stranger = nil
 }
 
 // CloseWrite says that nothing more will be written.

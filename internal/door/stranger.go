@@ -17,6 +17,7 @@ import (
 	"go.uber.org/zap/zapcore"
 
 	"github.com/opampgateway/opampgateway/internal/fair"
+	"github.com/opampgateway/opampgateway/internal/forwarded"
 	"github.com/opampgateway/opampgateway/internal/socket"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
 )
@@ -37,16 +38,23 @@ const (
 type stranger struct {
 	// Set once.
 	door    *Door
-	place   *place       // the connection itself
-	below   *socket.Conn // over that
-	secure  *tls.Conn    // over that; nil where there is no TLS
-	conn    net.Conn     // secure, or below
-	address netip.Prefix // who holds a place
-	pool    *fair.ByAddress
-	excess  string    // why there is no place for him; empty if there is
-	due     time.Time // when the head has to be there
+	place   *place             // the connection itself
+	below   *socket.Conn       // over that
+	secure  *tls.Conn          // over that; nil where there is no TLS
+	conn    net.Conn           // secure, or below
+	due     time.Time          // when the head has to be there
+	proxies *forwarded.Proxies // one of which he has come by; nil if by none
+
+	// Guarded by place.mu.
+	address netip.Prefix    // who holds a place
+	pool    *fair.ByAddress // nil if there was no place at all
+
+	// Set once, or when the proxy has spoken: then by who reads, or by the handler.
+	excess string   // why there is no place for him; empty if there is
+	client net.Addr // from where he comes by the proxy's word; nil without
 
 	// Owned by who reads: the HTTP server sees to it that there is one at a time.
+	greeted bool // the proxy has spoken, if there is one that does so before him
 	head    head
 	held    pieces // of the head, while there is more to come, and until the server has them
 	shaken  bool   // TLS has been tried
@@ -145,6 +153,10 @@ func (s *stranger) look(b []byte) {
 		return
 	}
 	behind, v := s.head.look(b)
+	if forwarded.Begins(s.head.start[:s.head.seen]) {
+		s.refuseProxyProtocol(s.conn)
+		return
+	}
 	switch v {
 	case verdictUnfinished:
 	case verdictDone:
@@ -227,7 +239,8 @@ func (s *stranger) leave(err error) {
 
 // shake shakes hands, where there is TLS, and reports whether the stranger can be heard.
 func (s *stranger) shake() bool {
-	if s.secure == nil || s.shaken {
+	s.greet()
+	if s.secure == nil || s.shaken || s.ended {
 		return !s.ended
 	}
 	s.shaken, s.clocked = true, true
@@ -242,6 +255,8 @@ func (s *stranger) shake() bool {
 	switch {
 	case err == nil:
 		return true
+	case errors.As(err, &plain) && plain.Conn != nil && forwarded.Begins(plain.RecordHeader[:]):
+		s.refuseProxyProtocol(s.below)
 	case errors.As(err, &plain) && plain.Conn != nil && looksLikeHTTP(plain.RecordHeader):
 		s.log(zap.WarnLevel, "a peer talks plain HTTP to this listener, which has TLS: give the agent a wss:// endpoint")
 		s.refuse(s.below, &Refusal{
@@ -279,7 +294,7 @@ func looksLikeHTTP(header [5]byte) bool {
 
 func (s *stranger) log(level zapcore.Level, text string, fields ...zap.Field) {
 	if entry := s.door.log.Check(level, text); entry != nil {
-		entry.Write(append(fields, clientAddress(s.place))...)
+		entry.Write(append(fields, clientAddress(s))...)
 	}
 }
 
@@ -308,8 +323,13 @@ func (s *stranger) Close() error { return s.conn.Close() }
 // LocalAddr is that of net.Conn.
 func (s *stranger) LocalAddr() net.Addr { return s.place.LocalAddr() }
 
-// RemoteAddr is that of net.Conn.
-func (s *stranger) RemoteAddr() net.Addr { return s.place.RemoteAddr() }
+// RemoteAddr is that of net.Conn. The HTTP server asks for it before anything is read, so it takes the connection's.
+func (s *stranger) RemoteAddr() net.Addr {
+	if s.client != nil {
+		return s.client
+	}
+	return s.place.RemoteAddr()
+}
 
 // SetDeadline is that of net.Conn.
 func (s *stranger) SetDeadline(t time.Time) error {

@@ -75,6 +75,36 @@ func (p *ByAddress) Take(address netip.Prefix, n int) bool {
 	return true
 }
 
+// TakeFree takes n more for an address that stands for many, as that of a load balancer: as long as there is something free.
+func (p *ByAddress) TakeFree(address netip.Prefix, n int) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if n > p.limit-p.taken {
+		return false
+	}
+	p.taken += n
+	p.held[address] += n
+	return true
+}
+
+// Move makes n of one address those of another, if that is fair; it reports whether it is.
+func (p *ByAddress) Move(from, to netip.Prefix, n int) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	held := p.held[to]
+	if from == to {
+		held -= n
+	}
+	if held+n > p.times*(p.limit-p.taken+n) {
+		return false
+	}
+	p.held[to] += n
+	if p.held[from] -= n; p.held[from] == 0 {
+		delete(p.held, from)
+	}
+	return true
+}
+
 // Give gives n of an address back.
 func (p *ByAddress) Give(address netip.Prefix, n int) {
 	p.mu.Lock()

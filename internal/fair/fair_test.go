@@ -69,3 +69,26 @@ func TestWhoCountsAsOne(t *testing.T) {
 	require.Zero(t, fair.Address(&net.UnixAddr{Name: "/run/gateway.sock"}))
 	require.Equal(t, fair.AddressOf("192.0.2.7:9"), fair.Address(&net.TCPAddr{IP: net.ParseIP("192.0.2.7"), Port: 1}))
 }
+
+// TestManyByOne has a load balancer take places for those that it brings, and each of them get his share.
+func TestManyByOne(t *testing.T) {
+	pool, balancer, mallory, alice := fair.NewByAddress(20, 1), fair.AddressOf("10.0.0.1:1"), fair.AddressOf("10.0.0.2:1"), fair.AddressOf("10.0.0.3:1")
+	for range 20 {
+		require.True(t, pool.TakeFree(balancer, 1))
+	}
+	require.False(t, pool.TakeFree(balancer, 1), "all are taken")
+	require.False(t, pool.Move(balancer, balancer, 1), "more than its own share")
+	require.True(t, pool.Move(balancer, mallory, 1))
+	require.False(t, pool.Move(balancer, mallory, 1), "what she has is more than is free")
+	require.True(t, pool.Move(balancer, alice, 1))
+	require.Equal(t, 20, pool.Taken())
+	pool.Give(balancer, 18)
+	require.True(t, pool.TakeFree(balancer, 1))
+	require.True(t, pool.Move(balancer, balancer, 1), "its own is one")
+	require.Equal(t, 1, pool.Held(balancer))
+	for _, address := range []netip.Prefix{balancer, mallory, alice} {
+		require.Equal(t, 1, pool.Held(address))
+		pool.Give(address, 1)
+	}
+	require.Zero(t, pool.Taken())
+}
