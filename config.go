@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"slices"
 	"time"
 
 	"go.opentelemetry.io/collector/component"
@@ -52,6 +53,10 @@ type Config struct {
 type ServerConfig struct {
 	// Endpoint is the server's URL, ws:// or wss://.
 	Endpoint string `mapstructure:"endpoint"`
+
+	// FallbackEndpoints are further URLs of the server, tried in order when there was no link for 10 s. When the first
+	// endpoint has answered again for a minute, links go back to it. Headers and tls hold for all.
+	FallbackEndpoints []string `mapstructure:"fallback_endpoints,omitempty"`
 
 	// Headers are sent with the upgrade request of every link, to the endpoint's host only.
 	Headers Headers `mapstructure:"headers,omitempty"`
@@ -233,7 +238,7 @@ func (c *Config) Validate() error {
 
 // Validate reports every mistake below server.
 func (c *ServerConfig) Validate() error {
-	errs := []error{c.validateEndpoint(), c.validateHeaders()}
+	errs := []error{c.validateEndpoint(), c.validateFallbacks(), c.validateHeaders()}
 	if c.Connections < 1 || c.Connections > maxConnections {
 		errs = append(errs, fmt.Errorf("connections: must be from 1 to %d, is %d", maxConnections, c.Connections))
 	}
@@ -287,6 +292,22 @@ func (c *ServerConfig) validateEndpoint() error {
 		return errors.New("endpoint: must not hold a user or password; use headers instead")
 	}
 	return nil
+}
+
+func (c *ServerConfig) validateFallbacks() error {
+	var errs []error
+	if len(c.FallbackEndpoints) > maxFallbacks {
+		errs = append(errs, fmt.Errorf("fallback_endpoints: must be at most %d, are %d", maxFallbacks, len(c.FallbackEndpoints)))
+	}
+	for i, endpoint := range c.FallbackEndpoints {
+		fallback := ServerConfig{Endpoint: endpoint}
+		if err := fallback.validateEndpoint(); err != nil {
+			errs = append(errs, fmt.Errorf("fallback_endpoints[%d]: %w", i, err))
+		} else if endpoint == c.Endpoint || slices.Contains(c.FallbackEndpoints[:i], endpoint) {
+			errs = append(errs, fmt.Errorf("fallback_endpoints[%d]: is there twice", i))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func (c *ServerConfig) validateHeaders() error {

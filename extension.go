@@ -256,7 +256,7 @@ func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel 
 		cancel()
 		return nil, err
 	}
-	if err := tel.Start(func() int { return len(g.pool.links()) }, g.server.count, g.pool.unacknowledged); err != nil {
+	if err := tel.Start(func() int { return len(g.pool.links()) }, g.server.count, g.pool.unacknowledged, g.pool.at); err != nil {
 		cancel()
 		return nil, err
 	}

@@ -30,6 +30,7 @@ const (
 // whenChanged says of each key when a change of it holds.
 var whenChanged = map[string]string{
 	"server.endpoint":                     whenLinks,
+	"server.fallback_endpoints":           whenLinks,
 	"server.headers":                      whenLinks,
 	"server.tls":                          whenLinks,
 	"server.connections":                  whenLinks,
@@ -61,13 +62,14 @@ var whenChanged = map[string]string{
 
 // defaultText is for defaults that their value does not tell.
 var defaultText = map[string]string{
-	"server.endpoint":        "required",
-	"server.headers":         "none",
-	"server.tls":             "the system's authorities",
-	"server.agent_id":        "the collector's `service.instance.id`",
-	"listener":               "no TLS, no `auth`",
-	"status":                 "off",
-	"agents.max_connections": "from the limit of open files",
+	"server.endpoint":           "required",
+	"server.headers":            "none",
+	"server.fallback_endpoints": "none",
+	"server.tls":                "the system's authorities",
+	"server.agent_id":           "the collector's `service.instance.id`",
+	"listener":                  "no TLS, no `auth`",
+	"status":                    "off",
+	"agents.max_connections":    "from the limit of open files",
 }
 
 // settingsOfCollector are those of a kind that the Collector documents.
@@ -252,12 +254,13 @@ func TestReferenceOfReloads(t *testing.T) {
 		return cfg
 	}
 	changes := map[string]func(*Config){
-		"server.headers":    func(c *Config) { c.Server.Headers.Set("Authorization", "another") },
-		"server.tls":        func(c *Config) { c.Server.TLS.InsecureSkipVerify = true },
-		"server.retry":      func(c *Config) { c.Server.Retry.MaxInterval++ },
-		"status":            withPage,
-		"listener":          func(c *Config) { c.Listener.WriteTimeout++ },
-		"listener.endpoint": func(c *Config) { c.Listener.NetAddr.Endpoint = "localhost:4321" },
+		"server.fallback_endpoints": func(c *Config) { c.Server.FallbackEndpoints = []string{"wss://other.example"} },
+		"server.headers":            func(c *Config) { c.Server.Headers.Set("Authorization", "another") },
+		"server.tls":                func(c *Config) { c.Server.TLS.InsecureSkipVerify = true },
+		"server.retry":              func(c *Config) { c.Server.Retry.MaxInterval++ },
+		"status":                    withPage,
+		"listener":                  func(c *Config) { c.Listener.WriteTimeout++ },
+		"listener.endpoint":         func(c *Config) { c.Listener.NetAddr.Endpoint = "localhost:4321" },
 	}
 	for i, s := range settingsOf(t, given()) {
 		if s.group || changes[s.key] != nil {

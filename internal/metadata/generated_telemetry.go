@@ -30,6 +30,7 @@ type TelemetryBuilder struct {
 	registrations                  []metric.Registration
 	OpampgatewayAdmissions         metric.Int64Counter
 	OpampgatewayConnections        metric.Int64ObservableUpDownCounter
+	OpampgatewayEndpoint           metric.Int64ObservableGauge
 	OpampgatewayFaults             metric.Int64Counter
 	OpampgatewayLinkPing           metric.Float64Histogram
 	OpampgatewayLinkUnacknowledged metric.Int64ObservableUpDownCounter
@@ -55,6 +56,21 @@ func (builder *TelemetryBuilder) RegisterOpampgatewayConnectionsCallback(cb metr
 		cb(ctx, &observerInt64{inst: builder.OpampgatewayConnections, obs: o})
 		return nil
 	}, builder.OpampgatewayConnections)
+	if err != nil {
+		return err
+	}
+	builder.mu.Lock()
+	defer builder.mu.Unlock()
+	builder.registrations = append(builder.registrations, reg)
+	return nil
+}
+
+// RegisterOpampgatewayEndpointCallback sets callback for observable OpampgatewayEndpoint metric.
+func (builder *TelemetryBuilder) RegisterOpampgatewayEndpointCallback(cb metric.Int64Callback) error {
+	reg, err := builder.meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
+		cb(ctx, &observerInt64{inst: builder.OpampgatewayEndpoint, obs: o})
+		return nil
+	}, builder.OpampgatewayEndpoint)
 	if err != nil {
 		return err
 	}
@@ -147,6 +163,12 @@ func NewTelemetryBuilder(settings component.TelemetrySettings, options ...Teleme
 		"otelcol_opampgateway.connections",
 		metric.WithDescription("Open connections. `upstream` counts the live links to the server, `downstream` the connected agents. [Alpha]"),
 		metric.WithUnit("{connections}"),
+	)
+	errs = errors.Join(errs, err)
+	builder.OpampgatewayEndpoint, err = builder.meter.Int64ObservableGauge(
+		"otelcol_opampgateway.endpoint",
+		metric.WithDescription("At which of the server's endpoints the links are. 0 is `server.endpoint`, 1 the first of `server.fallback_endpoints`. [Alpha]"),
+		metric.WithUnit("1"),
 	)
 	errs = errors.Join(errs, err)
 	builder.OpampgatewayFaults, err = builder.meter.Int64Counter(
