@@ -105,6 +105,13 @@ type AgentsConfig struct {
 	// AllowGateways lets other gateways connect, which may ask the server about agents of theirs.
 	AllowGateways bool `mapstructure:"allow_gateways"`
 
+	// ConnectionOffers says what becomes of endpoints that the server offers agents in its connection settings, which
+	// would lead them around the gateway.
+	ConnectionOffers ConnectionOffers `mapstructure:"connection_offers"`
+
+	// PublicEndpoint is the URL at which agents reach this gateway; it is no offer around it.
+	PublicEndpoint string `mapstructure:"public_endpoint,omitempty"`
+
 	// MaxConnections is how many connections may be open at once, those not let in yet included; more are
 	// answered 503. 0 stands for what the limit of open files allows.
 	MaxConnections int `mapstructure:"max_connections"`
@@ -148,6 +155,18 @@ const (
 	AdmissionAsk AgentAdmission = "ask"
 	// AdmissionAccept lets every agent in that the listener lets in.
 	AdmissionAccept AgentAdmission = "accept"
+)
+
+// ConnectionOffers says what becomes of endpoints that the server offers agents.
+type ConnectionOffers string
+
+const (
+	// OffersRelay leaves the message as it is.
+	OffersRelay ConnectionOffers = "relay"
+	// OffersDrop takes the endpoint out; all other settings stay.
+	OffersDrop ConnectionOffers = "drop"
+	// OffersRewrite puts public_endpoint in its place.
+	OffersRewrite ConnectionOffers = "rewrite"
 )
 
 const (
@@ -203,6 +222,7 @@ func createDefaultConfig() component.Config {
 		Agents: AgentsConfig{
 			KeepAlive:            KeepAliveConfig{Interval: 30 * time.Second, Timeout: time.Minute},
 			SendDisconnect:       true,
+			ConnectionOffers:     OffersRelay,
 			MaxInstanceUIDs:      64,
 			MaxRequestHeaders:    100,
 			MaxRequestHeaderSize: 16 << 10,
@@ -320,6 +340,18 @@ func (c *ServerConfig) validateHeaders() error {
 // Validate reports every mistake below agents.
 func (c *AgentsConfig) Validate() error {
 	var errs []error
+	switch c.ConnectionOffers {
+	case OffersRelay, OffersDrop:
+	case OffersRewrite:
+		if c.PublicEndpoint == "" {
+			errs = append(errs, fmt.Errorf("public_endpoint: must be given with connection_offers %q", OffersRewrite))
+		}
+	default:
+		errs = append(errs, fmt.Errorf("connection_offers: must be %q, %q or %q, is %q", OffersRelay, OffersDrop, OffersRewrite, c.ConnectionOffers))
+	}
+	if c.PublicEndpoint != "" {
+		errs = append(errs, c.validatePublicEndpoint())
+	}
 	if c.MaxConnections < 0 {
 		errs = append(errs, fmt.Errorf("max_connections: must be above 0, or 0 for what the limit of open files allows; is %d", c.MaxConnections))
 	}
@@ -339,6 +371,19 @@ func (c *AgentsConfig) Validate() error {
 		errs = append(errs, fmt.Errorf("write_timeout: must be at least 1s, is %s", c.WriteTimeout))
 	}
 	return errors.Join(errs...)
+}
+
+func (c *AgentsConfig) validatePublicEndpoint() error {
+	u, err := url.Parse(c.PublicEndpoint)
+	switch {
+	case err != nil: // which repeats the whole URL
+		return errors.New("public_endpoint: is not a URL")
+	case !slices.Contains([]string{"ws", "wss", "http", "https"}, u.Scheme) || u.Hostname() == "":
+		return fmt.Errorf("public_endpoint: must be a URL with ws://, wss://, http:// or https:// and a host, is %q", socket.Place(u))
+	case u.User != nil:
+		return errors.New("public_endpoint: must not hold a user or password, which all agents would get")
+	}
+	return nil
 }
 
 // Validate reports a keep-alive that could not work.

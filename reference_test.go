@@ -48,6 +48,8 @@ var whenChanged = map[string]string{
 	"agents.send_disconnect":              whenAtOnce,
 	"agents.send_disconnect_for_gateways": whenAtOnce,
 	"agents.allow_gateways":               whenAtOnce,
+	"agents.connection_offers":            whenAtOnce,
+	"agents.public_endpoint":              whenAtOnce,
 	"agents.max_connections":              whenNewcomers,
 	"agents.max_instance_uids":            whenAtOnce,
 	"agents.max_request_headers":          whenNewcomers,
@@ -69,6 +71,7 @@ var defaultText = map[string]string{
 	"server.agent_id":           "the collector's `service.instance.id`",
 	"listener":                  "no TLS, no `auth`",
 	"status":                    "off",
+	"agents.public_endpoint":    "none",
 	"agents.max_connections":    "from the limit of open files",
 }
 

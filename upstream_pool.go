@@ -102,6 +102,7 @@ type upstreamPool struct {
 	slots         sync.WaitGroup
 	homing        sync.WaitGroup  // agents on their way to a new link, and goodbyes that wait to be said
 	suspicion     *suspicion.Book // whose messages the server may have ended links for
+	offered       offered         // endpoints, to agents
 	seen          *seen           // what the status page shows of what is over
 
 	// changing is held by whoever makes another target that of the pool; mu is taken inside it.
@@ -904,6 +905,9 @@ func (l *link) relay(frame []byte) {
 	untold := l.untoldCapabilities(c, &f) // a new UID inherits what the agent has heard
 	if f.Has(wire.FieldAgentIdentification) {
 		l.rename(frame, c)
+	}
+	if f.Has(wire.FieldConnectionSettings) {
+		frame = l.heedOffer(frame, c) // which takes back what f points into
 	}
 	if !c.agent.deliver(frame, taken) {
 		l.Socket.Drop(frame)

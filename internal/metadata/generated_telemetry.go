@@ -37,6 +37,7 @@ type TelemetryBuilder struct {
 	OpampgatewayMessages           metric.Int64ObservableCounter
 	OpampgatewayMessagesBytes      metric.Int64ObservableCounter
 	OpampgatewayMessagesLatency    metric.Float64Histogram
+	OpampgatewayOffers             metric.Int64Counter
 }
 
 // TelemetryBuilderOption applies changes to default builder.
@@ -207,6 +208,12 @@ func NewTelemetryBuilder(settings component.TelemetrySettings, options ...Teleme
 		metric.WithDescription("Time a message spent in the gateway, from read to handed to the socket; of one message a millisecond at most. [Alpha]"),
 		metric.WithUnit("ms"),
 		metric.WithExplicitBucketBoundaries([]float64{0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 5000, 30000}...),
+	)
+	errs = errors.Join(errs, err)
+	builder.OpampgatewayOffers, err = builder.meter.Int64Counter(
+		"otelcol_opampgateway.offers",
+		metric.WithDescription("Endpoints other than this gateway that the server has offered agents in its connection settings, by what became of them. [Alpha]"),
+		metric.WithUnit("{offers}"),
 	)
 	errs = errors.Join(errs, err)
 	return &builder, errs

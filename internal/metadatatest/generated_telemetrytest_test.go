@@ -44,6 +44,7 @@ func TestSetupTelemetry(t *testing.T) {
 	tb.OpampgatewayFaults.Add(context.Background(), 1)
 	tb.OpampgatewayLinkPing.Record(context.Background(), 1)
 	tb.OpampgatewayMessagesLatency.Record(context.Background(), 1)
+	tb.OpampgatewayOffers.Add(context.Background(), 1)
 	AssertEqualOpampgatewayAdmissions(t, testTel,
 		[]metricdata.DataPoint[int64]{{Value: 1}},
 		metricdatatest.IgnoreTimestamp())
@@ -70,6 +71,9 @@ func TestSetupTelemetry(t *testing.T) {
 		metricdatatest.IgnoreTimestamp())
 	AssertEqualOpampgatewayMessagesLatency(t, testTel,
 		[]metricdata.HistogramDataPoint[float64]{{}}, metricdatatest.IgnoreValue(),
+		metricdatatest.IgnoreTimestamp())
+	AssertEqualOpampgatewayOffers(t, testTel,
+		[]metricdata.DataPoint[int64]{{Value: 1}},
 		metricdatatest.IgnoreTimestamp())
 
 	require.NoError(t, testTel.Shutdown(context.Background()))

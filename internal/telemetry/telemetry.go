@@ -141,6 +141,9 @@ func (t *Telemetry) observe(builder *metadata.TelemetryBuilder) error {
 	for _, o := range Outcomes {
 		builder.OpampgatewayAdmissions.Add(context.Background(), 0, t.of("outcome", string(o.Outcome)).options...)
 	}
+	for _, action := range OfferActions {
+		builder.OpampgatewayOffers.Add(context.Background(), 0, t.of("action", string(action)).options...)
+	}
 	return nil
 }
 
