@@ -109,7 +109,8 @@ type AgentsConfig struct {
 	// would lead them around the gateway.
 	ConnectionOffers ConnectionOffers `mapstructure:"connection_offers"`
 
-	// PublicEndpoint is the URL at which agents reach this gateway; it is no offer around it.
+	// PublicEndpoint is the URL at which agents reach this gateway, for connection_offers: rewrite. An offer that leads
+	// to the same host is no concern of connection_offers.
 	PublicEndpoint string `mapstructure:"public_endpoint,omitempty"`
 
 	// MaxConnections is how many connections may be open at once, those not let in yet included; more are
@@ -165,7 +166,7 @@ const (
 	OffersRelay ConnectionOffers = "relay"
 	// OffersDrop takes the endpoint out; all other settings stay.
 	OffersDrop ConnectionOffers = "drop"
-	// OffersRewrite puts public_endpoint in its place.
+	// OffersRewrite puts public_endpoint in its place, which has to be given.
 	OffersRewrite ConnectionOffers = "rewrite"
 )
 

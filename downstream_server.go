@@ -396,8 +396,12 @@ func (a *agentConn) relay(frame []byte) error {
 	a.bad = 0
 	a.hears(taken)
 	a.claim.speaks(f.Sequence)
+	if a.claim.format.RequestsUID(&f) {
+		a.server.router.asks(a.claim)
+	}
 	switch err := a.send(entry{Frame: frame, Kind: outbox.Message, Sender: a.claim, Taken: taken}); {
 	case errors.Is(err, errSuspect), errors.Is(err, errServerLimit):
+		a.server.router.unask(a.claim)
 		a.turnDown(reasonOf(err), &f, err.Error())
 		return nil
 	case err != nil:
@@ -419,8 +423,10 @@ func (a *agentConn) speakAs(f *wire.Fields) (telemetry.Reason, error) {
 	}
 	s, format := a.server, wire.FormatOf(f, uid)
 	c, other, err := s.router.claim(a, uid, format)
+	asks := format.RequestsUID(f)
 	for err == nil && other != nil && !other.same {
-		if a.challenge(other.claim) {
+		leaves := asks && other.asks && a.awaitNamed(other.claim)
+		if !leaves && a.challenge(other.claim) {
 			return telemetry.ReasonUIDTaken, errUIDTaken
 		}
 		c, other, err = s.router.takeOver(a, uid, format, other)
@@ -430,6 +436,7 @@ func (a *agentConn) speakAs(f *wire.Fields) (telemetry.Reason, error) {
 		return telemetry.ReasonMemoryFull, err
 	case err != nil:
 		return telemetry.ReasonTooManyUIDs, err
+	case other != nil && asks && other.asks: // each of them will have another
 	case other != nil:
 		a.blame(telemetry.ReasonUIDConflict)
 		if other.fresh {

@@ -375,3 +375,29 @@ func TestFallbackInClear(t *testing.T) {
 	require.Len(t, logs.FilterMessageSnippet("server::fallback_endpoints[1] is ws://").All(), 1)
 	require.Len(t, logs.FilterMessageSnippet("is ws://").All(), 1)
 }
+
+// TestFallbackHeaders has links present themselves at each endpoint with the gateway's own credentials, and nowhere else:
+// not where one of them redirects to.
+func TestFallbackHeaders(t *testing.T) {
+	playWithout(t, func(t *testing.T, s *stage) {
+		fallback, third := s.fallback(0), s.fallback(1)
+		fallback.OnUpgrade(func(*http.Request) *gatewaytest.Refusal {
+			return &gatewaytest.Refusal{Status: http.StatusTemporaryRedirect, Header: http.Header{"Location": {"ws://" + fallbackAddress(1)}}}
+		})
+		fallback.Start()
+		third.Start()
+		s.start(withFallbacks(1), func(cfg *Config) { cfg.Server.Headers.Set("Authorization", "gateway's") })
+		time.Sleep(outageTime + patience)
+		third.WantLinks(3)
+		for _, u := range fallback.Upgrades() {
+			require.Equal(t, "gateway's", u.Header.Get("Authorization"))
+		}
+		for _, u := range third.Upgrades() {
+			require.Empty(t, u.Header.Get("Authorization"))
+		}
+		s.server.Start() // for the probe
+		time.Sleep(10 * time.Second)
+		require.Equal(t, "gateway's", s.server.Upgrades()[0].Header.Get("Authorization"))
+		s.wantNotLogged("gateway's")
+	})
+}

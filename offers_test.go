@@ -126,7 +126,7 @@ func TestConnectionOffersTooLarge(t *testing.T) {
 		alice.WantMessage(want)
 		s.wantOffers(map[telemetry.OfferAction]int{telemetry.OfferDropped: 1})
 		synctest.Wait()
-		require.Zero(t, s.gateway.memory.Down.Held(), "bytes of the server's messages")
+		require.Zero(t, s.memory.Down.Held(), "bytes of the server's messages")
 	}, withOffers(OffersRewrite), func(cfg *Config) { cfg.MaxMessageSize = 64 << 10 })
 }
 

@@ -901,10 +901,16 @@ func (l *link) relay(frame []byte) {
 		l.Socket.Drop(frame)
 		return
 	}
+	named := wire.UID{}
+	if f.Has(wire.FieldAgentIdentification) {
+		if named = newUID(frame); named != (wire.UID{}) {
+			c = l.pool.router.toName(c, named, l)
+		}
+	}
 	l.noteCapabilities(frame, &f)
 	untold := l.untoldCapabilities(c, &f) // a new UID inherits what the agent has heard
-	if f.Has(wire.FieldAgentIdentification) {
-		l.rename(frame, c)
+	if named != (wire.UID{}) {
+		l.rename(c, named)
 	}
 	if f.Has(wire.FieldConnectionSettings) {
 		frame = l.heedOffer(frame, c) // which takes back what f points into
@@ -926,16 +932,18 @@ func (l *link) noteTooLarge(what string, uid []byte, size int64) {
 		zap.Stringer("agent", agent), zap.Int64("bytes", size))
 }
 
-// rename heeds an agent_identification: the agent is to be found under its new UID at once.
-func (l *link) rename(frame []byte, c *claim) {
+// newUID returns the instance UID that the server gives an agent in a frame with an agent_identification; the zero one
+// if there is none that could be used, of which the agent will say so.
+func newUID(frame []byte) (uid wire.UID) {
 	var identification protobufs.AgentIdentification
-	if proto.Unmarshal(wire.Embedded(frame, wire.FieldAgentIdentification), &identification) != nil {
-		return // the agent will say so
+	if proto.Unmarshal(wire.Embedded(frame, wire.FieldAgentIdentification), &identification) == nil {
+		uid, _ = wire.ParseUID(identification.GetNewInstanceUid())
 	}
-	uid, err := wire.ParseUID(identification.GetNewInstanceUid())
-	if err != nil {
-		return
-	}
+	return uid
+}
+
+// rename has the agent of c be found under its new UID at once.
+func (l *link) rename(c *claim, uid wire.UID) {
 	if err := l.pool.router.rename(c, uid); err != nil {
 		l.pool.tel.Fault(telemetry.ReasonTooManyUIDs)
 	}

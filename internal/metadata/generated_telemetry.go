@@ -169,7 +169,7 @@ func NewTelemetryBuilder(settings component.TelemetrySettings, options ...Teleme
 	builder.OpampgatewayEndpoint, err = builder.meter.Int64ObservableGauge(
 		"otelcol_opampgateway.endpoint",
 		metric.WithDescription("At which of the server's endpoints the links are. 0 is `server.endpoint`, 1 the first of `server.fallback_endpoints`. [Alpha]"),
-		metric.WithUnit("1"),
+		metric.WithUnit("{endpoint}"),
 	)
 	errs = errors.Join(errs, err)
 	builder.OpampgatewayFaults, err = builder.meter.Int64Counter(

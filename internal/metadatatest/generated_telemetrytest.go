@@ -57,7 +57,7 @@ func AssertEqualOpampgatewayEndpoint(t *testing.T, tt *componenttest.Telemetry, 
 	want := metricdata.Metrics{
 		Name:        "otelcol_opampgateway.endpoint",
 		Description: "At which of the server's endpoints the links are. 0 is `server.endpoint`, 1 the first of `server.fallback_endpoints`. [Alpha]",
-		Unit:        "1",
+		Unit:        "{endpoint}",
 		Data: metricdata.Gauge[int64]{
 			DataPoints: dps,
 		},
