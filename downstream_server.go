@@ -279,6 +279,7 @@ type agentConn struct {
 
 	// Owned by the reader.
 	uid    wire.UID       // of its last message
+	asks   bool           // for another UID, in its last message
 	bad    int32          // unreadable messages in a row
 	claim  *claim         // to uid; nil when it has to be made
 	memory *memory.Reader // of the message being read
@@ -383,8 +384,8 @@ func (a *agentConn) relay(frame []byte) error {
 			return a.relayQuestion(frame, &f, kind, data)
 		}
 	}
-	// The normal case: the same UID as before, and nobody else has claimed it.
-	if a.claim == nil || !a.uid.Is(f.UID) || a.claim.route.current.Load() != a.claim {
+	// The normal case: the same UID as before, and nobody else has claimed it. It is not asked to be replaced.
+	if a.claim == nil || !a.uid.Is(f.UID) || a.claim.route.current.Load() != a.claim || f.Flags != 0 {
 		if reason, err := a.speakAs(&f); err != nil {
 			if reason == telemetry.ReasonBadUID {
 				return a.reject(reason, &f, err.Error())
@@ -396,9 +397,6 @@ func (a *agentConn) relay(frame []byte) error {
 	a.bad = 0
 	a.hears(taken)
 	a.claim.speaks(f.Sequence)
-	if a.claim.format.RequestsUID(&f) {
-		a.server.router.asks(a.claim)
-	}
 	switch err := a.send(entry{Frame: frame, Kind: outbox.Message, Sender: a.claim, Taken: taken}); {
 	case errors.Is(err, errSuspect), errors.Is(err, errServerLimit):
 		a.server.router.unask(a.claim)
@@ -422,10 +420,10 @@ func (a *agentConn) speakAs(f *wire.Fields) (telemetry.Reason, error) {
 		return telemetry.ReasonBadUID, err
 	}
 	s, format := a.server, wire.FormatOf(f, uid)
+	a.asks = format.RequestsUID(f)
 	c, other, err := s.router.claim(a, uid, format)
-	asks := format.RequestsUID(f)
 	for err == nil && other != nil && !other.same {
-		leaves := asks && other.asks && a.awaitNamed(other.claim)
+		leaves := a.asks && other.asks && a.awaitNamed(other.claim)
 		if !leaves && a.challenge(other.claim) {
 			return telemetry.ReasonUIDTaken, errUIDTaken
 		}
@@ -436,7 +434,7 @@ func (a *agentConn) speakAs(f *wire.Fields) (telemetry.Reason, error) {
 		return telemetry.ReasonMemoryFull, err
 	case err != nil:
 		return telemetry.ReasonTooManyUIDs, err
-	case other != nil && asks && other.asks: // each of them will have another
+	case other != nil && a.asks && other.asks: // each of them will have another
 	case other != nil:
 		a.blame(telemetry.ReasonUIDConflict)
 		if other.fresh {

@@ -70,6 +70,14 @@ func (s *stage) wantAt(at int) {
 	}
 }
 
+// waitLogged waits until there is a log line with this text.
+func (s *stage) waitLogged(text string, limit time.Duration) {
+	s.t.Helper()
+	for begin := time.Now(); s.logs.FilterMessageSnippet(text).Len() == 0; time.Sleep(10 * time.Millisecond) {
+		require.Less(s.t, time.Since(begin), limit, "no log line says %q", text)
+	}
+}
+
 // wantHome checks that each agent speaks at this server, and at no other.
 func wantHome(t *testing.T, home *gatewaytest.Server, sequence int, agents []*gatewaytest.Agent, others ...*gatewaytest.Server) {
 	t.Helper()
@@ -267,9 +275,9 @@ func TestFallbackStays(t *testing.T) {
 			return nil
 		})
 		s.server.Start()
-		time.Sleep(provenTime + 5*time.Second + returnPause)
+		s.waitLogged("links go back to it", 2*provenTime)
 		s.wantAt(0)
-		time.Sleep(returnTime + 2*time.Second)
+		time.Sleep(returnPause + returnTime + 2*time.Second)
 		s.wantAt(1)
 		require.Len(t, s.logged(zap.WarnLevel, "does not take all links"), 1)
 		links := others[0].WantLinks(3)
@@ -324,17 +332,57 @@ func TestFallbackReload(t *testing.T) {
 
 // TestFallbackStop shuts the gateway down while a probe is held, and while links go back.
 func TestFallbackStop(t *testing.T) {
-	for name, after := range map[string]time.Duration{"probe": 20 * time.Second, "way back": provenTime + 3*time.Second} {
+	for name, wait := range map[string]func(*stage){
+		"probe":    func(*stage) { time.Sleep(20 * time.Second) },
+		"way back": func(s *stage) { s.waitLogged("links go back to it", 2*provenTime) },
+	} {
 		t.Run(name, func(t *testing.T) {
-			playFallback(t, 1, func(t *testing.T, s *stage, _ []*gatewaytest.Server) {
+			playFallback(t, 1, func(_ *testing.T, s *stage, _ []*gatewaytest.Server) {
 				s.server.Stop()
 				time.Sleep(2 * outageTime)
 				s.server.Start()
-				time.Sleep(after)
+				wait(s)
 				require.LessOrEqual(t, s.stop(), shutdownTimeout)
 			})
 		})
 	}
+}
+
+// TestFallbackIsLost has the second endpoint be lost while the first answers again, but not for long enough yet: links
+// go there, and not to the third.
+func TestFallbackIsLost(t *testing.T) {
+	playFallback(t, 2, func(t *testing.T, s *stage, others []*gatewaytest.Server) {
+		alice := s.introduce("alice")
+		s.server.Stop()
+		time.Sleep(2 * outageTime)
+		s.wantAt(1)
+		s.server.Start()
+		time.Sleep(10 * time.Second)
+		others[0].Stop()
+		time.Sleep(outageTime + patience)
+		s.wantAt(0)
+		require.Empty(t, others[1].Upgrades())
+		wantHome(t, s.server, 1, []*gatewaytest.Agent{alice})
+	})
+}
+
+// TestFallbackReloadOnTheWayBack has another configuration come while links go back.
+func TestFallbackReloadOnTheWayBack(t *testing.T) {
+	playFallback(t, 1, func(t *testing.T, s *stage, others []*gatewaytest.Server) {
+		agents := s.crowd(9)
+		s.server.Stop()
+		time.Sleep(2 * outageTime)
+		s.server.Start()
+		s.waitLogged("links go back to it", 2*provenTime)
+		time.Sleep(returnPause + time.Second)
+		s.reload(func(cfg *Config) { cfg.Server.Connections = 2 })
+		time.Sleep(2 * patience)
+		s.server.WantLinks(2)
+		require.Empty(t, others[0].Links())
+		s.wantAt(0)
+		wantHome(t, s.server, 1, agents)
+		s.wantConsistent()
+	})
 }
 
 func TestFallbackConfig(t *testing.T) {

@@ -20,12 +20,10 @@ import (
 // maxAsks is how many agents behind one gateway may ask under one UID at a time.
 const maxAsks = 16
 
-// asks notes that the agent of c asks the server for another UID. An agent that asks again has asked but once; behind a
+// ask notes that the agent of c asks the server for another UID. An agent that asks again has asked but once; behind a
 // gateway it may be another one.
-func (r *router) asks(c *claim) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if c.index == dropped || c.asks >= maxAsks || c.asks > 0 && !c.agent.gateway {
+func (c *claim) ask() {
+	if c.asks >= maxAsks || c.asks > 0 && !c.agent.gateway {
 		return
 	}
 	if c.asks == 0 {
@@ -35,7 +33,7 @@ func (r *router) asks(c *claim) {
 	c.route.asking = append(c.route.asking, c)
 }
 
-// unask takes back what asks has noted, since the message was not sent.
+// unask takes back what ask has noted, since the message was not sent.
 func (r *router) unask(c *claim) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -152,11 +152,10 @@ func TestTemporaryUIDAgain(t *testing.T) {
 
 	t.Run("and is turned down", func(t *testing.T) {
 		r, uid := newRouting(t), uidOf(t, "image")
-		a := r.wantClaim(r.agent("key"), uid, false)
-		r.asks(a)
-		r.unask(a)
-		b := r.wantClaim(r.agent("key"), uid, true)
-		r.asks(b)
+		alice, bob := r.agent("key"), r.agent("key")
+		alice.asks, bob.asks = true, true
+		r.unask(r.wantClaim(alice, uid, false))
+		b := r.wantClaim(bob, uid, true)
 		require.Same(t, b, r.toName(b, uidOf(t, "own"), nil))
 		require.Same(t, b, r.toName(b, uidOf(t, "another"), nil))
 	})

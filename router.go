@@ -114,7 +114,7 @@ func (r *router) claim(a *agentConn, uid wire.UID, format wire.Format) (c *claim
 	if way := r.routes[uid]; way != nil {
 		c = way.current.Load()
 	}
-	settled := c != nil && c.agent == a && !c.departed && !c.given && !c.renamed
+	settled := c != nil && c.agent == a && !c.departed && !c.given && !c.renamed && !a.asks
 	r.mu.RUnlock()
 	if settled {
 		return c, nil, nil
@@ -178,6 +178,9 @@ func (r *router) claimLocked(a *agentConn, uid wire.UID, format wire.Format) (c 
 	}
 	way.shared = way.shared || other != nil
 	way.toFront(c)
+	if a.asks {
+		c.ask()
+	}
 	return c, other, nil
 }
 
