@@ -47,7 +47,8 @@ type site struct {
 	endpoint *url.URL
 	asking   *questions.Server
 
-	logged []string // by slot: why it could not be dialed, as was logged last; each is the slot's own
+	verified atomic.Bool // see target.verified
+	logged   []string    // by slot: why it could not be dialed, as was logged last; each is the slot's own
 }
 
 // sitesOf returns the endpoints that are configured, the first one first.
@@ -70,7 +71,7 @@ func sitesOf(cfg *ServerConfig) ([]*site, error) {
 func (t *target) to(at int) *target {
 	other := *t
 	other.at, other.endpoint, other.asking = at, t.sites[at].endpoint, t.sites[at].asking
-	other.dialing, other.leave = nil, nil
+	other.verified, other.dialing, other.leave = &t.sites[at].verified, nil, nil
 	return &other
 }
 

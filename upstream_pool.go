@@ -100,7 +100,8 @@ type upstreamPool struct {
 	stop          context.CancelFunc // ends dialing; what lives goes on
 	dialing       context.Context    // until stop
 	slots         sync.WaitGroup
-	homing        sync.WaitGroup  // agents on their way to a new link, and goodbyes that wait to be said
+	homing        sync.WaitGroup // agents on their way to a new link, and goodbyes that wait to be said
+	verifier      *verifier
 	suspicion     *suspicion.Book // whose messages the server may have ended links for
 	offered       offered         // endpoints, to agents
 	seen          *seen           // what the status page shows of what is over
@@ -145,6 +146,7 @@ type target struct {
 	slots     int                         // how many links there are
 	sites     []*site                     // all endpoints, the first one first
 	at        int                         // the place of endpoint in sites
+	verified  *atomic.Bool                // that agents are verified is what was logged last; the endpoint's own
 
 	// By change, before anybody dials.
 	dialing context.Context    // until leave, or the pool's stop
@@ -167,7 +169,12 @@ func newTarget(ctx context.Context, cfg *Config, set extension.Settings) (*targe
 	t := &target{
 		endpoint: sites[0].endpoint, name: gatewayName(cfg, set.TelemetrySettings), headers: headers, elsewhere: elsewhere,
 		pace: newPace(cfg.Server.Connections), turns: firstTurns(cfg.Server.Connections + 1), asking: sites[0].asking,
-		slots: cfg.Server.Connections, sites: sites, tls: &atomic.Pointer[tls.Config]{},
+		slots: cfg.Server.Connections, sites: sites, verified: &sites[0].verified, tls: &atomic.Pointer[tls.Config]{},
+	}
+	if cfg.Server.AgentAdmission == AdmissionAuto {
+		for _, s := range sites {
+			s.asking.Spare() // agents get in without a question
+		}
 	}
 	t.tls.Store(tlsConfig)
 	return t, nil
@@ -186,6 +193,7 @@ func newUpstreamPool(cfg *currentConfig, log *zap.Logger, tel *telemetry.Telemet
 		cfg: cfg, tel: tel, router: r, memory: budget, suspicion: suspicion.NewBook(), seen: &seen{}, status: status,
 		changed: make(chan struct{}), back: make(chan struct{}), report: make(chan struct{}, 1), failure: errNoLink,
 	}
+	p.verifier = newVerifier(p)
 	_, _ = rand.Read(p.requestPrefix[:])                // it never fails
 	p.requestPrefix[6] = 0x80 | p.requestPrefix[6]&0x0f // version 8
 	p.log = log.With(zap.Inline(zapcore.ObjectMarshalerFunc(func(e zapcore.ObjectEncoder) error {
@@ -525,7 +533,7 @@ func (p *upstreamPool) linkDown(l *link, err error) (caught bool) {
 	open, cannotBeAsked := l.book.End(!stopping && !l.givenUp.Load(), time.Now())
 	l.conclude(open, questions.ErrEnded)
 	if cannotBeAsked {
-		p.giveUpAsking()
+		p.giveUpAsking(l.target)
 	}
 	return caught
 }
@@ -787,6 +795,7 @@ func (p *upstreamPool) sweep(limits peer.Limits) {
 		l.put(send)
 		l.conclude(expired, context.DeadlineExceeded)
 	}
+	p.verifier.sweep()
 	p.release()
 	p.router.forgetFarewells()
 }
