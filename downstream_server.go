@@ -435,7 +435,7 @@ func (a *agentConn) speakAs(f *wire.Fields) (telemetry.Reason, error) {
 		return telemetry.ReasonMemoryFull, err
 	case err != nil:
 		return telemetry.ReasonTooManyUIDs, err
-	case other != nil && !other.gone && !(a.asks && other.asks): // each of those that ask will have another
+	case other != nil && !other.gone && (!a.asks || !other.asks): // each of those that ask will have another
 		a.blame(telemetry.ReasonUIDConflict)
 		if other.fresh {
 			s.pool.seen.offends(a, uid, status.Offender{
