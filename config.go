@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"slices"
 	"time"
 
 	"go.opentelemetry.io/collector/component"
@@ -55,6 +56,10 @@ type Config struct {
 type ServerConfig struct {
 	// Endpoint is the server's URL, ws:// or wss://.
 	Endpoint string `mapstructure:"endpoint"`
+
+	// FallbackEndpoints are further URLs of the server, tried in order when there was no link for 10 s. When the first
+	// endpoint has answered again for a minute, links go back to it. Headers and tls hold for all.
+	FallbackEndpoints []string `mapstructure:"fallback_endpoints,omitempty"`
 
 	// Headers are sent with the upgrade request of every link, to the endpoint's host only.
 	Headers Headers `mapstructure:"headers,omitempty"`
@@ -113,6 +118,14 @@ type AgentsConfig struct {
 
 	// AllowGateways lets other gateways connect, which may ask the server about agents of theirs.
 	AllowGateways bool `mapstructure:"allow_gateways"`
+
+	// ConnectionOffers says what becomes of endpoints that the server offers agents in its connection settings, which
+	// would lead them around the gateway.
+	ConnectionOffers ConnectionOffers `mapstructure:"connection_offers"`
+
+	// PublicEndpoint is the URL at which agents reach this gateway, for connection_offers: rewrite. An offer that leads
+	// to the same host is no concern of connection_offers.
+	PublicEndpoint string `mapstructure:"public_endpoint,omitempty"`
 
 	// MaxConnections is how many connections may be open at once, those not let in yet included; more are
 	// answered 503. 0 stands for what the limit of open files allows.
@@ -195,6 +208,18 @@ var addressSources = map[AddressFrom]forwarded.Source{
 	AddressFromXForwardedFor: forwarded.SourceXForwardedFor, AddressFromForwarded: forwarded.SourceForwarded,
 }
 
+// ConnectionOffers says what becomes of endpoints that the server offers agents.
+type ConnectionOffers string
+
+const (
+	// OffersRelay leaves the message as it is.
+	OffersRelay ConnectionOffers = "relay"
+	// OffersDrop takes the endpoint out; all other settings stay.
+	OffersDrop ConnectionOffers = "drop"
+	// OffersRewrite puts public_endpoint in its place, which has to be given.
+	OffersRewrite ConnectionOffers = "rewrite"
+)
+
 const (
 	// maxConnections is far above what one server needs and far below what would hurt it.
 	maxConnections = 64
@@ -255,6 +280,7 @@ func createDefaultConfig() component.Config {
 		Agents: AgentsConfig{
 			KeepAlive:            KeepAliveConfig{Interval: 30 * time.Second, Timeout: time.Minute},
 			SendDisconnect:       true,
+			ConnectionOffers:     OffersRelay,
 			MaxInstanceUIDs:      64,
 			MaxRequestHeaders:    100,
 			MaxRequestHeaderSize: 16 << 10,
@@ -291,7 +317,7 @@ func (c *Config) Validate() error {
 
 // Validate reports every mistake below server.
 func (c *ServerConfig) Validate() error {
-	errs := []error{c.validateEndpoint(), c.validateHeaders(), c.validateProxy()}
+	errs := []error{c.validateEndpoint(), c.validateFallbacks(), c.validateHeaders(), c.validateProxy()}
 	if c.Connections < 1 || c.Connections > maxConnections {
 		errs = append(errs, fmt.Errorf("connections: must be from 1 to %d, is %d", maxConnections, c.Connections))
 	}
@@ -351,6 +377,22 @@ func (c *ServerConfig) validateEndpoint() error {
 	return nil
 }
 
+func (c *ServerConfig) validateFallbacks() error {
+	var errs []error
+	if len(c.FallbackEndpoints) > maxFallbacks {
+		errs = append(errs, fmt.Errorf("fallback_endpoints: must be at most %d, are %d", maxFallbacks, len(c.FallbackEndpoints)))
+	}
+	for i, endpoint := range c.FallbackEndpoints {
+		fallback := ServerConfig{Endpoint: endpoint}
+		if err := fallback.validateEndpoint(); err != nil {
+			errs = append(errs, fmt.Errorf("fallback_endpoints[%d]: %w", i, err))
+		} else if endpoint == c.Endpoint || slices.Contains(c.FallbackEndpoints[:i], endpoint) {
+			errs = append(errs, fmt.Errorf("fallback_endpoints[%d]: is there twice", i))
+		}
+	}
+	return errors.Join(errs...)
+}
+
 func (c *ServerConfig) validateHeaders() error {
 	if err := c.Headers.validate(); err != nil {
 		return fmt.Errorf("headers: %w", err)
@@ -368,6 +410,18 @@ func (c *ServerConfig) validateProxy() error {
 // Validate reports every mistake below agents.
 func (c *AgentsConfig) Validate() error {
 	var errs []error
+	switch c.ConnectionOffers {
+	case OffersRelay, OffersDrop:
+	case OffersRewrite:
+		if c.PublicEndpoint == "" {
+			errs = append(errs, fmt.Errorf("public_endpoint: must be given with connection_offers %q", OffersRewrite))
+		}
+	default:
+		errs = append(errs, fmt.Errorf("connection_offers: must be %q, %q or %q, is %q", OffersRelay, OffersDrop, OffersRewrite, c.ConnectionOffers))
+	}
+	if c.PublicEndpoint != "" {
+		errs = append(errs, c.validatePublicEndpoint())
+	}
 	if c.MaxConnections < 0 {
 		errs = append(errs, fmt.Errorf("max_connections: must be above 0, or 0 for what the limit of open files allows; is %d", c.MaxConnections))
 	}
@@ -416,6 +470,19 @@ func (c *AgentsConfig) proxies() (p forwarded.Proxies, err error) {
 		err = fmt.Errorf("trusted_proxies: %w", err)
 	}
 	return p, err
+}
+
+func (c *AgentsConfig) validatePublicEndpoint() error {
+	u, err := url.Parse(c.PublicEndpoint)
+	switch {
+	case err != nil: // which repeats the whole URL
+		return errors.New("public_endpoint: is not a URL")
+	case !slices.Contains([]string{"ws", "wss", "http", "https"}, u.Scheme) || u.Hostname() == "":
+		return fmt.Errorf("public_endpoint: must be a URL with ws://, wss://, http:// or https:// and a host, is %q", socket.Place(u))
+	case u.User != nil:
+		return errors.New("public_endpoint: must not hold a user or password, which all agents would get")
+	}
+	return nil
 }
 
 // Validate reports a keep-alive that could not work.

@@ -281,6 +281,7 @@ type agentConn struct {
 
 	// Owned by the reader.
 	uid    wire.UID       // of its last message
+	asks   bool           // for another UID, in its last message
 	bad    int32          // unreadable messages in a row
 	claim  *claim         // to uid; nil when it has to be made
 	memory *memory.Reader // of the message being read
@@ -385,8 +386,8 @@ func (a *agentConn) relay(frame []byte) error {
 			return a.relayQuestion(frame, &f, kind, data)
 		}
 	}
-	// The normal case: the same UID as before, and nobody else has claimed it.
-	if a.claim == nil || !a.uid.Is(f.UID) || a.claim.route.current.Load() != a.claim {
+	// The normal case: the same UID as before, and nobody else has claimed it. It is not asked to be replaced.
+	if a.claim == nil || !a.uid.Is(f.UID) || a.claim.route.current.Load() != a.claim || f.Flags != 0 {
 		if reason, err := a.speakAs(&f); err != nil {
 			if reason == telemetry.ReasonBadUID {
 				return a.reject(reason, &f, err.Error())
@@ -400,6 +401,7 @@ func (a *agentConn) relay(frame []byte) error {
 	a.claim.speaks(f.Sequence)
 	switch err := a.send(entry{Frame: frame, Kind: outbox.Message, Sender: a.claim, Taken: taken}); {
 	case errors.Is(err, errSuspect), errors.Is(err, errServerLimit):
+		a.server.router.unask(a.claim)
 		a.turnDown(reasonOf(err), &f, err.Error())
 		return nil
 	case err != nil:
@@ -420,9 +422,11 @@ func (a *agentConn) speakAs(f *wire.Fields) (telemetry.Reason, error) {
 		return telemetry.ReasonBadUID, err
 	}
 	s, format := a.server, wire.FormatOf(f, uid)
+	a.asks = format.RequestsUID(f)
 	c, other, err := s.router.claim(a, uid, format)
 	for err == nil && other != nil && !other.same {
-		if a.challenge(other.claim) {
+		leaves := a.asks && other.asks && a.awaitNamed(other.claim)
+		if !leaves && a.challenge(other.claim) {
 			return telemetry.ReasonUIDTaken, errUIDTaken
 		}
 		c, other, err = s.router.takeOver(a, uid, format, other)
@@ -432,7 +436,7 @@ func (a *agentConn) speakAs(f *wire.Fields) (telemetry.Reason, error) {
 		return telemetry.ReasonMemoryFull, err
 	case err != nil:
 		return telemetry.ReasonTooManyUIDs, err
-	case other != nil && !other.gone:
+	case other != nil && !other.gone && (!a.asks || !other.asks): // each of those that ask will have another
 		a.blame(telemetry.ReasonUIDConflict)
 		if other.fresh {
 			s.pool.seen.offends(a, uid, status.Offender{

@@ -3,7 +3,7 @@
 //
 // Agents connect to it as if it were the server. It keeps a fixed pool of WebSockets
 // ("links") to the server, attaches each agent to the link with the fewest, and carries
-// OpAMP messages ("frames") between the two without changing them. It never decodes a
+// OpAMP messages ("frames") between the two without changing them, unless it is told to. It never decodes a
 // message to relay it, stores none, and answers none: it reads the instance UID, to know
 // whose a frame is, and whether the frame concerns the hop itself.
 //
@@ -263,7 +263,7 @@ func startGateway(ctx context.Context, cfg *Config, set extension.Settings, tel 
 		cancel()
 		return nil, err
 	}
-	if err := tel.Start(func() int { return len(g.pool.links()) }, g.server.count, g.pool.unacknowledged); err != nil {
+	if err := tel.Start(func() int { return len(g.pool.links()) }, g.server.count, g.pool.unacknowledged, g.pool.at); err != nil {
 		cancel()
 		return nil, err
 	}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/signal"
 	"reflect"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -158,8 +159,9 @@ func (g *gateway) canAdopt(cfg *Config) bool {
 
 // sameLinks reports whether links are the same with both configurations.
 func sameLinks(a, b *ServerConfig) bool {
-	return a.Endpoint == b.Endpoint && a.Connections == b.Connections && a.AgentID == b.AgentID && a.ProxyURL == b.ProxyURL &&
-		reflect.DeepEqual(a.Auth, b.Auth) && reflect.DeepEqual(a.Headers, b.Headers) && reflect.DeepEqual(a.TLS, b.TLS)
+	return a.Endpoint == b.Endpoint && slices.Equal(a.FallbackEndpoints, b.FallbackEndpoints) && a.Connections == b.Connections &&
+		a.AgentID == b.AgentID && a.ProxyURL == b.ProxyURL && reflect.DeepEqual(a.Auth, b.Auth) &&
+		reflect.DeepEqual(a.Headers, b.Headers) && reflect.DeepEqual(a.TLS, b.TLS)
 }
 
 // adopt has g go on for another component:
@@ -209,7 +211,7 @@ func (g *gateway) adopt(ctx context.Context, e *gatewayExtension, host component
 		g.pool.target.Load().renew(t)
 	} else {
 		g.log.Info("the server's configuration has changed; agents move to new links")
-		g.pool.change(t)
+		g.pool.change(t.startingFrom(g.pool.target.Load()))
 	}
 	if listener != nil {
 		g.server.door.Move(listener)

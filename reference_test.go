@@ -33,6 +33,7 @@ const (
 // whenChanged says of each key when a change of it holds.
 var whenChanged = map[string]string{
 	"server.endpoint":                     whenLinks,
+	"server.fallback_endpoints":           whenLinks,
 	"server.headers":                      whenLinks,
 	"server.auth":                         whenLinks,
 	"server.proxy_url":                    whenLinks,
@@ -53,6 +54,8 @@ var whenChanged = map[string]string{
 	"agents.send_disconnect":              whenAtOnce,
 	"agents.send_disconnect_for_gateways": whenAtOnce,
 	"agents.allow_gateways":               whenAtOnce,
+	"agents.connection_offers":            whenAtOnce,
+	"agents.public_endpoint":              whenAtOnce,
 	"agents.max_connections":              whenNewcomers,
 	"agents.max_instance_uids":            whenAtOnce,
 	"agents.max_request_headers":          whenNewcomers,
@@ -70,16 +73,18 @@ var whenChanged = map[string]string{
 
 // defaultText is for defaults that their value does not tell.
 var defaultText = map[string]string{
-	"server.endpoint":        "required",
-	"server.headers":         "none",
-	"server.auth":            "none",
-	"server.proxy_url":       "that of the environment",
-	"server.tls":             "the system's authorities",
-	"server.agent_id":        "the collector's `service.instance.id`",
-	"listener":               "no TLS, no `auth`",
-	"status":                 "off",
-	"agents.max_connections": "from the limit of open files",
-	"agents.trusted_proxies": "none",
+	"server.endpoint":           "required",
+	"server.headers":            "none",
+	"server.auth":               "none",
+	"server.proxy_url":          "that of the environment",
+	"server.tls":                "the system's authorities",
+	"server.agent_id":           "the collector's `service.instance.id`",
+	"listener":                  "no TLS, no `auth`",
+	"status":                    "off",
+	"agents.max_connections":    "from the limit of open files",
+	"agents.trusted_proxies":    "none",
+	"server.fallback_endpoints": "none",
+	"agents.public_endpoint":    "none",
 }
 
 // settingsOfCollector are those of a kind that the Collector documents.
@@ -275,7 +280,8 @@ func TestReferenceOfReloads(t *testing.T) {
 		"listener":          func(c *Config) { c.Listener.WriteTimeout++ },
 		"listener.endpoint": func(c *Config) { c.Listener.NetAddr.Endpoint = "localhost:4321" },
 
-		"agents.trusted_proxies": func(c *Config) { c.Agents.TrustedProxies = []string{"192.0.2.1"} },
+		"agents.trusted_proxies":    func(c *Config) { c.Agents.TrustedProxies = []string{"192.0.2.1"} },
+		"server.fallback_endpoints": func(c *Config) { c.Server.FallbackEndpoints = []string{"wss://other.example"} },
 	}
 	for i, s := range settingsOf(t, given()) {
 		if s.group || changes[s.key] != nil {

@@ -1,6 +1,7 @@
 package opampgateway
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
 	"net/url"
@@ -9,8 +10,11 @@ import (
 	"go.opentelemetry.io/collector/component/componentstatus"
 	"go.opentelemetry.io/collector/config/confighttp"
 	"go.opentelemetry.io/collector/config/confignet"
+	"go.opentelemetry.io/collector/pdata/pcommon"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+
+	"github.com/opampgateway/opampgateway/internal/socket"
 )
 
 // sampled returns a logger that writes only the first few of each message in a while: for
@@ -32,9 +36,15 @@ func warnOfDangers(cfg *Config, log *zap.Logger) {
 	if server.AgentAdmission == AdmissionAccept && !authenticated && listener.NetAddr.Transport != confignet.TransportTypeUnix {
 		log.Warn("server::agent_admission is accept, and the listener does not authenticate: whoever reaches it is let in; see listener::auth and listener::tls::client_ca_file")
 	}
-	endpoint, err := url.Parse(server.Endpoint)
-	if err == nil && endpoint.Scheme == "ws" && (len(server.Headers) > 0 || server.Auth.HasValue()) && !isLoopback(endpoint.Hostname()) {
-		log.Warn("server::endpoint is ws://, so server::headers, server::auth, and what agents send, travel to another host in clear; use wss://")
+	for i, text := range append([]string{server.Endpoint}, server.FallbackEndpoints...) {
+		key := "server::endpoint"
+		if i > 0 {
+			key = fmt.Sprintf("server::fallback_endpoints[%d]", i-1)
+		}
+		endpoint, err := url.Parse(text)
+		if err == nil && endpoint.Scheme == "ws" && (len(server.Headers) > 0 || server.Auth.HasValue()) && !isLoopback(endpoint.Hostname()) {
+			log.Warn(key + " is ws://, so server::headers, server::auth, and what agents send, travel to another host in clear; use wss://")
+		}
 	}
 	if server.TLS.InsecureSkipVerify {
 		log.Warn("server::tls::insecure_skip_verify is set: whoever answers at the server's address gets the keys of gateway and agents")
@@ -64,11 +74,16 @@ func isLoopback(host string) bool {
 	return host == "localhost" || err == nil && ip.IsLoopback()
 }
 
-// reportLink tells the collector whether there is a link to the server.
+// reportLink tells the collector whether there is a link to the server and, if that has several endpoints, at which.
 func (g *gateway) reportLink(err error) {
-	event := componentstatus.NewEvent(componentstatus.StatusOK)
+	state := componentstatus.StatusOK
 	if err != nil {
-		event = componentstatus.NewRecoverableErrorEvent(err)
+		state = componentstatus.StatusRecoverableError
 	}
-	g.report(event)
+	t, where := g.pool.target.Load(), pcommon.NewMap()
+	if len(t.sites) > 1 {
+		where.PutStr("url.full", socket.Place(t.endpoint))
+		where.PutInt("opampgateway.endpoint", int64(t.at))
+	}
+	g.report(componentstatus.NewEvent(state, componentstatus.WithError(err), componentstatus.WithAttributes(where)))
 }

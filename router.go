@@ -57,6 +57,7 @@ type route struct {
 	uid     wire.UID
 	current atomic.Pointer[claim] // the newest, to be read without the lock; nil once the route is not in the table
 	shared  bool                  // two have claimed it at a time
+	asking  []*claim              // who waits for another UID, in the order in which they asked; see naming.go
 }
 
 // claim is one connection's claim to one route: one agent, as long as it is connected there.
@@ -77,13 +78,15 @@ type claim struct {
 	answered atomic.Int64                  // when it last gave a sign of life because of another, of the monotonic clock; 0 for never
 
 	// Guarded by router.mu.
-	index        int    // of this in agent.claims; dropped when it is not there any more
-	older, newer *claim // of the same route, in the order in which they spoke last
-	departed     bool   // the agent has said goodbye here; the claim stays for the server's answer
-	listed       bool   // it is in agent.claims.departed
-	given        bool   // by the server, and the agent has not used it yet
-	former, next *claim // while given: in place of which one; and the other way round
-	renamed      bool   // a given one was used in place of this
+	index        int           // of this in agent.claims; dropped when it is not there any more
+	older, newer *claim        // of the same route, in the order in which they spoke last
+	departed     bool          // the agent has said goodbye here; the claim stays for the server's answer
+	listed       bool          // it is in agent.claims.departed
+	given        bool          // by the server, and the agent has not used it yet
+	former, next *claim        // while given: in place of which one; and the other way round
+	renamed      bool          // a given one was used in place of this
+	asks         int           // how often it is in route.asking
+	named        chan struct{} // closed when it is not there any more; nil if its agent is none that asks
 }
 
 // dropped is the index of a claim that has ended.
@@ -116,7 +119,7 @@ func (r *router) claim(a *agentConn, uid wire.UID, format wire.Format) (c *claim
 	if way := r.routes[uid]; way != nil {
 		c = way.current.Load()
 	}
-	settled := c != nil && c.agent == a && !c.departed && !c.given && !c.renamed
+	settled := c != nil && c.agent == a && !c.departed && !c.given && !c.renamed && !a.asks
 	r.mu.RUnlock()
 	if settled {
 		return c, nil, nil
@@ -148,6 +151,7 @@ type rival struct {
 	gone  bool // it has said goodbye, and its claim has ended
 	same  bool // it came with the same credentials, or the newcomer is a gateway, which vouches for its agents
 	fresh bool // it is the first time that two claim the route
+	asks  bool // it has asked the server for another UID, so the one that it has is temporary
 }
 
 func (r *router) claimLocked(a *agentConn, uid wire.UID, format wire.Format) (c *claim, other *rival, err error) {
@@ -164,7 +168,7 @@ func (r *router) claimLocked(a *agentConn, uid wire.UID, format wire.Format) (c 
 			r.dropLocked(last)
 			way, other = nil, &rival{claim: last, same: true, gone: true}
 		default:
-			other = &rival{claim: last, same: a.trusts(last.agent), fresh: !way.shared}
+			other = &rival{claim: last, same: a.trusts(last.agent), fresh: !way.shared, asks: last.named != nil}
 			if !other.same {
 				return nil, other, nil
 			}
@@ -185,6 +189,9 @@ func (r *router) claimLocked(a *agentConn, uid wire.UID, format wire.Format) (c 
 	}
 	way.shared = way.shared || other != nil && !other.gone
 	way.toFront(c)
+	if a.asks {
+		c.ask()
+	}
 	return c, other, nil
 }
 
@@ -228,7 +235,7 @@ func (r *router) rename(c *claim, uid wire.UID) error {
 	if c.former != nil { // it has not used its last name
 		c = c.former
 	}
-	if c.next != nil {
+	if c.next != nil && !c.agent.gateway { // of which several agents may have got one
 		r.dropLocked(c.next)
 	}
 	if r.routes[uid] != nil {
@@ -257,6 +264,7 @@ func (r *router) dropLocked(c *claim) {
 		c.next.former = nil
 	}
 	c.former, c.next = nil, nil
+	c.forgetAsks()
 	c.agent.claims.remove(c)
 	c.agent.many.Store(int32(len(c.agent.claims.all)))
 	c.agent.kept -= claimMemory

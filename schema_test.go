@@ -14,7 +14,9 @@ import (
 	"unicode"
 
 	"github.com/stretchr/testify/require"
+	"go.opentelemetry.io/collector/config/configauth"
 	"go.opentelemetry.io/collector/config/confighttp"
+	"go.opentelemetry.io/collector/config/configopaque"
 	"go.opentelemetry.io/collector/config/configoptional"
 	"go.opentelemetry.io/collector/confmap"
 )
@@ -62,21 +64,38 @@ func propertyOf(v reflect.Value, comments map[string]string) object {
 		}}
 	case configoptional.Optional[confighttp.ServerConfig]:
 		return object{"x-optional": true, "$ref": referenceTo(reflect.TypeFor[confighttp.ServerConfig]())}
+	case configoptional.Optional[configauth.Config]:
+		return object{"x-optional": true, "$ref": referenceTo(reflect.TypeFor[configauth.Config]())}
 	case AgentAdmission:
-		return object{"type": "string", "default": string(value), "enum": []any{string(AdmissionAuto), string(AdmissionVerify), string(AdmissionAsk), string(AdmissionAccept)}}
+		return oneOf(value, AdmissionAuto, AdmissionVerify, AdmissionAsk, AdmissionAccept)
+	case AddressFrom:
+		return oneOf(value, slices.Sorted(maps.Keys(addressSources))...)
+	case ConnectionOffers:
+		return oneOf(value, OffersRelay, OffersDrop, OffersRewrite)
+	case []string:
+		return object{"type": "array", "items": object{"type": "string"}}
 	case time.Duration:
 		return object{"type": "string", "format": "duration", "x-customType": "time.Duration", "default": brief(value)}
 	case int:
 		return object{"type": "integer", "default": value}
 	case bool:
 		return object{"type": "boolean", "default": value}
-	case string:
+	case string, configopaque.String:
 		return object{"type": "string"}
 	}
 	if v.Type().PkgPath() != reflect.TypeFor[Config]().PkgPath() {
 		return object{"$ref": referenceTo(v.Type())}
 	}
 	return schemaOf(v, comments)
+}
+
+// oneOf is the schema of a setting that has one of some values.
+func oneOf[T ~string](def T, values ...T) object {
+	enum := make([]any, len(values))
+	for i, v := range values {
+		enum[i] = string(v)
+	}
+	return object{"type": "string", "default": string(def), "enum": enum}
 }
 
 // referenceTo names the schema of a type of the Collector's.

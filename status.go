@@ -155,7 +155,7 @@ func (p *statusPage) Status() *status.Snapshot {
 			Down: g.memory.Down.Held(), Kept: g.memory.Kept.Held(), Requests: g.memory.Requests.Held(),
 		},
 		Gateway: status.Gateway{
-			Name: t.name, Version: gatewayVersion(), Collector: p.collector, Server: socket.Place(t.endpoint),
+			Name: t.name, Version: gatewayVersion(), Collector: p.collector, Server: socket.Place(t.endpoint), Endpoint: t.at,
 			Listener: g.server.door.Addr().String(), Admission: g.pool.admissionInWords(t), Started: c.Time(g.began),
 			LinksExpected: t.slots, InstanceUIDs: g.router.count(),
 		},
@@ -194,6 +194,12 @@ func judgeState(s *status.Snapshot, deaf bool) (state status.State, problems []s
 	if s.Gateway.LinksUp == 0 {
 		state = status.StateDown
 		problems = slices.Insert(problems, 0, "there is no link to the server: no agent is relayed, and none is let in")
+	}
+	if s.Gateway.Endpoint != 0 {
+		if state == status.StateOK {
+			state = status.StateDegraded
+		}
+		problems = append(problems, "the first endpoint of the server cannot be reached; links go to "+s.Gateway.Server+" instead")
 	}
 	if deaf {
 		if state == status.StateOK {
@@ -236,11 +242,11 @@ func (g *gateway) linkStates(c status.Clock) []status.Link {
 	links := make([]status.Link, len(all))
 	for i, f := range all {
 		s := status.Link{
-			Slot: i, Name: t.linkName(i), State: status.StateConnecting, Since: c.Time(f.state.since), Agents: f.agents,
+			Slot: i, Name: t.linkName(i), Server: socket.Place(t.endpoint), State: status.StateConnecting, Since: c.Time(f.state.since), Agents: f.agents,
 			LastError: f.state.failure, LastErrorAt: c.Maybe(f.state.failed),
 		}
 		if l := f.link; l != nil {
-			s.Name, s.State = l.target.linkName(l.slot), status.StateConnected
+			s.Name, s.Server, s.State = l.target.linkName(l.slot), socket.Place(l.target.endpoint), status.StateConnected
 			if f.leaving {
 				s.State = status.StateLeaving
 			}

@@ -105,11 +105,15 @@ type upstreamPool struct {
 	homing        sync.WaitGroup // agents on their way to a new link, and goodbyes that wait to be said
 	verifier      *verifier
 	suspicion     *suspicion.Book // whose messages the server may have ended links for
+	offered       offered         // endpoints, to agents
 	seen          *seen           // what the status page shows of what is over
-	left          []chan struct{} // by slot: closed when nothing dials there any more for the last target that had it; change's own
+
+	// changing is held by whoever makes another target that of the pool; mu is taken inside it.
+	changing sync.Mutex
+	seats    []chan struct{} // by slot: what keeps a link there holds the only place in it; guarded by changing
 
 	// Shared.
-	target atomic.Pointer[target] // changed by change only
+	target atomic.Pointer[target] // changed by change and replace only
 	blind  atomic.Bool            // the server does not answer pings, as the link has shown that ended last
 	asked  atomic.Uint64          // questions of ours
 	untold atomic.Bool            // who is told of the status has changed
@@ -129,22 +133,24 @@ type upstreamPool struct {
 	states  []slotState // by slot, as long as live
 }
 
-// target is the server as one configuration has it, and how links to it present themselves. A reload with another
-// server makes another target.
+// target is the server as one configuration has it, at one of its endpoints, and how links to it present themselves. A
+// reload with another server makes another target, and so does going to another endpoint.
 type target struct {
 	// Set once.
 	endpoint  *url.URL
 	name      string // comes first in those of the links
 	headers   http.Header
-	elsewhere http.Header                              // for hosts to which the server redirects
-	tls       atomic.Pointer[tls.Config]               // but when certificates are read again
-	auth      atomic.Pointer[clientauth.Authenticator] // but by a reload, which has extensions of its own; may be nil
-	proxy     *url.URL                                 // nil leaves it to the environment
-	pace      *pace                                    // of dialing
-	turns     []int                                    // by slot: of its next attempt, see socket.DialInTurn; each is the slot's own
-	asking    *questions.Server                        // whether it can be asked
-	slots     int                                      // how many links there are
-	verified  atomic.Bool                              // that agents are verified is what was logged last
+	elsewhere http.Header                               // for hosts to which the server redirects
+	tls       *atomic.Pointer[tls.Config]               // of all endpoints; changed when certificates are read again
+	auth      *atomic.Pointer[clientauth.Authenticator] // of all endpoints; changed by a reload, which has extensions of its own; may hold nil
+	proxy     *url.URL                                  // nil leaves it to the environment
+	pace      *pace                                     // of dialing
+	turns     []int                                     // by slot, and of the probe: of its next attempt, see socket.DialInTurn; each is the slot's own
+	asking    *questions.Server                         // whether it can be asked
+	slots     int                                       // how many links there are
+	sites     []*site                                   // all endpoints, the first one first
+	at        int                                       // the place of endpoint in sites
+	verified  *atomic.Bool                              // that agents are verified is what was logged last; the endpoint's own
 
 	// By change, before anybody dials.
 	dialing context.Context    // until leave, or the pool's stop
@@ -158,9 +164,9 @@ func newTarget(ctx context.Context, cfg *Config, set extension.Settings, host co
 	if err != nil {
 		return nil, fmt.Errorf("server::tls: %w", err)
 	}
-	endpoint, err := url.Parse(cfg.Server.Endpoint)
+	sites, err := sitesOf(&cfg.Server)
 	if err != nil {
-		return nil, errors.New("server::endpoint: is not a URL") // Validate says more
+		return nil, err
 	}
 	proxy, err := parseProxy(cfg.Server.ProxyURL)
 	if err != nil {
@@ -174,12 +180,15 @@ func newTarget(ctx context.Context, cfg *Config, set extension.Settings, host co
 	headers := elsewhere.Clone()
 	cfg.Server.Headers.addTo(headers)
 	t := &target{
-		endpoint: endpoint, name: gatewayName(cfg, set.TelemetrySettings), headers: headers, elsewhere: elsewhere,
-		pace: newPace(cfg.Server.Connections), turns: firstTurns(cfg.Server.Connections), asking: questions.NewServer(),
-		slots: cfg.Server.Connections, proxy: proxy,
+		endpoint: sites[0].endpoint, name: gatewayName(cfg, set.TelemetrySettings), headers: headers, elsewhere: elsewhere,
+		pace: newPace(cfg.Server.Connections), turns: firstTurns(cfg.Server.Connections + 1), asking: sites[0].asking,
+		slots: cfg.Server.Connections, sites: sites, verified: &sites[0].verified, tls: &atomic.Pointer[tls.Config]{},
+		auth: &atomic.Pointer[clientauth.Authenticator]{}, proxy: proxy,
 	}
 	if cfg.Server.AgentAdmission == AdmissionAuto {
-		t.asking.Spare() // agents get in without a question
+		for _, s := range sites {
+			s.asking.Spare() // agents get in without a question
+		}
 	}
 	t.tls.Store(tlsConfig)
 	t.auth.Store(authenticator)
@@ -187,7 +196,12 @@ func newTarget(ctx context.Context, cfg *Config, set extension.Settings, host co
 }
 
 // linkName is how the link of a slot announces itself to the server.
-func (t *target) linkName(slot int) string { return t.name + "/upstream-" + strconv.Itoa(slot) }
+func (t *target) linkName(slot int) string {
+	if slot == t.slots {
+		return t.name + "/probe"
+	}
+	return t.name + "/upstream-" + strconv.Itoa(slot)
+}
 
 func newUpstreamPool(cfg *currentConfig, log *zap.Logger, tel *telemetry.Telemetry, r *router, budget *memory.Budget, status func(error)) *upstreamPool {
 	p := &upstreamPool{
@@ -213,28 +227,44 @@ func (p *upstreamPool) start(ctx context.Context, t *target) {
 	p.dialing, p.stop = context.WithCancel(ctx)
 	p.change(t)
 	p.slots.Go(p.tellStatus)
+	p.slots.Go(p.follow)
 }
 
 // change has the slots hold links to t. Those that there are end as the server is used to: what waits is written,
 // and a close frame; their agents then find links to t as after a lost one. A slot dials when its old link has ended,
 // so that the server sees an agent's end before it sees the agent again.
 func (p *upstreamPool) change(t *target) {
+	p.changing.Lock()
+	defer p.changing.Unlock()
+	p.replaceLocked(t, func(*link) bool { return true }, "gateway has another configuration")
+}
+
+// replace is change if before is the target still, which it reports, where only those links end that leave. The others
+// go on until they are lost, or leave later; then their slots dial for t.
+func (p *upstreamPool) replace(before, t *target, leaves func(*link) bool) bool {
+	p.changing.Lock()
+	defer p.changing.Unlock()
+	if p.target.Load() != before {
+		return false
+	}
+	p.replaceLocked(t, leaves, elsewhereText)
+	return true
+}
+
+func (p *upstreamPool) replaceLocked(t *target, leaves func(*link) bool, why string) {
 	before := p.target.Load()
 	t.dialing, t.leave = context.WithCancel(p.dialing)
 	p.mu.Lock()
 	p.target.Store(t)
-	var leaving []*link
 	if before != nil {
 		before.leave()
-		for _, l := range p.live {
-			if l != nil {
-				l.leaving = true
-				l.givenUp.Store(true) // so nobody is suspected for its end
-				leaving = append(leaving, l)
-			}
+	}
+	var leaving []*link
+	for _, l := range p.live {
+		if l != nil && leaves(l) && p.leaveLocked(l) {
+			leaving = append(leaving, l)
 		}
 	}
-	p.count = 0
 	for len(p.live) < t.slots {
 		p.live = append(p.live, nil)
 		p.states = append(p.states, slotState{since: monotonic.Now()})
@@ -243,24 +273,33 @@ func (p *upstreamPool) change(t *target) {
 	p.mu.Unlock()
 	p.suspicion.Forget()
 	for _, l := range leaving {
-		l.Outbox.Close(websocket.FormatCloseMessage(websocket.CloseGoingAway, "gateway has another configuration"))
+		l.Outbox.Close(websocket.FormatCloseMessage(websocket.CloseGoingAway, why))
 	}
 	for slot := range t.slots {
-		left := make(chan struct{})
-		var free <-chan struct{}
-		if slot < len(p.left) {
-			free, p.left[slot] = p.left[slot], left
-		} else {
-			p.left = append(p.left, left)
+		if slot == len(p.seats) {
+			p.seats = append(p.seats, make(chan struct{}, 1))
 		}
+		seat := p.seats[slot]
 		p.slots.Go(func() {
-			defer close(left)
-			if free != nil {
-				<-free
+			select {
+			case seat <- struct{}{}:
+				p.keep(t, slot)
+				<-seat
+			case <-t.dialing.Done(): // for a third target
 			}
-			p.keep(t, slot)
 		})
 	}
+}
+
+// leaveLocked notes that l ends since its slot is to have another; it reports false if that was known.
+func (p *upstreamPool) leaveLocked(l *link) bool {
+	if l.leaving {
+		return false
+	}
+	l.leaving = true
+	l.givenUp.Store(true) // so nobody is suspected for its end
+	p.count--
+	return true
 }
 
 // tellAgain has the status told once more, to whom it was not told yet; with other links than before, when the first
@@ -330,7 +369,7 @@ func (p *upstreamPool) keep(t *target, slot int) {
 	retry := p.cfg.Load().Server.Retry
 	delays := newDelays(retry)
 	log := p.names.With(zap.String("link", t.linkName(slot)))
-	logged := "" // the reason of the last failure logged
+	logged := &t.sites[t.at].logged[slot]
 	for dialAtOnce := true; t.dialing.Err() == nil; {
 		back := p.serverBack()
 		l, retryAfter, err := p.dial(t, slot)
@@ -343,8 +382,8 @@ func (p *upstreamPool) keep(t *target, slot int) {
 			}
 			delay := max(delays.NextBackOff(), retryAfter)
 			p.noteFailure(slot, err)
-			if reason := failureReason(err); reason != logged { // once per change, not per attempt
-				logged = reason
+			if reason := failureReason(err); reason != *logged { // once per change, not per attempt
+				*logged = reason
 				log.Warn("cannot connect to the server, will keep trying", zap.Error(err), zap.Duration("retry_in", delay))
 				p.mu.Lock()
 				p.reportLocked(fmt.Errorf("%w: %w", errNoLink, err))
@@ -360,7 +399,7 @@ func (p *upstreamPool) keep(t *target, slot int) {
 			}
 			continue
 		}
-		logged = ""
+		*logged = ""
 		up := time.Now()
 		if !p.linkUp(l) {
 			l.Outbox.Abort()
@@ -889,10 +928,19 @@ func (l *link) relay(frame []byte) {
 		l.Socket.Drop(frame)
 		return
 	}
+	named := wire.UID{}
+	if f.Has(wire.FieldAgentIdentification) {
+		if named = newUID(frame); named != (wire.UID{}) {
+			c = l.pool.router.toName(c, named, l)
+		}
+	}
 	l.noteCapabilities(frame, &f)
 	untold := l.untoldCapabilities(c, &f) // a new UID inherits what the agent has heard
-	if f.Has(wire.FieldAgentIdentification) {
-		l.rename(frame, c)
+	if named != (wire.UID{}) {
+		l.rename(c, named)
+	}
+	if f.Has(wire.FieldConnectionSettings) {
+		frame = l.heedOffer(frame, c) // which takes back what f points into
 	}
 	if !c.agent.deliver(frame, taken) {
 		l.Socket.Drop(frame)
@@ -911,16 +959,18 @@ func (l *link) noteTooLarge(what string, uid []byte, size int64) {
 		zap.Stringer("agent", agent), zap.Int64("bytes", size))
 }
 
-// rename heeds an agent_identification: the agent is to be found under its new UID at once.
-func (l *link) rename(frame []byte, c *claim) {
+// newUID returns the instance UID that the server gives an agent in a frame with an agent_identification; the zero one
+// if there is none that could be used, of which the agent will say so.
+func newUID(frame []byte) (uid wire.UID) {
 	var identification protobufs.AgentIdentification
-	if proto.Unmarshal(wire.Embedded(frame, wire.FieldAgentIdentification), &identification) != nil {
-		return // the agent will say so
+	if proto.Unmarshal(wire.Embedded(frame, wire.FieldAgentIdentification), &identification) == nil {
+		uid, _ = wire.ParseUID(identification.GetNewInstanceUid())
 	}
-	uid, err := wire.ParseUID(identification.GetNewInstanceUid())
-	if err != nil {
-		return
-	}
+	return uid
+}
+
+// rename has the agent of c be found under its new UID at once.
+func (l *link) rename(c *claim, uid wire.UID) {
 	if err := l.pool.router.rename(c, uid); err != nil {
 		l.pool.tel.Fault(telemetry.ReasonTooManyUIDs)
 	}

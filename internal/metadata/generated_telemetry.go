@@ -30,12 +30,14 @@ type TelemetryBuilder struct {
 	registrations                  []metric.Registration
 	OpampgatewayAdmissions         metric.Int64Counter
 	OpampgatewayConnections        metric.Int64ObservableUpDownCounter
+	OpampgatewayEndpoint           metric.Int64ObservableGauge
 	OpampgatewayFaults             metric.Int64Counter
 	OpampgatewayLinkPing           metric.Float64Histogram
 	OpampgatewayLinkUnacknowledged metric.Int64ObservableUpDownCounter
 	OpampgatewayMessages           metric.Int64ObservableCounter
 	OpampgatewayMessagesBytes      metric.Int64ObservableCounter
 	OpampgatewayMessagesLatency    metric.Float64Histogram
+	OpampgatewayOffers             metric.Int64Counter
 }
 
 // TelemetryBuilderOption applies changes to default builder.
@@ -55,6 +57,21 @@ func (builder *TelemetryBuilder) RegisterOpampgatewayConnectionsCallback(cb metr
 		cb(ctx, &observerInt64{inst: builder.OpampgatewayConnections, obs: o})
 		return nil
 	}, builder.OpampgatewayConnections)
+	if err != nil {
+		return err
+	}
+	builder.mu.Lock()
+	defer builder.mu.Unlock()
+	builder.registrations = append(builder.registrations, reg)
+	return nil
+}
+
+// RegisterOpampgatewayEndpointCallback sets callback for observable OpampgatewayEndpoint metric.
+func (builder *TelemetryBuilder) RegisterOpampgatewayEndpointCallback(cb metric.Int64Callback) error {
+	reg, err := builder.meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
+		cb(ctx, &observerInt64{inst: builder.OpampgatewayEndpoint, obs: o})
+		return nil
+	}, builder.OpampgatewayEndpoint)
 	if err != nil {
 		return err
 	}
@@ -149,6 +166,12 @@ func NewTelemetryBuilder(settings component.TelemetrySettings, options ...Teleme
 		metric.WithUnit("{connections}"),
 	)
 	errs = errors.Join(errs, err)
+	builder.OpampgatewayEndpoint, err = builder.meter.Int64ObservableGauge(
+		"otelcol_opampgateway.endpoint",
+		metric.WithDescription("At which of the server's endpoints the links are. 0 is `server.endpoint`, 1 the first of `server.fallback_endpoints`. [Alpha]"),
+		metric.WithUnit("{endpoint}"),
+	)
+	errs = errors.Join(errs, err)
 	builder.OpampgatewayFaults, err = builder.meter.Int64Counter(
 		"otelcol_opampgateway.faults",
 		metric.WithDescription("Things that went wrong with one message or one connection, by reason. [Alpha]"),
@@ -185,6 +208,12 @@ func NewTelemetryBuilder(settings component.TelemetrySettings, options ...Teleme
 		metric.WithDescription("Time a message spent in the gateway, from read to handed to the socket; of one message a millisecond at most. [Alpha]"),
 		metric.WithUnit("ms"),
 		metric.WithExplicitBucketBoundaries([]float64{0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 5000, 30000}...),
+	)
+	errs = errors.Join(errs, err)
+	builder.OpampgatewayOffers, err = builder.meter.Int64Counter(
+		"otelcol_opampgateway.offers",
+		metric.WithDescription("Endpoints other than this gateway that the server has offered agents in its connection settings, by what became of them. [Alpha]"),
+		metric.WithUnit("{offers}"),
 	)
 	errs = errors.Join(errs, err)
 	return &builder, errs

@@ -57,6 +57,7 @@ type Gateway struct {
 	Version       string    `json:"version"`
 	Collector     string    `json:"collector"`
 	Server        string    `json:"server"`   // its address, without what may be secret
+	Endpoint      int       `json:"endpoint"` // which of the server's that is: 0 is the first, others are its fallbacks
 	Listener      string    `json:"listener"` // where agents connect
 	Admission     string    `json:"agent_admission"`
 	Started       time.Time `json:"started"`
@@ -71,6 +72,7 @@ type Gateway struct {
 type Link struct {
 	Slot          int        `json:"slot"`
 	Name          string     `json:"name"`
+	Server        string     `json:"server"` // where it goes, as that of the gateway
 	State         State      `json:"state"`
 	Since         time.Time  `json:"since"` // of the state
 	Agents        int        `json:"agents"`

@@ -61,7 +61,7 @@ type Telemetry struct {
 	counted     sync.Map // from the value of reason or outcome to *counted
 
 	// Set once, by Start.
-	links, agents, unacknowledged func() int
+	links, agents, unacknowledged, endpoint func() int
 }
 
 // counted is one value of an attribute, and how often it was counted.
@@ -94,9 +94,9 @@ func (t *Telemetry) use(builder *metadata.TelemetryBuilder) {
 }
 
 // Start registers what is observed on collection; links and agents return how many there are now, and unacknowledged
-// how many messages are on their way to the server.
-func (t *Telemetry) Start(links, agents, unacknowledged func() int) error {
-	t.links, t.agents, t.unacknowledged = links, agents, unacknowledged
+// how many messages are on their way to the server, and endpoint at which of its endpoints the links are.
+func (t *Telemetry) Start(links, agents, unacknowledged, endpoint func() int) error {
+	t.links, t.agents, t.unacknowledged, t.endpoint = links, agents, unacknowledged, endpoint
 	return t.observe(t.instruments.Load())
 }
 
@@ -118,6 +118,10 @@ func (t *Telemetry) Adopt(next *Telemetry) error {
 // observe registers with builder what is observed on collection.
 func (t *Telemetry) observe(builder *metadata.TelemetryBuilder) error {
 	err := errors.Join(
+		builder.RegisterOpampgatewayEndpointCallback(func(_ context.Context, o metric.Int64Observer) error {
+			o.Observe(int64(t.endpoint()))
+			return nil
+		}),
 		builder.RegisterOpampgatewayLinkUnacknowledgedCallback(func(_ context.Context, o metric.Int64Observer) error {
 			o.Observe(int64(t.unacknowledged()))
 			return nil
@@ -136,6 +140,9 @@ func (t *Telemetry) observe(builder *metadata.TelemetryBuilder) error {
 	}
 	for _, o := range Outcomes {
 		builder.OpampgatewayAdmissions.Add(context.Background(), 0, t.of("outcome", string(o.Outcome)).options...)
+	}
+	for _, action := range OfferActions {
+		builder.OpampgatewayOffers.Add(context.Background(), 0, t.of("action", string(action)).options...)
 	}
 	return nil
 }

@@ -25,7 +25,7 @@ func start(t *testing.T, links, agents func() int) (*telemetry.Telemetry, *compo
 	tel, err := telemetry.New(collected.NewTelemetrySettings())
 	require.NoError(t, err)
 	t.Cleanup(tel.Shutdown)
-	require.NoError(t, tel.Start(links, agents, none))
+	require.NoError(t, tel.Start(links, agents, none, none))
 	return tel, collected
 }
 

@@ -64,6 +64,7 @@ func assertAgrees(t *testing.T, frame []byte, d direction) {
 	require.True(t, bytes.Equal(message.GetInstanceUid(), f.UID), "instance_uid: %x, and not %x", f.UID, message.GetInstanceUid())
 	if up, ok := message.(*protobufs.AgentToServer); ok {
 		require.Equal(t, up.GetSequenceNum(), f.Sequence, "sequence_num")
+		require.Equal(t, up.GetFlags(), f.Flags, "flags")
 	}
 	if f.Empty() {
 		require.Zero(t, proto.Size(message), "fields of a message said to be empty")

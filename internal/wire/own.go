@@ -30,6 +30,11 @@ func (m Format) Departs(f *Fields) bool {
 	return f.Has(FieldAgentDisconnect)
 }
 
+// RequestsUID reports whether the agent asks in f for another instance UID, since the one that it has is temporary.
+func (m Format) RequestsUID(f *Fields) bool {
+	return !m.Legacy && f.Flags&uint64(protobufs.AgentToServerFlags_AgentToServerFlags_RequestInstanceUid) != 0
+}
+
 // Goodbye returns what the agent would have said before it left: an AgentToServer with
 // agent_disconnect, under this sequence_num, 0 for none.
 func (m Format) Goodbye(uid UID, sequence uint64) []byte {

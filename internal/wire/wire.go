@@ -31,6 +31,7 @@ const (
 
 	// AgentToServer. The 2022 format, which has no header, has agent_disconnect one lower.
 	fieldSequenceNum           = 2
+	fieldFlags                 = 10 // but not in the 2022 format
 	FieldAgentDisconnect       = 9
 	FieldLegacyAgentDisconnect = 8
 	fieldCustomMessageUp       = 13
@@ -52,6 +53,8 @@ type Fields struct {
 	CustomMessage []byte
 	// Sequence is the sequence_num of an AgentToServer, in both formats; 0 when there is none.
 	Sequence uint64
+	// Flags are those of an AgentToServer; 0 when there are none. In the 2022 format they are something else.
+	Flags uint64
 	// Header tells whether the frame began with the header byte.
 	Header bool
 	// present has bit n set when field n < 32 occurs as an embedded message or bytes.
@@ -94,10 +97,15 @@ func scan(frame []byte, customMessage protowire.Number) (Fields, error) {
 		rest = rest[n:]
 		f.fields++
 		if kind != protowire.BytesType {
-			if number == fieldSequenceNum && kind == protowire.VarintType {
-				f.Sequence, n = protowire.ConsumeVarint(rest)
-			} else {
+			switch {
+			case kind != protowire.VarintType:
 				n = protowire.ConsumeFieldValue(number, kind, rest)
+			case number == fieldSequenceNum:
+				f.Sequence, n = protowire.ConsumeVarint(rest)
+			case number == fieldFlags:
+				f.Flags, n = protowire.ConsumeVarint(rest)
+			default:
+				_, n = protowire.ConsumeVarint(rest)
 			}
 			if n < 0 {
 				return f, ErrMalformed
