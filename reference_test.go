@@ -53,6 +53,8 @@ var whenChanged = map[string]string{
 	"agents.max_request_header_size":      whenNewcomers,
 	"agents.max_queue_size":               whenNewcomers,
 	"agents.write_timeout":                whenNewcomers,
+	"agents.poll_wait":                    whenAtOnce,
+	"agents.poll_interval":                whenAtOnce,
 	"max_message_size":                    whenEnds,
 	"max_buffered_size":                   whenEnds,
 	"reload_grace":                        whenAtOnce,
