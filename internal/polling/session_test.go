@@ -58,7 +58,7 @@ func reading(s *Session[int]) (read func() []string) {
 	}
 }
 
-func poll(t *testing.T, s *Session[int], text string, wait time.Duration) (*Answer, error) {
+func pollOnce(t *testing.T, s *Session[int], text string, wait time.Duration) (*Answer, error) {
 	t.Helper()
 	return s.Poll(t.Context(), NewMessage([]byte(text), nil), 2*time.Second, wait)
 }
@@ -77,15 +77,15 @@ func TestSession(t *testing.T) {
 			written <- n
 		}()
 		for i, text := range []string{"a", "b", "c"} {
-			a, err := poll(t, s, text, time.Minute)
+			a, err := pollOnce(t, s, text, time.Minute)
 			require.NoError(t, err)
-			require.Equal(t, offer(string(rune('1'+i))).Frame[1:], a.Body())
+			require.Equal(t, offer(string(rune('1' + i))).Frame[1:], a.Body())
 			a.Written(true)
 			synctest.Wait()
 		}
 		require.Equal(t, 5, <-written)
 		begin := time.Now()
-		a, err := poll(t, s, "d", 7*time.Second)
+		a, err := pollOnce(t, s, "d", 7*time.Second)
 		require.NoError(t, err)
 		require.Nil(t, a)
 		require.Equal(t, 7*time.Second, time.Since(begin))
@@ -106,7 +106,7 @@ func TestUnwritten(t *testing.T) {
 		}()
 		for _, ok := range []bool{false, false, true} {
 			synctest.Wait()
-			a, err := poll(t, s, "x", time.Minute)
+			a, err := pollOnce(t, s, "x", time.Minute)
 			require.NoError(t, err)
 			require.Equal(t, offer("1").Frame, a.Frame)
 			a.Written(ok)
@@ -127,10 +127,10 @@ func TestEnd(t *testing.T) {
 			s.Close()
 			s.Close()
 		}()
-		a, err := poll(t, s, "x", time.Minute)
+		a, err := pollOnce(t, s, "x", time.Minute)
 		require.NoError(t, err)
 		require.Nil(t, a)
-		_, err = poll(t, s, "y", time.Minute)
+		_, err = pollOnce(t, s, "y", time.Minute)
 		require.ErrorIs(t, err, ErrEnded)
 		n, err := s.WriteBatch([]entry{offer("1"), offer("2")})
 		require.Zero(t, n)
@@ -240,7 +240,7 @@ func TestTryBatch(t *testing.T) {
 				panic(err)
 			}
 		}()
-		a, err := poll(t, s, "x", time.Minute)
+		a, err := pollOnce(t, s, "x", time.Minute)
 		require.NoError(t, err)
 		a.Written(true)
 		synctest.Wait()

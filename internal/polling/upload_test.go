@@ -142,7 +142,9 @@ func TestUploadWaits(t *testing.T) {
 		var holders []*Upload
 		for range 3 { // one has the turn for large messages, others what there is besides
 			u := NewUpload(t.Context(), budget)
-			go func() { _ = u.Read(io.MultiReader(bytes.NewReader(pattern(1<<20)), blocked{u.Context()}), limit, limit, func() {}) }()
+			go func() {
+				_ = u.Read(io.MultiReader(bytes.NewReader(pattern(1<<20)), blocked{u.Context()}), limit, limit, func() {})
+			}()
 			holders = append(holders, u)
 			synctest.Wait()
 		}
