@@ -90,7 +90,7 @@ func (p *polls) overdue() bool {
 
 // stale reports whether the server is to be asked again.
 func (p *polls) stale() bool {
-	return p.server.cfg.Load().Server.AgentAdmission == AdmissionAsk && monotonic.Since(p.admitted.Load()) >= admissionLife
+	return p.server.cfg.Load().Server.AgentAdmission != AdmissionAccept && monotonic.Since(p.admitted.Load()) >= admissionLife
 }
 
 // end gives back what a session has taken.
@@ -344,7 +344,7 @@ func (v *visit) serve() (outcome telemetry.Outcome) {
 // mayUpload finds out whether a body may be sent.
 func (v *visit) mayUpload() (outcome telemetry.Outcome) {
 	s := v.server
-	if s.cfg.Load().Server.AgentAdmission != AdmissionAsk || s.polled.trust(v.credentials) {
+	if s.cfg.Load().Server.AgentAdmission == AdmissionAccept || s.polled.trust(v.credentials) {
 		return ""
 	}
 	if a := s.polled.likely(v.credentials, v.r.Header.Get(instanceUIDHeader)); a != nil {
@@ -540,10 +540,14 @@ func (v *visit) askAgain(a *agentConn) telemetry.Outcome {
 	timeout := min(answerTimeout, s.cfg.Load().Server.AdmissionTimeout)
 	ctx, cancel := context.WithTimeout(v.r.Context(), timeout)
 	defer cancel()
-	verdict, err := l.askAbout(ctx, v.r.RemoteAddr, question, questions.ClassIntroduction, timeout)
+	// As it comes now, and not as it came first.
+	verdict, err := l.decide(ctx, &agentConn{server: s, remote: v.r.RemoteAddr, question: question}, questions.ClassNewcomer, timeout)
+	without, unverified := errors.AsType[*noVerdictError](err)
 	switch status := verdict.RefusalStatus(); {
 	case err != nil && monotonic.Since(a.polls.admitted.Load()) < admissionLife+s.cfg.Load().Server.GracePeriod && v.r.Context().Err() == nil:
 		return "" // its word holds for a while when it cannot be asked
+	case unverified && v.r.Context().Err() == nil && ctx.Err() == nil:
+		return s.unverified(v.w, a, without)
 	case err != nil:
 		return s.turnAway(v.w, v.r, err)
 	case verdict.Accept:

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -330,7 +331,14 @@ func TestBodyOfRefused(t *testing.T) {
 		b, _ := io.ReadAll(conn)
 		require.Contains(t, string(b), "HTTP/1.1 401 ")
 		require.LessOrEqual(t, time.Since(begin), 2*time.Second)
-	})
+
+		s.server.OnConnect(func(q *gatewaytest.Question) { q.Accept() })
+		begin = time.Now()
+		conn = s.write("POST / HTTP/1.1\r\nHost: gateway\r\nContent-Type: application/x-protobuf\r\nTransfer-Encoding: chunked\r\n\r\n800\r\n" + strings.Repeat("x", 2<<10))
+		b, _ = io.ReadAll(conn)
+		require.Contains(t, string(b), "HTTP/1.1 413 ")
+		require.LessOrEqual(t, time.Since(begin), 2*time.Second)
+	}, func(c *Config) { c.MaxMessageSize = 1 << 10 })
 }
 
 // TestBodyBeforeRight reads nothing of the body of a stranger: not before the server has let him in.
@@ -896,16 +904,79 @@ func TestHintOfPollers(t *testing.T) {
 			p.poll(p.describe(0))
 			pollers = append(pollers, p)
 		}
-		for n := range 31 {
-			time.Sleep(24 * time.Second)
-			for _, p := range pollers {
-				p.poll(p.say(n))
-			}
+		time.Sleep(admissionLife + time.Minute)
+		for _, p := range slices.Backward(pollers) { // the first is not where a newcomer would be
+			p.poll(p.say(1))
 		}
 		require.Len(t, s.server.Questions(), 6)
 		for i, q := range s.server.Questions()[3:] {
-			require.Same(t, s.server.Received(pollers[i].uid)[0].Link, q.Link, pollers[i].name)
+			p := pollers[len(pollers)-1-i]
+			require.Same(t, s.server.Received(p.uid)[0].Link, q.Link, p.name)
 		}
 		s.wantConnections(3)
+		s.stop()
+	}, func(c *Config) { c.Agents.PollInterval = time.Hour })
+}
+
+// TestPollsBehindMiddleware has middlewares see nothing of a body, which they could read before its sender may send one,
+// and the Collector not unpack it; what they say counts.
+func TestPollsBehindMiddleware(t *testing.T) {
+	wrap := func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if b, err := io.ReadAll(r.Body); err != nil || len(b) > 0 {
+				http.Error(w, "there is a body", http.StatusTeapot)
+				return
+			}
+			if r.Header.Get("X-Forbidden") != "" {
+				http.Error(w, "no", http.StatusForbidden)
+				return
+			}
+			next.ServeHTTP(w, r)
+		})
+	}
+	playBehind(t, wrap, func(t *testing.T, s *stage) {
+		s.answering()
+		alice := s.poller("alice")
+		alice.poll(alice.describe(0))
+		s.server.Next(alice.uid)
+		big := gatewaytest.Report(alice.uid, 1, 30<<20) // above what the Collector's servers take by default
+		wantMessage(t, alice.offer("1"), alice.message(alice.want(http.StatusOK, zip(t, big[1:]), "Content-Encoding", "gzip")))
+		require.True(t, bytes.Equal(big, s.server.Next(alice.uid).Frame))
+		alice.want(http.StatusForbidden, alice.say(2), "X-Forbidden", "yes")
+		wantMessage(t, alice.offer("3"), alice.poll(alice.say(3)))
+		s.wantAdmissions(telemetry.OutcomeUnauthorized, 1)
 	})
+}
+
+// TestVerifiedPollers shows a server that is not asked the headers of the agent, as if it came by WebSocket; again after
+// a quarter of an hour, with those that it comes with then.
+func TestVerifiedPollers(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		var came []http.Header
+		refused := 0
+		s.server.OnUpgrade(func(r *http.Request) *gatewaytest.Refusal {
+			if r.Header.Get(connectionIDHeader) != "" {
+				return nil
+			}
+			came = append(came, r.Header.Clone())
+			if refused != 0 {
+				return &gatewaytest.Refusal{Status: refused}
+			}
+			return nil
+		})
+		alice := s.poller("alice")
+		alice.poll(alice.describe(0))
+		require.Len(t, came, 1)
+		require.Equal(t, "key of alice", came[0].Get("Authorization"))
+		require.Empty(t, came[0].Get("Content-Type"), "it is no poll")
+		for n := range 30 {
+			time.Sleep(28 * time.Second)
+			alice.poll(alice.say(n))
+		}
+		require.Len(t, came, 2)
+		refused = http.StatusForbidden
+		bob := s.poller("bob")
+		bob.want(http.StatusForbidden, bob.describe(0))
+		s.wantConnections(1)
+	}, func(c *Config) { c.Server.AgentAdmission = AdmissionVerify })
 }

@@ -156,7 +156,7 @@ func (p *statusPage) Status() *status.Snapshot {
 		},
 		Gateway: status.Gateway{
 			Name: t.name, Version: gatewayVersion(), Collector: p.collector, Server: socket.Place(t.endpoint),
-			Listener: g.server.door.Addr().String(), Admission: string(cfg.Server.AgentAdmission), Started: c.Time(g.began),
+			Listener: g.server.door.Addr().String(), Admission: g.pool.admissionInWords(t), Started: c.Time(g.began),
 			LinksExpected: t.slots, InstanceUIDs: g.router.count(),
 		},
 	}

@@ -100,7 +100,8 @@ type upstreamPool struct {
 	stop          context.CancelFunc // ends dialing; what lives goes on
 	dialing       context.Context    // until stop
 	slots         sync.WaitGroup
-	homing        sync.WaitGroup  // agents on their way to a new link, and goodbyes that wait to be said
+	homing        sync.WaitGroup // agents on their way to a new link, and goodbyes that wait to be said
+	verifier      *verifier
 	suspicion     *suspicion.Book // whose messages the server may have ended links for
 	seen          *seen           // what the status page shows of what is over
 	left          []chan struct{} // by slot: closed when nothing dials there any more for the last target that had it; change's own
@@ -139,6 +140,7 @@ type target struct {
 	turns     []int                      // by slot: of its next attempt, see socket.DialInTurn; each is the slot's own
 	asking    *questions.Server          // whether it can be asked
 	slots     int                        // how many links there are
+	verified  atomic.Bool                // that agents are verified is what was logged last
 
 	// By change, before anybody dials.
 	dialing context.Context    // until leave, or the pool's stop
@@ -163,6 +165,9 @@ func newTarget(ctx context.Context, cfg *Config, set extension.Settings) (*targe
 		pace: newPace(cfg.Server.Connections), turns: firstTurns(cfg.Server.Connections), asking: questions.NewServer(),
 		slots: cfg.Server.Connections,
 	}
+	if cfg.Server.AgentAdmission == AdmissionAuto {
+		t.asking.Spare() // agents get in without a question
+	}
 	t.tls.Store(tlsConfig)
 	return t, nil
 }
@@ -175,6 +180,7 @@ func newUpstreamPool(cfg *currentConfig, log *zap.Logger, tel *telemetry.Telemet
 		cfg: cfg, tel: tel, router: r, memory: budget, suspicion: suspicion.NewBook(), seen: &seen{}, status: status,
 		changed: make(chan struct{}), back: make(chan struct{}), report: make(chan struct{}, 1), failure: errNoLink,
 	}
+	p.verifier = newVerifier(p)
 	_, _ = rand.Read(p.requestPrefix[:])                // it never fails
 	p.requestPrefix[6] = 0x80 | p.requestPrefix[6]&0x0f // version 8
 	p.log = log.With(zap.Inline(zapcore.ObjectMarshalerFunc(func(e zapcore.ObjectEncoder) error {
@@ -489,7 +495,7 @@ func (p *upstreamPool) linkDown(l *link, err error) (caught bool) {
 	open, cannotBeAsked := l.book.End(!stopping && !l.givenUp.Load(), time.Now())
 	l.conclude(open, questions.ErrEnded)
 	if cannotBeAsked {
-		p.giveUpAsking()
+		p.giveUpAsking(l.target)
 	}
 	return caught
 }
@@ -751,6 +757,7 @@ func (p *upstreamPool) sweep(limits peer.Limits) {
 		l.put(send)
 		l.conclude(expired, context.DeadlineExceeded)
 	}
+	p.verifier.sweep()
 	p.release()
 	p.router.forgetFarewells()
 }
