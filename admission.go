@@ -227,7 +227,7 @@ func hasHandlers(cfg *confighttp.ServerConfig) bool {
 // middlewares; there is nothing to find where there are none.
 type passageKey struct{}
 
-// passage is how far one request has come with authentication and middlewares.
+// passage is how far the request of a connection has come that is being answered with authentication and middlewares.
 type passage struct {
 	life   atomic.Pointer[life] // whose
 	passed atomic.Bool
@@ -250,7 +250,7 @@ func (e httpErrors) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// ServeHTTP answers one agent's upgrade request:
+// ServeHTTP answers one agent's upgrade request, or its poll, see answerPoll:
 //
 //  1. What can never become an agent's connection is refused, before anybody reads more of it.
 //  2. The listener's authentication and middlewares have their say.
@@ -273,6 +273,7 @@ func (s *downstreamServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if through != nil {
+		through.passed.Store(false) // as an earlier request on this connection may have
 		defer through.over()
 	}
 	defer s.recoverPanic(r)
@@ -282,6 +283,9 @@ func (s *downstreamServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.logRefusal("request refused: "+refusal.Text, r, refusal.Status)
 		refusal.Answer(w, r)
 		return
+	}
+	if door.IsPoll(r) {
+		r = withoutBody(r)
 	}
 	life.inner.ServeHTTP(w, r)
 	if through != nil && !through.passed.Load() {
@@ -325,17 +329,49 @@ func (s *downstreamServer) admit(w http.ResponseWriter, r *http.Request) {
 		through.passed.Store(true)
 		through.over()
 	}
+	if p, ok := postOf(r); ok {
+		s.answerPoll(w, p)
+		return
+	}
 	s.tel.Admission(s.tryAdmit(w, r))
 }
 
 func (s *downstreamServer) tryAdmit(w http.ResponseWriter, r *http.Request) telemetry.Outcome {
+	a, outcome := s.letIn(w, r)
+	if a == nil {
+		return outcome
+	}
+	started := false
+	defer func() {
+		if !started { // a middleware may even panic
+			s.forget(a)
+		}
+	}()
+	conn, err := door.Upgrade(w, r)
+	if err != nil {
+		return s.notUpgraded(r, err)
+	}
+	started = true
+	a.start(conn)
+	return telemetry.OutcomeAccepted
+}
+
+// forget undoes letIn for an agent that was not started.
+func (s *downstreamServer) forget(a *agentConn) {
+	s.memory.Kept.Give(a.kept)
+	s.pool.detach(a, nil)
+}
+
+// letIn attaches who sent r to a link, and has the server decide. Without an agent the request was answered, and
+// outcome says how.
+func (s *downstreamServer) letIn(w http.ResponseWriter, r *http.Request) (_ *agentConn, outcome telemetry.Outcome) {
 	a := &agentConn{server: s, remote: r.RemoteAddr, gateway: r.Header.Get(connectionIDHeader) != ""}
 	cfg := s.cfg.Load()
 	if a.gateway && !cfg.Agents.AllowGateways {
 		s.events.Warn("a gateway wants to connect, but gateways are not let in: set agents::allow_gateways to let it ask the server about its agents",
 			a.logged(zap.String("user_agent.original", cut(r.UserAgent())))...)
 		http.Error(w, "this gateway lets no other gateways in: see its setting agents::allow_gateways", http.StatusForbidden)
-		return telemetry.OutcomeNoGateways
+		return nil, telemetry.OutcomeNoGateways
 	}
 	a.userAgent, a.agentID = unique.Make(status.Cut(r.UserAgent())), status.Cut(r.Header.Get("Agent-ID"))
 	address := fair.AddressOf(r.RemoteAddr)
@@ -345,7 +381,7 @@ func (s *downstreamServer) tryAdmit(w http.ResponseWriter, r *http.Request) tele
 		question, err := connect.NewQuestion(r.RemoteAddr, r.Header, certificate)
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusRequestHeaderFieldsTooLarge)
-			return telemetry.OutcomeBadRequest
+			return nil, telemetry.OutcomeBadRequest
 		}
 		a.question = question
 	}
@@ -353,7 +389,7 @@ func (s *downstreamServer) tryAdmit(w http.ResponseWriter, r *http.Request) tele
 	if !s.memory.Requests.Take(address, taken) {
 		s.events.Warn("memory for requests is used up, see max_buffered_size", a.logged()...)
 		refuseForNow(w, "too many agents are waiting to connect")
-		return telemetry.OutcomeTooMany
+		return nil, telemetry.OutcomeTooMany
 	}
 	defer s.memory.Requests.Give(address, taken)
 	// The listener's write timeout counts from the request; the server may take longer.
@@ -361,41 +397,40 @@ func (s *downstreamServer) tryAdmit(w http.ResponseWriter, r *http.Request) tele
 	ctx, cancel := context.WithTimeout(r.Context(), cfg.Server.AdmissionTimeout)
 	defer cancel()
 
-	started := false
+	accepted := false
 	defer func() {
-		if !started {
-			s.memory.Kept.Give(a.kept)
-			s.pool.detach(a, nil)
+		if !accepted {
+			s.forget(a)
 		}
 	}()
 	verdict, err := s.pool.admit(ctx, a)
 	if err != nil {
 		if without, ok := errors.AsType[*noVerdictError](err); ok && r.Context().Err() == nil && ctx.Err() == nil {
-			return s.unverified(w, a, without)
+			return nil, s.unverified(w, a, without)
 		}
-		return s.turnAway(w, r, err)
+		return nil, s.turnAway(w, r, err)
 	}
 	if !verdict.Accept {
-		verdict.CopyRefusalHeaders(w.Header())
-		status := verdict.RefusalStatus()
-		s.logRefusal("server refused agent", r, status)
-		http.Error(w, "refused by the OpAMP server: "+http.StatusText(status), status)
-		return telemetry.OutcomeRefused
+		s.refuse(w, r, &verdict)
+		return nil, telemetry.OutcomeRefused
 	}
 	a.kept = len(a.question)
 	if !s.memory.Kept.Take(0, a.kept) {
 		a.kept = 0
 		s.events.Warn("memory for what is kept of agents is used up, see max_buffered_size; no more are let in", a.logged()...)
 		refuseForNow(w, "too many agents are connected")
-		return telemetry.OutcomeTooMany
+		return nil, telemetry.OutcomeTooMany
 	}
-	conn, err := door.Upgrade(w, r)
-	if err != nil {
-		return s.notUpgraded(r, err)
-	}
-	started = true
-	a.start(conn)
-	return telemetry.OutcomeAccepted
+	accepted = true
+	return a, telemetry.OutcomeAccepted
+}
+
+// refuse passes the server's refusal on.
+func (s *downstreamServer) refuse(w http.ResponseWriter, r *http.Request, verdict *connect.Result) {
+	verdict.CopyRefusalHeaders(w.Header())
+	status := verdict.RefusalStatus()
+	s.logRefusal("server refused agent", r, status)
+	http.Error(w, "refused by the OpAMP server: "+http.StatusText(status), status)
 }
 
 // notUpgraded says why an agent that was let in could not be.

@@ -580,8 +580,8 @@ func TestNoUpgrade(t *testing.T) {
 		status  int
 	}{
 		"plain GET":            {"GET /v1/opamp HTTP/1.1\r\nHost: gateway\r\n\r\n", http.StatusUpgradeRequired},
-		"plain POST":           {"POST /v1/opamp HTTP/1.1\r\nHost: gateway\r\nContent-Type: application/x-protobuf\r\nContent-Length: 2\r\n\r\nhi", http.StatusBadRequest},
-		"POST with an upgrade": {"POST /v1/opamp HTTP/1.1\r\nHost: gateway\r\n" + upgrade + version + "\r\n", http.StatusUpgradeRequired},
+		"body":                 {"GET /v1/opamp HTTP/1.1\r\nHost: gateway\r\nContent-Type: application/x-protobuf\r\nContent-Length: 2\r\n\r\nhi", http.StatusBadRequest},
+		"POST with an upgrade": {"POST /v1/opamp HTTP/1.1\r\nHost: gateway\r\n" + upgrade + version + "\r\n", http.StatusUnsupportedMediaType},
 		"old WebSocket":        {"GET / HTTP/1.1\r\nHost: gateway\r\n" + upgrade + "Sec-WebSocket-Version: 8\r\n\r\n", http.StatusBadRequest},
 		"foreign origin":       {"GET / HTTP/1.1\r\nHost: gateway\r\nOrigin: https://evil.example\r\n" + upgrade + version + "\r\n", http.StatusForbidden},
 		"its own origin":       {"GET / HTTP/1.1\r\nHost: gateway\r\nOrigin: http://gateway\r\n" + upgrade + version + "\r\n", http.StatusForbidden},

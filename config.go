@@ -20,6 +20,7 @@ import (
 	"github.com/opampgateway/opampgateway/internal/connect"
 	"github.com/opampgateway/opampgateway/internal/forwarded"
 	"github.com/opampgateway/opampgateway/internal/memory"
+	"github.com/opampgateway/opampgateway/internal/polling"
 	"github.com/opampgateway/opampgateway/internal/socket"
 )
 
@@ -157,6 +158,14 @@ type AgentsConfig struct {
 	// AddressFrom says how trusted_proxies tell from where an agent connects.
 	AddressFrom AddressFrom `mapstructure:"address_from"`
 
+	// PollWait is how long a poll of an agent over plain HTTP waits for the server's answer. What comes later is the
+	// answer to the next one.
+	PollWait time.Duration `mapstructure:"poll_wait"`
+
+	// PollInterval is how far apart the polls of an agent over plain HTTP may be at least. An agent that has shown
+	// that it polls less often, or was offered so by the server, has that time. One that misses three polls is gone.
+	PollInterval time.Duration `mapstructure:"poll_interval"`
+
 	// prevent unkeyed literal initialization
 	_ struct{}
 }
@@ -244,6 +253,9 @@ const (
 	// maxReloadGrace is far above what any reload takes.
 	maxReloadGrace = 10 * time.Minute
 
+	// maxPollWait is no longer than agents mostly are from one poll to the next.
+	maxPollWait = 30 * time.Second
+
 	// admissionCeiling is the longest admission that makes sense: opamp-go agents give
 	// their upgrade 45 s.
 	admissionCeiling = 45 * time.Second
@@ -287,6 +299,8 @@ func createDefaultConfig() component.Config {
 			MaxQueueSize:         4 << 20,
 			WriteTimeout:         30 * time.Second,
 			AddressFrom:          AddressFromConnection,
+			PollWait:             2 * time.Second,
+			PollInterval:         30 * time.Second,
 		},
 		MaxMessageSize:  64 << 20,
 		MaxBufferedSize: 256 << 20,
@@ -445,6 +459,12 @@ func (c *AgentsConfig) Validate() error {
 	}
 	if _, err := c.proxies(); err != nil {
 		errs = append(errs, err)
+	}
+	if c.PollWait < 0 || c.PollWait > maxPollWait {
+		errs = append(errs, fmt.Errorf("poll_wait: must be from 0 to %s, is %s", maxPollWait, c.PollWait))
+	}
+	if c.PollInterval < time.Second || c.PollInterval > polling.MaxInterval {
+		errs = append(errs, fmt.Errorf("poll_interval: must be from 1s to %s, is %s", polling.MaxInterval, c.PollInterval))
 	}
 	return errors.Join(errs...)
 }

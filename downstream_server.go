@@ -23,6 +23,7 @@ import (
 	"github.com/opampgateway/opampgateway/internal/monotonic"
 	"github.com/opampgateway/opampgateway/internal/outbox"
 	"github.com/opampgateway/opampgateway/internal/peer"
+	"github.com/opampgateway/opampgateway/internal/polling"
 	"github.com/opampgateway/opampgateway/internal/socket"
 	"github.com/opampgateway/opampgateway/internal/status"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
@@ -81,6 +82,7 @@ type downstreamServer struct {
 	rules  *door.Rules     // by prepare, as what follows
 	door   *door.Door
 	http   *http.Server
+	polled *sessions // of agents over plain HTTP
 
 	admitting     context.Context // until stop: what requests are answered in
 	stopAdmitting context.CancelFunc
@@ -104,7 +106,7 @@ type downstreamServer struct {
 func newDownstreamServer(ctx context.Context, cfg *currentConfig, log *zap.Logger, tel *telemetry.Telemetry, r *router, p *upstreamPool, budget *memory.Budget) *downstreamServer {
 	s := &downstreamServer{
 		cfg: cfg, log: log, events: sampled(log), names: sampledTo(log, 50), tel: tel, router: r, pool: p, memory: budget, ctx: ctx,
-		agents: map[*agentConn]struct{}{}, entered: make(chan struct{}),
+		agents: map[*agentConn]struct{}{}, entered: make(chan struct{}), polled: newSessions(),
 	}
 	s.admitting, s.stopAdmitting = context.WithCancel(ctx)
 	return s
@@ -218,8 +220,13 @@ func (s *downstreamServer) makeRoom() {
 // closeLaggards closes agents that take memory for which others wait, and do not go on.
 func (s *downstreamServer) closeLaggards() {
 	for _, h := range s.memory.Laggards() {
-		if a := h.(*agentConn); a.cut(ending.MemoryFull) {
-			s.events.Warn("memory for messages is used up, see max_buffered_size; closing the connection of an agent that sends a message too slowly, or not on", a.logged()...)
+		switch h := h.(type) {
+		case *agentConn:
+			if h.cut(ending.MemoryFull) {
+				s.events.Warn("memory for messages is used up, see max_buffered_size; closing the connection of an agent that sends a message too slowly, or not on", h.logged()...)
+			}
+		case *polling.Upload:
+			h.Cut() // who reads it says so
 		}
 	}
 }
@@ -264,9 +271,22 @@ func (s *downstreamServer) shed() {
 	}
 }
 
+// agentSocket is what carries an agent's messages: its WebSocket, or the polls of an agent over plain HTTP.
+type agentSocket interface {
+	peer.Socket[*claim]
+	Read() ([]byte, error)
+	Release()
+	Received() uint64
+	Await() <-chan struct{}
+	PingSent()
+	Unanswered() bool
+	Excuse()
+	Stalled() time.Duration
+}
+
 // agentConn is the connection of one agent, or of another gateway with many behind it.
 type agentConn struct {
-	peer.Peer[*claim, *outbox.Outbox[*claim]]
+	peer.Peer[*claim, *outbox.Outbox[*claim], agentSocket]
 
 	// Set once, before the reader starts.
 	server      *downstreamServer
@@ -278,6 +298,7 @@ type agentConn struct {
 	came        int64            // when it has connected, of the monotonic clock
 	userAgent   unique.Handle[string]
 	agentID     string // the header, as userAgent no longer than is shown
+	polls       *polls // of an agent over plain HTTP; nil of all others
 
 	// Owned by the reader.
 	uid    wire.UID       // of its last message
@@ -316,8 +337,14 @@ type agentConn struct {
 	gone     []*claim      // when it has ended without a home: whom to say goodbye for
 }
 
-// start turns a into a connected agent, which can be found and written to, and reads from it.
+// start turns a into a connected agent, which can be found and written to, and reads from conn.
 func (a *agentConn) start(conn net.Conn) {
+	cfg := a.server.cfg.Load()
+	a.startOn(peer.WebSocket[*claim]{Socket: socket.New(conn, socket.InputOf(conn), false, cfg.MaxMessageSize, cfg.Agents.WriteTimeout, a)})
+}
+
+// startOn is start for whatever carries its messages.
+func (a *agentConn) startOn(carrier agentSocket) {
 	s := a.server
 	a.memory = s.memory.NewReader(a)
 	a.came = monotonic.Now()
@@ -328,7 +355,7 @@ func (a *agentConn) start(conn net.Conn) {
 	queueSize := cfg.Agents.MaxQueueSize
 	a.Relayed = &s.tel.Down
 	a.Outbox = outbox.New(a, queueSize+queueSize/16, &s.memory.Down)
-	a.Socket = socket.New(conn, socket.InputOf(conn), false, cfg.MaxMessageSize, cfg.Agents.WriteTimeout, a)
+	a.Socket = carrier
 	s.mu.Lock()
 	s.agents[a] = struct{}{}
 	closing := s.closing
@@ -520,18 +547,22 @@ func (a *agentConn) ask(c *claim) bool {
 		return true
 	}
 	var sign <-chan struct{}
-	if other.gateway {
+	within := challengeTimeout
+	switch {
+	case other.polls != nil: // it cannot be asked, but is to poll
+		sign, within = other.Socket.Await(), max(within, other.polls.due())
+	case other.gateway:
 		var isNew bool
 		if sign, isNew = c.await(); isNew {
 			other.sendOwn(c.format.ReportFullState(c.route.uid))
 		}
-	} else {
+	default:
 		sign = other.Socket.Await()
 		_ = other.Outbox.Try(entry{Kind: outbox.Ping})
 	}
 	ctx, over := a.pause()
 	defer over()
-	ctx, cancel := context.WithTimeout(ctx, challengeTimeout)
+	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	select {
 	case <-sign:
@@ -774,6 +805,9 @@ func (a *agentConn) sweep(limits peer.Limits) {
 		// get rid of its answer ends the connection. A pong wants none (RFC 6455, section 5.5.3).
 		_ = a.Outbox.Try(entry{Kind: outbox.Pong})
 	}
+	if a.polls != nil && a.polls.overdue() {
+		a.dismiss(ending.PollsMissed)
+	}
 	switch a.Sweep(limits) {
 	case peer.Silent:
 		a.dismiss(ending.Silent)
@@ -805,10 +839,14 @@ func (a *agentConn) end(err error) {
 		s.memory.Recycle(e.Frame)
 	}
 	s.tel.Faults(telemetry.ReasonServerFrameLost, lost)
+	a.Socket.Release()
 	a.memory.Close()
 	s.mu.Lock()
 	delete(s.agents, a)
 	s.mu.Unlock()
+	if a.polls != nil {
+		a.polls.end()
+	}
 	var waiting []*claim
 	if l := a.link.Load(); l != nil {
 		waiting = l.Outbox.Waiting(&a.line)

@@ -65,6 +65,8 @@ var whenChanged = map[string]string{
 	"agents.drain_time":                   whenAtOnce,
 	"agents.trusted_proxies":              whenNewcomers,
 	"agents.address_from":                 whenNewcomers,
+	"agents.poll_wait":                    whenAtOnce,
+	"agents.poll_interval":                whenAtOnce,
 	"max_message_size":                    whenEnds,
 	"max_buffered_size":                   whenEnds,
 	"reload_grace":                        whenAtOnce,

@@ -837,7 +837,7 @@ func (p *upstreamPool) finish(ctx, drained context.Context) {
 
 // link is one WebSocket to the server.
 type link struct {
-	peer.Peer[*claim, *outbox.Link[*claim]]
+	peer.Peer[*claim, *outbox.Link[*claim], peer.WebSocket[*claim]]
 
 	// Set once.
 	pool       *upstreamPool
@@ -874,7 +874,7 @@ func newLink(p *upstreamPool, t *target, slot int, conn net.Conn, in *bufio.Read
 		unwritten: map[*agentConn][]entry{}, agents: map[*agentConn]struct{}{},
 	}, p.cfg.Load()
 	l.Relayed = &p.tel.Up
-	l.Socket = socket.New(conn, socket.LinkInput(conn, in, linkReadBuffer), true, cfg.MaxMessageSize, linkWriteTimeout, l)
+	l.Socket.Socket = socket.New(conn, socket.LinkInput(conn, in, linkReadBuffer), true, cfg.MaxMessageSize, linkWriteTimeout, l)
 	share := memory.LinkShare(int64(cfg.MaxBufferedSize), cfg.Server.Connections)
 	l.Outbox = outbox.NewLink(l, share, &p.memory.Up, p.blind.Load())
 	return l

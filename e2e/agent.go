@@ -40,8 +40,9 @@ type Agent struct {
 type agentOptions struct {
 	headers   http.Header
 	tls       *tls.Config
-	heartbeat time.Duration // 0 for none
-	uid       uuid.UUID     // one of its own unless set
+	heartbeat time.Duration // 0 for none; over plain HTTP, the interval of polls
+	compress  bool
+	uid       uuid.UUID // one of its own unless set
 }
 
 // startAgent starts an agent; it does not wait until it is connected. It is stopped at the
@@ -53,6 +54,9 @@ func startAgent(t *testing.T, name, url string, opts agentOptions) *Agent {
 	}
 	a := &Agent{name: name, uid: opts.uid, heard: map[string]int{}, news: make(chan struct{})}
 	a.client = client.NewWebSocket(a)
+	if strings.HasPrefix(url, "http") {
+		a.client = client.NewHTTP(a)
+	}
 	attribute := func(key, value string) *protobufs.KeyValue {
 		return &protobufs.KeyValue{Key: key, Value: &protobufs.AnyValue{Value: &protobufs.AnyValue_StringValue{StringValue: value}}}
 	}
@@ -74,6 +78,7 @@ func startAgent(t *testing.T, name, url string, opts agentOptions) *Agent {
 		TLSConfig:         opts.tls,
 		InstanceUid:       types.InstanceUid(a.uid),
 		HeartbeatInterval: &opts.heartbeat,
+		EnableCompression: opts.compress,
 		Callbacks: types.Callbacks{
 			OnConnect:          a.onConnect,
 			OnConnectFailed:    a.onConnectFailed,

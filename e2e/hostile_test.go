@@ -36,8 +36,10 @@ func TestNoAgents(t *testing.T) {
 		status        int
 	}{
 		{"GET", "GET /v1/opamp HTTP/1.1\r\nHost: x\r\n\r\n", http.StatusUpgradeRequired},
-		{"POST", "POST /v1/opamp HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-protobuf\r\nContent-Length: 2\r\n\r\n\x10\x01", http.StatusBadRequest},
-		{"POST that asks for an upgrade", strings.Replace(upgrade(), "GET", "POST", 1), http.StatusUpgradeRequired},
+		{"POST", "POST /v1/opamp HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}", http.StatusUnsupportedMediaType},
+		{"POST of nothing", "POST /v1/opamp HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-protobuf\r\nContent-Length: 0\r\n\r\n", http.StatusBadRequest},
+		{"PUT", "PUT /v1/opamp HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-protobuf\r\nContent-Length: 2\r\n\r\n\x10\x01", http.StatusMethodNotAllowed},
+		{"POST that asks for an upgrade", strings.Replace(upgrade(), "GET", "POST", 1), http.StatusUnsupportedMediaType},
 		{"WebSocket of old", strings.Replace(upgrade(), "Version: 13", "Version: 8", 1), http.StatusBadRequest},
 		{"foreign origin", upgrade("Origin: https://evil.example"), http.StatusForbidden},
 		{"header of 40 KiB", upgrade("X-Large: " + strings.Repeat("x", 40<<10)), http.StatusRequestHeaderFieldsTooLarge},

@@ -417,6 +417,7 @@ func TestMemoryOfStrangers(t *testing.T) {
 				{"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "GET / HTTP/1.1\r\nHost: x\r\n\r\n"},
 				{"POST / HTTP/1.1\r\nHost: x\r\nContent-Encoding: snappy\r\nContent-Length: 100000000\r\n\r\n" + noise, noise},
 				{"POST / HTTP/1.1\r\nHost: x\r\nContent-Encoding: zstd\r\nTransfer-Encoding: chunked\r\n\r\n400000\r\n" + noise, "\r\n400000\r\n" + noise},
+				{"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-protobuf\r\nAuthorization: Secret-Key guess\r\nContent-Encoding: gzip\r\nContent-Length: 60000000\r\n\r\n" + noise, noise},
 				{upgradeRequest("Authorization: Secret-Key guess", "X: "+noise[:16000]), ""},
 				{upgradeRequest("Authorization: Secret-Key guess", "X: "+strings.Repeat("\xff", 16000)), noise},
 			}

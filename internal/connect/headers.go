@@ -57,6 +57,8 @@ func ofConnection(canonical string) bool {
 	case "Connection", "Keep-Alive", "Proxy-Connection", "Proxy-Authenticate", "Proxy-Authorization", "Te", "Trailer",
 		"Transfer-Encoding", "Upgrade", "Content-Length", "Expect", "Host", clientCert, clientCertChain:
 		return true
+	case "Content-Type", "Content-Encoding", "Accept-Encoding": // of a poll: a server would look for one
+		return true
 	}
 	return strings.HasPrefix(canonical, "Sec-Websocket-")
 }

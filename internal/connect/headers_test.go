@@ -19,7 +19,7 @@ func TestAgentHeaders(t *testing.T) {
 	question, err := connect.NewQuestion("192.0.2.1:1234", http.Header{
 		"Authorization": {"Secret-Key right"}, "User-Agent": {"agent/1.0"}, "Opamp-Version": {"v0.23.0"}, "X-Two": {"a", "b"}, "Origin": {"https://agent.example"},
 		"Connection": {"Upgrade, X-Hop", "x-other"}, "X-Hop": {"1"}, "X-Other": {"2"}, "Upgrade": {"websocket"}, "Keep-Alive": {"9"}, "Te": {"trailers"},
-		"Transfer-Encoding": {"chunked"}, "Content-Length": {"7"}, "Host": {"elsewhere"}, "Proxy-Authorization": {"Basic"}, "Client-Cert": {"forged"},
+		"Transfer-Encoding": {"chunked"}, "Content-Type": {"application/x-protobuf"}, "Content-Encoding": {"gzip"}, "Accept-Encoding": {"gzip"}, "Content-Length": {"7"}, "Host": {"elsewhere"}, "Proxy-Authorization": {"Basic"}, "Client-Cert": {"forged"},
 		"Sec-Websocket-Key": {"key"}, "Sec-Websocket-Version": {"13"}, "Sec-Websocket-Extensions": {"x"}, "Sec-Websocket-Protocol": {"y"},
 		"Bad Name": {"x"}, "X-Bad": {"a\r\nb: c"},
 	}, nil)

@@ -5,10 +5,12 @@
 //   - so many header lines, of so many bytes, and so much time from connecting to the end of the
 //     request's head, TLS included. The head is kept in memory of its own size until it is complete,
 //     and only then given to the HTTP server, all of it;
-//   - one request, without a body. Whatever is no 101 is the last that is said on the connection.
+//   - one request, of which nothing is read behind its head. Whatever is no 101 is the last that is said
+//     on the connection.
 //
 // A connection that is upgraded is a stranger no more: Upgrade returns what is below, without any of
-// this. The package knows nothing of agents.
+// this. One whose request LetIn lets in may send its body, and other requests after it, if Keep says so.
+// The package knows nothing of agents.
 package door
 
 import (
@@ -16,8 +18,10 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"math"
 	"net"
 	"net/http"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -50,8 +54,12 @@ type Limits struct {
 // they shake hands: the hello of most has less than 2 KiB, a chain of certificates a few more.
 const flightSize = 16 << 10
 
-// mostHeaderSize is above any HeaderSize. It is for the HTTP server, which sees nothing that the door does not take.
-const mostHeaderSize = 1 << 20
+// mostHeaderSize is above any HeaderSize. It is for the HTTP server, which sees nothing of a stranger's that the door
+// does not take, and whom it keeps out of its memory once they are let in.
+const mostHeaderSize = 128 << 10
+
+// idleTimeout is how long a connection is kept between two requests where the listener sets no limit.
+const idleTimeout = time.Minute
 
 // slack is how many connections above the limits are answered that there are too many. What comes
 // on top of that is closed without a word.
@@ -70,7 +78,8 @@ type Door struct {
 	secure   atomic.Pointer[tls.Config] // nil where there is no TLS
 	limits   atomic.Pointer[Limits]
 
-	open      atomic.Int64    // connections
+	open      atomic.Int64    // connections, and guests
+	guests    *fair.ByAddress // those who have a place without a connection
 	strangers *fair.ByAddress // their places
 	slack     *fair.ByAddress // the places of those that are too many
 }
@@ -82,6 +91,7 @@ func New(l net.Listener, secure *tls.Config, limits Limits, log *zap.Logger, tur
 	d := &Door{
 		patience: limits.Timeout, log: log, turnedAway: turnedAway,
 		strangers: fair.NewByAddress(limits.Strangers, 1), slack: fair.NewByAddress(limits.slack(), 1),
+		guests: fair.NewByAddress(math.MaxInt32, 1),
 	}
 	d.listener.Store(&l)
 	d.Change(secure, limits)
@@ -159,6 +169,8 @@ func (d *Door) Prepare(server *http.Server) {
 	if timeout := cmp.Or(server.ReadHeaderTimeout, server.ReadTimeout); timeout > 0 {
 		d.patience = min(d.patience, timeout)
 	}
+	server.ReadHeaderTimeout = d.patience // of further requests
+	server.IdleTimeout = cmp.Or(server.IdleTimeout, server.ReadTimeout, idleTimeout)
 	server.MaxHeaderBytes = maxRequestLine + mostHeaderSize
 	// Otherwise the server takes "Upgrade" out of the Connection header of a 426.
 	server.SetKeepAlivesEnabled(true)
@@ -219,7 +231,24 @@ func (d *Door) Close() error {
 // Addr returns the address listened at.
 func (d *Door) Addr() net.Addr { return (*d.listener.Load()).Addr() }
 
-// Open returns how many connections there are now, those that were let in included.
+// Enter gives a place to somebody from this address who comes and goes, as an agent that polls, and reports whether
+// there is one. Guests of one address leave places to others, as strangers do.
+func (d *Door) Enter(address netip.Prefix) bool {
+	free := d.limits.Load().Connections - int(d.open.Add(1))
+	if free < 0 || d.guests.Held(address) > strangersPerFree*free || !d.guests.Take(address, 1) {
+		d.open.Add(-1)
+		return false
+	}
+	return true
+}
+
+// Leave gives back what Enter gave.
+func (d *Door) Leave(address netip.Prefix) {
+	d.guests.Give(address, 1)
+	d.open.Add(-1)
+}
+
+// Open returns how many connections and guests there are now, strangers included.
 func (d *Door) Open() int { return int(d.open.Load()) }
 
 // meet gives conn a place; nil if there is none.

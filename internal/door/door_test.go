@@ -494,6 +494,13 @@ func TestCheck(t *testing.T) {
 		}
 		return header
 	}
+	post := func(change ...string) http.Request {
+		header := http.Header{"Content-Type": {"application/x-protobuf"}}
+		for i := 0; i < len(change); i += 2 {
+			header.Set(change[i], change[i+1])
+		}
+		return http.Request{Method: http.MethodPost, Header: header, ContentLength: 1}
+	}
 	twice := with()
 	twice.Add("Sec-Websocket-Key", "dGhlIHNhbXBsZSBub25jZQ==")
 	rules := NewRules([]string{"https://Console.example", "http://*.example:8080"})
@@ -507,8 +514,21 @@ func TestCheck(t *testing.T) {
 		{"good", http.Request{Header: with()}, rules, 0, ""},
 		{"body", http.Request{Header: with(), ContentLength: 1}, rules, 400, "body"},
 		{"body of unknown length", http.Request{Header: with(), ContentLength: -1, TransferEncoding: []string{"chunked"}}, rules, 400, "body"},
-		{"body and everything else wrong", http.Request{Method: http.MethodPost, Header: http.Header{"Origin": {"x"}}, ContentLength: 1}, rules, 400, "body"},
-		{"POST", http.Request{Method: http.MethodPost, Header: with()}, rules, 426, "by WebSocket"},
+		{"body and everything else wrong", http.Request{Header: http.Header{"Origin": {"x"}}, ContentLength: 1}, rules, 400, "body"},
+		{"PUT", http.Request{Method: http.MethodPut, Header: with(), ContentLength: 1}, rules, 405, "by WebSocket, or POST"},
+		{"OPTIONS", http.Request{Method: http.MethodOptions, Header: with()}, rules, 405, "by WebSocket, or POST"},
+		{"poll", post(), rules, 0, ""},
+		{"poll of unknown length", http.Request{Method: http.MethodPost, Header: post().Header, ContentLength: -1, TransferEncoding: []string{"chunked"}}, rules, 0, ""},
+		{"poll with a parameter", post("Content-Type", "Application/X-Protobuf; charset=x"), rules, 0, ""},
+		{"poll in gzip", post("Content-Encoding", "GZIP"), rules, 0, ""},
+		{"poll as it is", post("Content-Encoding", "identity"), rules, 0, ""},
+		{"poll from a page that may", post("Origin", "https://console.example"), rules, 0, ""},
+		{"poll from a page that may not", post("Origin", "https://evil.example"), rules, 403, "allowed_origins"},
+		{"POST of nothing that is OpAMP", http.Request{Method: http.MethodPost, Header: with(), ContentLength: 1}, rules, 415, "application/x-protobuf"},
+		{"POST of JSON", post("Content-Type", "application/json"), rules, 415, "application/x-protobuf"},
+		{"poll in another encoding", post("Content-Encoding", "zstd"), rules, 415, "gzip"},
+		{"poll in two encodings", post("Content-Encoding", "gzip, gzip"), rules, 415, "gzip"},
+		{"empty poll", http.Request{Method: http.MethodPost, Header: post().Header}, rules, 400, "empty"},
 		{"HEAD", http.Request{Method: http.MethodHead, Header: with()}, rules, 426, "by WebSocket"},
 		{"no upgrade", http.Request{Header: with("Upgrade", "")}, rules, 426, "by WebSocket"},
 		{"another upgrade", http.Request{Header: with("Upgrade", "h2c")}, rules, 426, "by WebSocket"},
@@ -568,18 +588,19 @@ func TestCheck(t *testing.T) {
 
 // TestBody has requests announce a body that never comes, or comes without end.
 func TestBody(t *testing.T) {
-	for _, request := range []string{
-		"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n",
-		"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 20971520\r\nContent-Encoding: snappy\r\n\r\n",
-		"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n",
-		"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\nExpect: 100-continue\r\n\r\n",
-		"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n\x10\x01",
-		strings.TrimSuffix(upgrade(), "\r\n") + "Content-Length: 1\r\n\r\n",
+	for request, status := range map[string]int{
+		"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n":                                  http.StatusUnsupportedMediaType,
+		"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 20971520\r\nContent-Encoding: snappy\r\n\r\n": http.StatusUnsupportedMediaType,
+		"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n":                           http.StatusUnsupportedMediaType,
+		"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\nExpect: 100-continue\r\n\r\n":          http.StatusUnsupportedMediaType,
+		"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n\x10\x01":                            http.StatusUnsupportedMediaType,
+		"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n\x10\x01":                             http.StatusMethodNotAllowed,
+		strings.TrimSuffix(upgrade(), "\r\n") + "Content-Length: 1\r\n\r\n":                          http.StatusBadRequest,
 	} {
 		buildInBubble(t, func(t *testing.T, h *house) {
 			begin := time.Now()
-			_, text := h.knock().say(request).wantRefused(http.StatusBadRequest)
-			require.Contains(t, text, "body")
+			_, text := h.knock().say(request).wantRefused(status)
+			require.Contains(t, text, "POST")
 			synctest.Wait()
 			require.LessOrEqual(t, time.Since(begin), lingerTimeout)
 			require.Zero(t, h.door.strangers.Taken()-h.door.Open())
@@ -588,7 +609,7 @@ func TestBody(t *testing.T) {
 	// The answer is heard by who goes on sending.
 	h := buildOnLoopback(t, nil, usual)
 	v := h.knock().say("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + strings.Repeat("x", 100_000))
-	v.wantRefused(http.StatusBadRequest)
+	v.wantRefused(http.StatusUnsupportedMediaType)
 }
 
 // TestOneRequest has any answer be the last, whatever the handler says, and without anybody waiting.

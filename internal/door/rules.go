@@ -3,7 +3,6 @@ package door
 import (
 	"encoding/base64"
 	"errors"
-	"math/rand/v2"
 	"net/http"
 	"slices"
 	"strconv"
@@ -39,17 +38,26 @@ func NewRules(allowedOrigins []string) *Rules {
 	return r
 }
 
-// Check returns nil if r can become an agent's connection. It reads nothing of a body.
+// Check returns nil if r can become an agent's connection, or is the poll of an agent over plain HTTP. It reads
+// nothing of a body.
 func (rules *Rules) Check(r *http.Request) *Refusal {
 	s := strangerOf(r)
 	switch {
+	case r.Method == http.MethodPost:
+		return rules.checkPost(s, r)
+	case r.Method != http.MethodGet && r.Method != http.MethodHead:
+		return &Refusal{
+			Status: http.StatusMethodNotAllowed, Outcome: telemetry.OutcomeBadRequest,
+			Header: http.Header{"Allow": {"GET, POST"}},
+			Text:   "this is an OpAMP gateway: agents connect to it by WebSocket, or POST to it",
+		}
 	case r.ContentLength != 0 || len(r.TransferEncoding) > 0:
-		return badRequest("this is an OpAMP gateway: agents connect to it by WebSocket, a request with a body is not read")
+		return badRequest("this is an OpAMP gateway: agents connect to it by WebSocket, whose request has no body, or POST to it")
 	case r.Method != http.MethodGet || !r.ProtoAtLeast(1, 1) || !upgradesToWebSocket(r.Header):
 		return &Refusal{
 			Status: http.StatusUpgradeRequired, Outcome: telemetry.OutcomeBadRequest,
 			Header: http.Header{"Upgrade": {"websocket"}, "Connection": {"Upgrade"}},
-			Text:   "this is an OpAMP gateway: agents connect to it by WebSocket, plain HTTP is not offered",
+			Text:   "this is an OpAMP gateway: agents connect to it by WebSocket, or POST to it",
 		}
 	case r.Header.Get("Sec-Websocket-Version") != "13":
 		refusal := badRequest("WebSocket version 13 is needed")
@@ -58,18 +66,11 @@ func (rules *Rules) Check(r *http.Request) *Refusal {
 	case !validKey(r.Header["Sec-Websocket-Key"]):
 		return badRequest("Sec-WebSocket-Key is missing or malformed")
 	case !rules.allow(r.Header["Origin"]):
-		return &Refusal{
-			Status: http.StatusForbidden, Outcome: telemetry.OutcomeBadRequest,
-			Text: "web pages of this origin may not connect, see listener::cors::allowed_origins",
-		}
+		return foreignOrigin()
 	case s != nil && s.early.Load():
 		return earlyData()
 	case s != nil && s.excess != "":
-		return &Refusal{
-			Status: http.StatusServiceUnavailable, Outcome: telemetry.OutcomeTooMany, Text: s.excess,
-			// 30 s is the least that the OpAMP specification recommends; the jitter spreads a fleet.
-			Header: http.Header{"Retry-After": {strconv.Itoa(30 + rand.IntN(31))}},
-		}
+		return tooMany(s.excess)
 	}
 	return nil
 }

@@ -66,6 +66,7 @@ type stranger struct {
 
 	// Shared.
 	early    atomic.Bool // something came behind the head
+	letIn    atomic.Bool // it may send bodies, and further requests
 	answered atomic.Bool // at least in part
 }
 
@@ -87,6 +88,11 @@ func (s *stranger) self() *stranger { return s }
 // answer there is nothing more to read: one request is all that a stranger has.
 func (s *stranger) Read(b []byte) (int, error) {
 	switch {
+	case s.letIn.Load() && !s.ended:
+		if s.held.first != nil {
+			return s.held.take(b), nil
+		}
+		return s.conn.Read(b)
 	case s.ended, s.answered.Load(): // the server may still be writing: all that ends is the reading
 		return 0, io.EOF
 	case !s.shake():

@@ -46,6 +46,7 @@ var (
 	Slow           = &Cause{Reason: telemetry.ReasonAgentSlow, Counts: true, Code: websocket.CloseTryAgainLater, Text: "agent reads too slowly", Told: true}
 	MemoryFull     = &Cause{Reason: telemetry.ReasonMemoryFull, Counts: true, Code: websocket.CloseTryAgainLater, Text: "no progress while memory is used up", Told: true}
 	Silent         = &Cause{Reason: telemetry.ReasonAgentSilent, Counts: true, Code: websocket.CloseGoingAway, Text: "no sign of life"}
+	PollsMissed    = &Cause{Reason: telemetry.ReasonAgentMissedPolls, Counts: true, Text: "three polls missed", Told: true}
 	GraceOver      = &Cause{Reason: telemetry.ReasonGraceOver, Counts: true, Text: "no connection to the server", Told: true}
 	Refused        = &Cause{Reason: telemetry.ReasonAgentRefused, Counts: true, Code: websocket.ClosePolicyViolation, Text: "refused by the server"}
 	LinkLost       = &Cause{Code: websocket.CloseServiceRestart, Text: "connection to the server was lost"}
@@ -54,7 +55,7 @@ var (
 
 // Causes is the table of all causes, for docs/metrics.md.
 var Causes = []*Cause{
-	BadMessages, NoWebSocket, TooLarge, ForeignConnect, Mute, Slow, MemoryFull, Silent, GraceOver, Refused, LinkLost, Shutdown,
+	BadMessages, NoWebSocket, TooLarge, ForeignConnect, Mute, Slow, MemoryFull, Silent, PollsMissed, GraceOver, Refused, LinkLost, Shutdown,
 }
 
 // delay is how long an offending connection is kept at least, and half of how long at most, but

@@ -1,5 +1,5 @@
 // Package peer is what both sides of the relay have in common, an agent's connection and a link to the server: a
-// socket with its outbox. It counts what is written, tells who gives no sign of life any more, and
+// socket, or what takes its place, with its outbox. It counts what is written, tells who gives no sign of life any more, and
 // answers who says goodbye.
 package peer
 
@@ -23,10 +23,32 @@ type Outbox interface {
 	Drain(ctx context.Context)
 }
 
-// Peer is one connection whose entries have a sender S, and wait in an outbox O. Both are set once, before anybody else
-// knows of it.
-type Peer[S any, O Outbox] struct {
-	Socket  *socket.Socket
+// Socket is what Peer needs of what carries its messages.
+type Socket[S any] interface {
+	WriteBatch(batch []outbox.Entry[S]) (written int, err error)
+	TryBatch(batch []outbox.Entry[S]) (written int, err error)
+	Hurry()
+	Close()
+	Sweep() (quiet int)
+}
+
+// WebSocket is a Socket for entries of sender S.
+type WebSocket[S any] struct{ *socket.Socket }
+
+// WriteBatch writes to the socket.
+func (w WebSocket[S]) WriteBatch(batch []outbox.Entry[S]) (written int, err error) {
+	return socket.WriteBatch(w.Socket, batch)
+}
+
+// TryBatch writes to the socket what it takes at once.
+func (w WebSocket[S]) TryBatch(batch []outbox.Entry[S]) (written int, err error) {
+	return socket.TryBatch(w.Socket, batch)
+}
+
+// Peer is one connection whose entries have a sender S, wait in an outbox O, and are carried by C. Both are set once,
+// before anybody else knows of it.
+type Peer[S any, O Outbox, C Socket[S]] struct {
+	Socket  C
 	Outbox  O
 	Relayed *telemetry.Direction // what is written to it
 
@@ -34,31 +56,31 @@ type Peer[S any, O Outbox] struct {
 }
 
 // Written returns how many messages were handed to the socket, and their bytes.
-func (p *Peer[S, O]) Written() (messages, bytes uint64) { return p.messages.Load(), p.bytes.Load() }
+func (p *Peer[S, O, C]) Written() (messages, bytes uint64) { return p.messages.Load(), p.bytes.Load() }
 
 // WriteBatch writes to the socket; the outbox calls it.
-func (p *Peer[S, O]) WriteBatch(batch []outbox.Entry[S]) (written int, err error) {
-	written, err = socket.WriteBatch(p.Socket, batch)
+func (p *Peer[S, O, C]) WriteBatch(batch []outbox.Entry[S]) (written int, err error) {
+	written, err = p.Socket.WriteBatch(batch)
 	p.count(batch[:written])
 	return written, err
 }
 
 // TryBatch writes to the socket what it takes at once; the outbox calls it.
-func (p *Peer[S, O]) TryBatch(batch []outbox.Entry[S]) (written int, err error) {
-	written, err = socket.TryBatch(p.Socket, batch)
+func (p *Peer[S, O, C]) TryBatch(batch []outbox.Entry[S]) (written int, err error) {
+	written, err = p.Socket.TryBatch(batch)
 	p.count(batch[:written])
 	return written, err
 }
 
 // Hurry bounds what the connection may still take; the outbox calls it.
-func (p *Peer[S, O]) Hurry() { p.Socket.Hurry() }
+func (p *Peer[S, O, C]) Hurry() { p.Socket.Hurry() }
 
 // Close ends the connection; the outbox calls it.
-func (p *Peer[S, O]) Close() { p.Socket.Close() }
+func (p *Peer[S, O, C]) Close() { p.Socket.Close() }
 
 // Answer is for the reader whose reading has ended with err: a close frame of the other side is answered, for
 // which it waits as long as ctx, and for a moment at most.
-func (p *Peer[S, O]) Answer(ctx context.Context, err error) {
+func (p *Peer[S, O, C]) Answer(ctx context.Context, err error) {
 	code := CloseCode(err)
 	if code == 0 {
 		return
@@ -98,7 +120,7 @@ const (
 )
 
 // Sweep tells whether there was a sign of life lately.
-func (p *Peer[S, O]) Sweep(limits Limits) Sign {
+func (p *Peer[S, O, C]) Sweep(limits Limits) Sign {
 	switch quiet := p.Socket.Sweep(); {
 	case quiet >= limits.Close:
 		return Silent
@@ -109,7 +131,7 @@ func (p *Peer[S, O]) Sweep(limits Limits) Sign {
 }
 
 // count counts messages that were handed to their socket. Of a batch, the first has waited the longest.
-func (p *Peer[S, O]) count(batch []outbox.Entry[S]) {
+func (p *Peer[S, O, C]) count(batch []outbox.Entry[S]) {
 	messages, bytes, first := 0, 0, int64(0)
 	for i := range batch {
 		if e := &batch[i]; e.Taken != 0 {

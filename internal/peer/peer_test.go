@@ -39,7 +39,7 @@ func TestAnswer(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			require.Equal(t, test.code, peer.CloseCode(test.err))
 			o := &outbox{}
-			p := peer.Peer[int, *outbox]{Outbox: o}
+			p := peer.Peer[int, *outbox, peer.WebSocket[int]]{Outbox: o}
 			p.Answer(t.Context(), test.err)
 			require.Equal(t, test.want, o.replies)
 			require.Equal(t, test.want != nil, o.drained)

@@ -16,6 +16,7 @@ const (
 	ReasonAgentSlow        Reason = "agent_slow"
 	ReasonAgentSilent      Reason = "agent_silent"
 	ReasonAgentMute        Reason = "agent_mute"
+	ReasonAgentMissedPolls Reason = "agent_missed_polls"
 	ReasonAgentRefused     Reason = "agent_refused"
 	ReasonAgentFloods      Reason = "agent_floods"
 	ReasonServerEndsLink   Reason = "server_ends_link"
@@ -52,6 +53,7 @@ var Reasons = []struct {
 	{ReasonAgentSlow, "more waits for an agent than may, or a write to it makes no progress", ""},
 	{ReasonAgentSilent, "an agent gives no sign of life", ""},
 	{ReasonAgentMute, "an agent was let in and has said nothing for a minute", ""},
+	{ReasonAgentMissedPolls, "an agent over plain HTTP has missed three polls", ""},
 	{ReasonAgentRefused, "the server refused an agent after a link was lost", ""},
 	{ReasonAgentFloods, "an agent says more than the server takes for a second or longer", "reads it no faster than that, and nobody else slower; named in the log when it lasts"},
 	{ReasonServerEndsLink, "the server ended links because of this agent's message", "skips it, tells the agent, and turns down whatever it says for 10 minutes, 2 if the server did not say why it ended them, and longer each time"},
@@ -104,7 +106,7 @@ var Outcomes = []struct {
 	{OutcomeCannotAsk, "503: the server does not know the gateway capability; never with `auto`"},
 	{OutcomeCannotVerify, "503: the server was tried with the agent's headers, and gave no verdict"},
 	{OutcomeTooMany, "503: too many are connected, or wait, or what they sent takes too much memory"},
-	{OutcomeBadRequest, "4xx: not a WebSocket upgrade, too large, with a body, or from a web page"},
+	{OutcomeBadRequest, "4xx: neither a WebSocket upgrade nor a poll, too large, unreadable, or from a web page"},
 	{OutcomeUnauthorized, "turned away by `listener.auth` or a middleware, with its status"},
 	{OutcomeNoGateways, "403: a gateway, and `agents.allow_gateways` is not set"},
 	{OutcomeCannotUpgrade, "500: a middleware stands in the way of the upgrade"},

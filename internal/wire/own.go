@@ -51,6 +51,9 @@ func (m Format) Goodbye(uid UID, sequence uint64) []byte {
 	return protowire.AppendBytes(frame, nil)
 }
 
+// Nothing returns a ServerToAgent with nothing to say: what a server answers where it has to.
+func (m Format) Nothing(uid UID) []byte { return m.begin(uid) }
+
 // ReportFullState returns a ServerToAgent that asks the agent for its full state.
 func (m Format) ReportFullState(uid UID) []byte {
 	return m.marshal(&protobufs.ServerToAgent{
