@@ -338,13 +338,19 @@ func (s *downstreamServer) tryAdmit(w http.ResponseWriter, r *http.Request) tele
 	address := fair.AddressOf(r.RemoteAddr)
 	certificate := verifiedCertificate(r)
 	a.credentials = credentialsOf(r.Header, certificate)
-	if cfg.Server.AgentAdmission == AdmissionAsk {
+	overHTTP := s.pool.target.Load().http
+	if cfg.Server.AgentAdmission == AdmissionAsk || overHTTP {
 		question, err := connect.NewQuestion(r.RemoteAddr, r.Header, certificate)
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusRequestHeaderFieldsTooLarge)
 			return telemetry.OutcomeBadRequest
 		}
 		a.question = question
+	}
+	if overHTTP {
+		if verdict, ok := s.pool.refusals.find(a.question); ok {
+			return s.refuse(w, r, verdict)
+		}
 	}
 	taken := requestMemory + 2*len(a.question) // the headers, and what is made of them
 	if !s.memory.Requests.Take(address, taken) {
@@ -370,11 +376,7 @@ func (s *downstreamServer) tryAdmit(w http.ResponseWriter, r *http.Request) tele
 		return s.turnAway(w, r, err)
 	}
 	if !verdict.Accept {
-		verdict.CopyRefusalHeaders(w.Header())
-		status := verdict.RefusalStatus()
-		s.logRefusal("server refused agent", r, status)
-		http.Error(w, "refused by the OpAMP server: "+http.StatusText(status), status)
-		return telemetry.OutcomeRefused
+		return s.refuse(w, r, verdict)
 	}
 	a.kept = len(a.question)
 	if !s.memory.Kept.Take(0, a.kept) {
@@ -390,6 +392,15 @@ func (s *downstreamServer) tryAdmit(w http.ResponseWriter, r *http.Request) tele
 	started = true
 	a.start(conn)
 	return telemetry.OutcomeAccepted
+}
+
+// refuse answers an agent that the server has refused.
+func (s *downstreamServer) refuse(w http.ResponseWriter, r *http.Request, verdict connect.Result) telemetry.Outcome {
+	verdict.CopyRefusalHeaders(w.Header())
+	status := verdict.RefusalStatus()
+	s.logRefusal("server refused agent", r, status)
+	http.Error(w, "refused by the OpAMP server: "+http.StatusText(status), status)
+	return telemetry.OutcomeRefused
 }
 
 // notUpgraded says why an agent that was let in could not be.
@@ -505,7 +516,7 @@ func (p *upstreamPool) admit(ctx context.Context, a *agentConn) (connect.Result,
 		if err != nil {
 			return connect.Result{}, err
 		}
-		if a.question == nil {
+		if a.question == nil || l.posts != nil { // its messages are answered by whether it may say them
 			return connect.Result{Accept: true}, nil
 		}
 		result, err := l.ask(ctx, a, questions.ClassNewcomer, p.cfg.Load().Server.AdmissionTimeout)
@@ -622,7 +633,7 @@ func (l *link) answer(frame []byte, f *wire.Fields, data []byte, taken int64) {
 // is asked, nobody vouches for the gateway.
 func (a *agentConn) relayQuestion(frame []byte, f *wire.Fields, kind connect.Kind, data []byte) error {
 	s := a.server
-	if !a.gateway || a.question == nil || kind != connect.Connect || len(f.UID) > 0 {
+	if !a.gateway || a.question == nil || s.pool.target.Load().http || kind != connect.Connect || len(f.UID) > 0 {
 		a.offend(ending.ForeignConnect)
 		return errOffended
 	}

@@ -50,16 +50,18 @@ type Config struct {
 
 // ServerConfig says how to reach the server and how to ask it about agents.
 type ServerConfig struct {
-	// Endpoint is the server's URL, ws:// or wss://.
+	// Endpoint is the server's URL: ws:// or wss://, or http:// or https:// for a server that is reached over plain HTTP
+	// only, where each message is posted with the headers of its agent.
 	Endpoint string `mapstructure:"endpoint"`
 
-	// Headers are sent with the upgrade request of every link, to the endpoint's host only.
+	// Headers are sent with the upgrade request of every link, to the endpoint's host only. Over plain HTTP they are lent
+	// to agents, where these have none of that name, with agent_admission: accept only.
 	Headers Headers `mapstructure:"headers,omitempty"`
 
-	// TLS applies to a wss:// endpoint.
+	// TLS applies to a wss:// or https:// endpoint.
 	TLS configtls.ClientConfig `mapstructure:"tls,omitempty"`
 
-	// Connections is the number of links kept to the server.
+	// Connections is the number of links kept to the server; over plain HTTP, of connections at a time.
 	Connections int `mapstructure:"connections"`
 
 	// AgentID comes first in the name by which each link announces itself to the server. Without it the
@@ -72,7 +74,8 @@ type ServerConfig struct {
 	// KeepAlive finds links that died without a word.
 	KeepAlive KeepAliveConfig `mapstructure:"keep_alive"`
 
-	// AgentAdmission says who decides which agents may connect.
+	// AgentAdmission says who decides which agents may connect. Over plain HTTP the server does, by its answer to what an
+	// agent says, whatever is set.
 	AgentAdmission AgentAdmission `mapstructure:"agent_admission"`
 
 	// AdmissionTimeout bounds the time from an agent's request to its answer.
@@ -279,14 +282,20 @@ func (c *ServerConfig) validateEndpoint() error {
 		return fmt.Errorf("endpoint: is not a URL: %w", err)
 	}
 	switch {
-	case u.Scheme != "ws" && u.Scheme != "wss":
-		return fmt.Errorf("endpoint: must start with ws:// or wss://, is %q", socket.Place(u))
+	case u.Scheme != "ws" && u.Scheme != "wss" && !overHTTP(u.Scheme):
+		return fmt.Errorf("endpoint: must start with ws://, wss://, http:// or https://, is %q", socket.Place(u))
 	case u.Hostname() == "":
 		return fmt.Errorf("endpoint: has no host: %q", socket.Place(u))
 	case u.User != nil:
 		return errors.New("endpoint: must not hold a user or password; use headers instead")
 	}
 	return nil
+}
+
+// overHTTP reports whether the server is reached over plain HTTP.
+func (c *ServerConfig) overHTTP() bool {
+	u, err := url.Parse(c.Endpoint)
+	return err == nil && overHTTP(u.Scheme)
 }
 
 func (c *ServerConfig) validateHeaders() error {

@@ -36,6 +36,9 @@ func warnOfDangers(cfg *Config, log *zap.Logger) {
 	if err == nil && endpoint.Scheme == "ws" && len(server.Headers) > 0 && !isLoopback(endpoint.Hostname()) {
 		log.Warn("server::endpoint is ws://, so server::headers, and what agents send, travel to another host in clear; use wss://")
 	}
+	if err == nil && endpoint.Scheme == "http" && !isLoopback(endpoint.Hostname()) {
+		log.Warn("server::endpoint is http://, so what agents send, and the keys in their headers, travel to another host in clear; use https://")
+	}
 	if server.TLS.InsecureSkipVerify {
 		log.Warn("server::tls::insecure_skip_verify is set: whoever answers at the server's address gets the keys of gateway and agents")
 	}

@@ -102,6 +102,7 @@ type upstreamPool struct {
 	slots         sync.WaitGroup
 	homing        sync.WaitGroup  // agents on their way to a new link, and goodbyes that wait to be said
 	suspicion     *suspicion.Book // whose messages the server may have ended links for
+	refusals      refusals        // of a server over plain HTTP
 	seen          *seen           // what the status page shows of what is over
 	left          []chan struct{} // by slot: closed when nothing dials there any more for the last target that had it; change's own
 
@@ -139,6 +140,7 @@ type target struct {
 	turns     []int                      // by slot: of its next attempt, see socket.DialInTurn; each is the slot's own
 	asking    *questions.Server          // whether it can be asked
 	slots     int                        // how many links there are
+	http      bool                       // it is reached over plain HTTP: see posts.go
 
 	// By change, before anybody dials.
 	dialing context.Context    // until leave, or the pool's stop
@@ -161,7 +163,10 @@ func newTarget(ctx context.Context, cfg *Config, set extension.Settings) (*targe
 	t := &target{
 		endpoint: endpoint, name: gatewayName(cfg, set.TelemetrySettings), headers: headers, elsewhere: elsewhere,
 		pace: newPace(cfg.Server.Connections), turns: firstTurns(cfg.Server.Connections), asking: questions.NewServer(),
-		slots: cfg.Server.Connections,
+		slots: cfg.Server.Connections, http: overHTTP(endpoint.Scheme),
+	}
+	if t.http {
+		t.slots = 1
 	}
 	t.tls.Store(tlsConfig)
 	return t, nil
@@ -222,6 +227,7 @@ func (p *upstreamPool) change(t *target) {
 	p.blind.Store(false)
 	p.mu.Unlock()
 	p.suspicion.Forget()
+	p.refusals.forget()
 	for _, l := range leaving {
 		l.Outbox.Close(websocket.FormatCloseMessage(websocket.CloseGoingAway, "gateway has another configuration"))
 	}
@@ -396,12 +402,15 @@ func (p *upstreamPool) dial(t *target, slot int) (l *link, retryAfter time.Durat
 		netDial = socket.DialInTurn(t.turns[slot])
 		t.turns[slot]++
 	}
+	if t.http {
+		return p.dialPosts(ctx, t, netDial)
+	}
 	dialer := socket.Dialer{NetDial: netDial, TLS: t.tls.Load(), ReadBufferSize: dialReadBuffer, Elsewhere: elsewhere}
 	conn, in, place, err := dialer.Dial(ctx, t.endpoint, headers)
 	if err != nil {
 		return nil, askedToWait(err), p.explainDial(err)
 	}
-	l = newLink(p, t, slot, conn, in)
+	l = newLink(p, t, slot, nil, conn, in)
 	l.redirected = redirectedTo(place)
 	return l, 0, nil
 }
@@ -446,6 +455,10 @@ func (p *upstreamPool) linkUp(l *link) bool {
 func (p *upstreamPool) linkDown(l *link, err error) (caught bool) {
 	unwritten := l.Outbox.Abort()
 	l.late = endsLate(err)
+	if l.posts != nil {
+		unwritten = append(l.posts.Rest(), unwritten...)
+		l.late = false // it was in the middle of nothing
+	}
 	kept := p.suspicion.NewcomersEnd()
 	caught = p.findCulprit(l, err)
 	for _, e := range unwritten {
@@ -737,6 +750,10 @@ func (p *upstreamPool) unacknowledged() (n int) {
 // over are forgotten.
 func (p *upstreamPool) sweep(limits peer.Limits) {
 	for _, l := range p.links() {
+		if l.posts != nil {
+			p.poll(l)
+			continue
+		}
 		switch l.Sweep(limits) {
 		case peer.Silent:
 			p.tel.Fault(telemetry.ReasonLinkSilent)
@@ -767,6 +784,9 @@ func (p *upstreamPool) finish(ctx, drained context.Context) {
 	})()
 	for _, l := range links {
 		l.Outbox.Drain(drained)
+		if l.posts != nil {
+			l.posts.Drain(drained)
+		}
 		l.Outbox.Close(websocket.FormatCloseMessage(websocket.CloseGoingAway, "gateway is shutting down"))
 	}
 	p.slots.Wait()
@@ -780,6 +800,7 @@ type link struct {
 	pool       *upstreamPool
 	target     *target
 	slot       int
+	posts      *posts        // nil unless the server is reached over plain HTTP
 	redirected zap.Field     // where the server has sent us
 	ended      chan struct{} // closed when it is not live any more
 	book       *questions.Book[*asker]
@@ -805,14 +826,15 @@ type link struct {
 	toldNoUID  bool // that the server names nobody was logged
 }
 
-func newLink(p *upstreamPool, t *target, slot int, conn net.Conn, in *bufio.Reader) *link {
+// newLink returns a link over conn. With q, nothing is read or written there, but posted.
+func newLink(p *upstreamPool, t *target, slot int, q *posts, conn net.Conn, in *bufio.Reader) *link {
 	l, cfg := &link{
-		pool: p, target: t, slot: slot, book: questions.NewBook[*asker](t.asking), ended: make(chan struct{}),
+		pool: p, target: t, slot: slot, posts: q, redirected: zap.Skip(), book: questions.NewBook[*asker](t.asking), ended: make(chan struct{}),
 		unwritten: map[*agentConn][]entry{}, agents: map[*agentConn]struct{}{},
 	}, p.cfg.Load()
 	l.Relayed = &p.tel.Up
 	l.Socket = socket.New(conn, socket.LinkInput(conn, in, linkReadBuffer), true, cfg.MaxMessageSize, linkWriteTimeout, l)
-	share := memory.LinkShare(int64(cfg.MaxBufferedSize), cfg.Server.Connections)
+	share := memory.LinkShare(int64(cfg.MaxBufferedSize), t.slots)
 	l.Outbox = outbox.NewLink(l, share, &p.memory.Up, p.blind.Load())
 	return l
 }
@@ -820,6 +842,9 @@ func newLink(p *upstreamPool, t *target, slot int, conn net.Conn, in *bufio.Read
 // read is the link's reader: it takes each frame to whom it is for, and waits for nobody. It
 // returns when the connection has ended.
 func (l *link) read() error {
+	if l.posts != nil {
+		return l.readPosts()
+	}
 	for {
 		frame, err := l.Socket.Read()
 		switch {
@@ -970,12 +995,32 @@ func (l *link) Release(n int) { l.pool.memory.Down.Give(n) }
 
 // WriteBatch writes to the link's socket; the outbox calls it.
 func (l *link) WriteBatch(batch []entry) (int, error) {
+	if l.posts != nil {
+		return l.postBatch(batch)
+	}
 	n, err := l.Peer.WriteBatch(batch)
 	if err != nil && errors.Is(err, socket.ErrStalled) {
 		l.givenUp.Store(true)
 		l.Close()
 	}
 	return n, err
+}
+
+// Hurry bounds what the link may still take; the outbox calls it.
+func (l *link) Hurry() {
+	if l.posts != nil {
+		l.hurryPosts()
+		return
+	}
+	l.Peer.Hurry()
+}
+
+// received returns the bytes of messages that came.
+func (l *link) received() uint64 {
+	if l.posts != nil {
+		return l.posts.received.Load()
+	}
+	return l.Socket.Received()
 }
 
 // failureReason is what stays the same when an attempt fails again in the same way: the text

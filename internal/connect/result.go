@@ -300,3 +300,18 @@ func valueLength(json []byte) int {
 		}
 	}
 }
+
+// Refusal returns the verdict that a server over plain HTTP has given by this status and these headers: as of a
+// connectResult, what is for the agent.
+func Refusal(status int, headers http.Header) Result {
+	r := Result{StatusCode: status, Headers: map[string]string{}}
+	size := 0
+	for name, values := range headers {
+		if len(values) == 0 || !forAgents(name) || size+headerSize(name, values[0]) > maxRefusalHeaders {
+			continue
+		}
+		size += headerSize(name, values[0])
+		r.Headers[name] = values[0]
+	}
+	return r
+}
