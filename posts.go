@@ -273,6 +273,7 @@ func (l *link) postOne(p *post) {
 // headersOf returns the headers of an agent's posts: its own.
 func (l *link) headersOf(a *agentConn) http.Header {
 	headers := posting.OwnHeaders(a.question.Headers())
+	headers.Del(connectionIDHeader) // a link has a name, a post has none
 	for name, values := range l.posts.lend {
 		if headers[name] == nil {
 			headers[name] = values

@@ -7,7 +7,9 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -21,6 +23,7 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/opampgateway/opampgateway/internal/connect"
 	"github.com/opampgateway/opampgateway/internal/gatewaytest"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
 )
@@ -733,5 +736,90 @@ func TestPostsAfterReload(t *testing.T) {
 		alice.WantMessage(uidOnly(alice))
 		o.wantSequence(alice, 1, 3)
 		require.Equal(t, "Secret-Key alice", o.from(alice)[1].header.Get("Authorization"))
+	})
+}
+
+// The agents behind a gateway are posted for with its headers, each by itself; one that is refused is told, and no other is.
+func TestPostsBehindGateway(t *testing.T) {
+	playHTTP(t, func(t *testing.T, s *stage, o *postOffice) {
+		below := s.connect("gateway", connectionIDHeader, "below/0", "Authorization", "Secret-Key below")
+		alice, bob := gatewaytest.UID("alice"), gatewaytest.UID("bob")
+		o.answers(func(w http.ResponseWriter, r *http.Request, p *posted) bool {
+			require.Equal(t, "Secret-Key below", r.Header.Get("Authorization"))
+			if bytes.Equal(p.InstanceUid, bob) {
+				w.WriteHeader(http.StatusForbidden)
+				return true
+			}
+			time.Sleep(time.Millisecond)
+			return false
+		})
+		below.Send(gatewaytest.Status(bob, 1))
+		require.Equal(t, protobufs.ServerErrorResponseType_ServerErrorResponseType_BadRequest, mustMessage(t, below.Next()).GetErrorResponse().GetType())
+		below.Send(gatewaytest.Status(alice, 1))
+		require.Equal(t, alice, mustMessage(t, below.Next()).GetInstanceUid())
+		below.WantConnected()
+		s.wantFault(telemetry.ReasonAgentRefused, 1)
+		time.Sleep(pollInterval + pollSlack + time.Second)
+		below.UID = alice
+		o.wantSequence(below, 1, 2)
+
+		below.Send(gatewaytest.Connect("request", "10.0.0.1:1", http.Header{}))
+		time.Sleep(20 * time.Second)
+		below.WantClosed(websocket.ClosePolicyViolation)
+	})
+}
+
+// An idle agent costs the goroutine that reads from it, as with any server; posts cost one each while they are made.
+func TestPostsIdle(t *testing.T) {
+	playHTTP(t, func(t *testing.T, s *stage, o *postOffice) {
+		const many = 50
+		before := runtime.NumGoroutine()
+		alone := s.introduceHTTP("alice")
+		synctest.Wait()
+		each := runtime.NumGoroutine() - before // with those of the test's network and agent, and of one connection to the server
+		for i := range many {
+			s.introduceHTTP(fmt.Sprint("agent ", i))
+		}
+		time.Sleep(2 * time.Minute)
+		synctest.Wait()
+		require.LessOrEqual(t, runtime.NumGoroutine()-before, each*(many+1)+10)
+		bytes, busy := s.pool.links()[0].posts.Waiting()
+		require.Zero(t, bytes)
+		require.Zero(t, busy)
+		require.Zero(t, s.memory.Up.Held())
+		require.Zero(t, s.memory.Down.Held())
+		require.GreaterOrEqual(t, len(o.from(alone)), 4)
+		require.LessOrEqual(t, o.conns, 3)
+	})
+}
+
+// A server that refuses everything fills no memory: what is remembered of it is bounded, and forgotten.
+func TestRefusalsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var r refusals
+		question := func(i int) connect.Question {
+			q, err := connect.NewQuestion("10.0.0.1:1", http.Header{"Authorization": {strconv.Itoa(i)}, "Sec-Websocket-Key": {strconv.Itoa(i)}}, nil)
+			require.NoError(t, err)
+			return q
+		}
+		verdict := connect.Refusal(http.StatusForbidden, http.Header{"X-Reason": {strings.Repeat("x", 1000)}})
+		for i := range 3000 {
+			r.note(question(i), verdict)
+		}
+		require.LessOrEqual(t, r.bytes, maxRefusalBytes)
+		require.NotEmpty(t, r.known)
+		_, ok := r.find(question(0))
+		require.True(t, ok)
+		_, ok = r.find(question(2999))
+		require.False(t, ok)
+		time.Sleep(2 * refusalTime)
+		_, ok = r.find(question(0))
+		require.False(t, ok, "for a while only")
+		r.note(question(2999), verdict)
+		_, ok = r.find(question(2999))
+		require.True(t, ok)
+		require.LessOrEqual(t, r.bytes, maxRefusalBytes)
+		r.forget()
+		require.Zero(t, r.bytes)
 	})
 }

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/opampgateway/opampgateway/internal/memory"
@@ -60,7 +61,7 @@ func TestHTTP2(t *testing.T) {
 func TestProbe(t *testing.T) {
 	for status, there := range map[int]bool{200: true, 400: true, 401: true, 404: true, 405: true, 429: true, 501: true, 500: false, 502: false, 503: false} {
 		c, _ := clientOf(t, httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			require.Equal(t, http.MethodHead, r.Method)
+			assert.Equal(t, http.MethodHead, r.Method)
 			w.WriteHeader(status)
 		})))
 		_, _, err := c.Probe(t.Context(), http.Header{})
@@ -138,7 +139,7 @@ func TestRedirectsWithoutEnd(t *testing.T) {
 		asked := 0
 		c, _ := clientOf(t, httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			asked++
-			require.Equal(t, http.MethodPost, r.Method)
+			assert.Equal(t, http.MethodPost, r.Method)
 			w.Header().Set("Location", "/again")
 			w.WriteHeader(status)
 		})))

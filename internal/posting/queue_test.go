@@ -17,7 +17,9 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 type entry = outbox.Entry[string]
 
-func message(text string) entry { return entry{Frame: []byte(text), Kind: outbox.Message, Sender: text} }
+func message(text string) entry {
+	return entry{Frame: []byte(text), Kind: outbox.Message, Sender: text}
+}
 
 // play runs a test with a queue of which nothing may be left.
 func play(t *testing.T, limit int, test func(t *testing.T, q *Queue[string, string])) {
