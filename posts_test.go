@@ -707,7 +707,7 @@ func TestPostsAtTheEnd(t *testing.T) {
 		require.NotNil(t, last[1].AgentDisconnect)
 		require.Equal(t, "alice", last[1].header.Get("X-Key"))
 		o.answers(func(http.ResponseWriter, *http.Request, *posted) bool {
-			time.Sleep(100 * time.Millisecond)
+			time.Sleep(1200 * time.Millisecond) // longer than the link has without draining
 			return false
 		})
 		bob.Say(2)
