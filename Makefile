@@ -34,7 +34,7 @@ BENCH_TARGET = $(if $(TARGET),-target '$(TARGET)' -agents $(AGENTS) \
 # not e2e/supervisor, where it would ask for all that the supervisor's own tests
 # import, the whole test bed of collector-contrib.
 CODE_MODULES := . $(patsubst %/go.mod,%,$(wildcard bench/go.mod demo/go.mod deploy/go.mod e2e/go.mod))
-TIDY_MODULES := $(CODE_MODULES) tools tools/lint tools/nfpm
+TIDY_MODULES := $(CODE_MODULES) tools tools/lint tools/nfpm tools/sbom
 
 # Those of 32 bits are for lengths that are too long for an int there.
 PLATFORMS := linux/amd64 linux/arm64 linux/386 linux/arm windows/amd64 darwin/arm64
@@ -72,29 +72,35 @@ endif
 
 collector: build/otelcol-opampgateway ## build the collector with the gateway in it: build/otelcol-opampgateway
 
-# For `make packages`: the processors.
+# For `make packages`: the processors, and the module that the collector has from this directory, which is what its
+# bill of materials would be told of it.
+MODULE := github.com/opampgateway/opampgateway
 ARCHES := $(shell go env GOARCH)
 PACKAGES := build/packages
 
 .PHONY: packages
-packages: build/collector/go.sum build/tools/nfpm ## .deb and .rpm of the collector: build/packages; ARCHES='amd64 arm64'
+packages: build/collector/go.sum build/tools/nfpm build/tools/cyclonedx-gomod ## .deb and .rpm of the collector, and what it is made of: build/packages; ARCHES='amd64 arm64'
 	@rm -rf $(PACKAGES) && mkdir -p $(PACKAGES)
-	@for a in $(ARCHES); do \
+	@v="$$(sed -n 's/^  version: //p' collector/manifest.yaml)"; for a in $(ARCHES); do \
 		(cd build/collector && GOOS=linux GOARCH=$$a $(GOBUILD) "collector for $$a" -o ../packages/$$a/otelcol-opampgateway .) || exit; \
 		for p in deb rpm; do \
-			PACKAGE_ARCH=$$a PACKAGE_VERSION="$$(sed -n 's/^  version: //p' collector/manifest.yaml)" \
+			PACKAGE_ARCH=$$a PACKAGE_VERSION=$$v \
 				build/tools/nfpm package --config deploy/package/nfpm.yaml --packager $$p --target $(PACKAGES)/ >/dev/null || exit; done; \
+		build/tools/cyclonedx-gomod bin -json -std -noserial -notimestamp -version $$v \
+			-output $(PACKAGES)/$$a/bom $(PACKAGES)/$$a/otelcol-opampgateway 2>$(PACKAGES)/$$a/log || { cat $(PACKAGES)/$$a/log; exit 1; }; \
+		sed "s,\.\./\.\.@(devel),$(MODULE)@v$$v,; s,\"\.\./\.\.\",\"$(MODULE)\",; s,\"(devel)\",\"v$$v\"," \
+			$(PACKAGES)/$$a/bom >$(PACKAGES)/otelcol-opampgateway_$${v}_$$a.cdx.json; \
 		rm -r $(PACKAGES)/$$a; done
-	@cd $(PACKAGES) && sha256sum *.deb *.rpm >SHA256SUMS && cat SHA256SUMS
+	@cd $(PACKAGES) && sha256sum *.deb *.rpm *.json >SHA256SUMS && cat SHA256SUMS
 
 ##@ Change it
 .PHONY: generate fmt tidy
 
-generate: build/tools/mdatagen ## regenerate what comes from metadata.yaml, and the tables of docs/ that come from the code
+generate: build/tools/mdatagen ## regenerate what comes from metadata.yaml, the tables of docs/ that come from the code, and config.schema.yaml
 	@# mdatagen takes the package's name from that of its directory.
 	@ln -sfn .. build/opampgateway
 	@cd build/opampgateway && PATH="$(BIN):$$PATH" go generate ./...
-	@go test -count=1 -run '^TestTablesOfDocs$$' . -update >/dev/null
+	@go test -count=1 -run '^(TestTablesOfDocs|TestConfigSchema)$$' . -update >/dev/null
 
 fmt: build/tools/golangci-lint ## format the code
 	@for m in $(CODE_MODULES); do (cd $$m && $(LINT) fmt) || exit; done
@@ -231,6 +237,9 @@ build/tools/golangci-lint: tools/lint/go.mod tools/lint/go.sum build/tools/.go-v
 
 build/tools/nfpm: tools/nfpm/go.mod tools/nfpm/go.sum build/tools/.go-version
 	@cd tools/nfpm && $(GOBUILD) nfpm -o ../../$@ github.com/goreleaser/nfpm/v2/cmd/nfpm
+
+build/tools/cyclonedx-gomod: tools/sbom/go.mod tools/sbom/go.sum build/tools/.go-version
+	@cd tools/sbom && $(GOBUILD) cyclonedx-gomod -o ../../$@ github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod
 
 build/opampsupervisor: e2e/supervisor/go.mod e2e/supervisor/go.sum build/tools/.go-version
 	@cd e2e/supervisor && $(GOBUILD) opampsupervisor -o ../../$@ github.com/open-telemetry/opentelemetry-collector-contrib/cmd/opampsupervisor

@@ -339,7 +339,7 @@ func (s *downstreamServer) tryAdmit(w http.ResponseWriter, r *http.Request) tele
 	certificate := verifiedCertificate(r)
 	a.credentials = credentialsOf(r.Header, certificate)
 	overHTTP := s.pool.target.Load().http
-	if cfg.Server.AgentAdmission == AdmissionAsk || overHTTP {
+	if cfg.Server.AgentAdmission != AdmissionAccept || overHTTP {
 		question, err := connect.NewQuestion(r.RemoteAddr, r.Header, certificate)
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusRequestHeaderFieldsTooLarge)
@@ -373,6 +373,9 @@ func (s *downstreamServer) tryAdmit(w http.ResponseWriter, r *http.Request) tele
 	}()
 	verdict, err := s.pool.admit(ctx, a)
 	if err != nil {
+		if without, ok := errors.AsType[*noVerdictError](err); ok && r.Context().Err() == nil && ctx.Err() == nil {
+			return s.unverified(w, a, without)
+		}
 		return s.turnAway(w, r, err)
 	}
 	if !verdict.Accept {
@@ -497,6 +500,10 @@ type asker struct {
 	gateway *agentConn // that asked
 	frame   []byte     // as it came, until it is sent
 	taken   int        // of the memory for requests
+
+	// Of who is verified.
+	target *target
+	waits  context.Context // as long as somebody waits
 }
 
 // verdict is the server's word, or why there is none.
@@ -519,7 +526,8 @@ func (p *upstreamPool) admit(ctx context.Context, a *agentConn) (connect.Result,
 		if a.question == nil || l.posts != nil { // its messages are answered by whether it may say them
 			return connect.Result{Accept: true}, nil
 		}
-		result, err := l.ask(ctx, a, questions.ClassNewcomer, p.cfg.Load().Server.AdmissionTimeout)
+		result, err := l.decide(ctx, a, questions.ClassNewcomer, p.cfg.Load().Server.AdmissionTimeout)
+		a.decided = l.target
 		switch {
 		case !errors.Is(err, questions.ErrEnded):
 			return result, err
@@ -549,12 +557,21 @@ func (l *link) ask(ctx context.Context, a *agentConn, class questions.Class, wit
 	if err != nil {
 		return connect.Result{}, err
 	}
-	select {
-	case v := <-q.Asker.answer:
-		return v.result, v.err
-	case <-ctx.Done():
-		l.book.Abandon(q)
-		return connect.Result{}, ctx.Err()
+	var silence <-chan time.Time
+	if l.pool.cfg.Load().Server.AgentAdmission == AdmissionAuto && !l.target.asking.Answered() {
+		silence = time.After(silentFor)
+	}
+	for {
+		select {
+		case v := <-q.Asker.answer:
+			return v.result, v.err
+		case <-silence:
+			l.unanswered(q)
+			silence = time.After(silentFor) // it may not have been sent yet
+		case <-ctx.Done():
+			l.book.Abandon(q)
+			return connect.Result{}, ctx.Err()
+		}
 	}
 }
 
@@ -604,6 +621,7 @@ func (l *link) answer(frame []byte, f *wire.Fields, data []byte, taken int64) {
 	first := !l.target.asking.Answered()
 	q, stray, send := l.book.Answer(requestUID, time.Now())
 	l.put(send)
+	l.pool.tellHowDecided(l.target, false)
 	if first { // all others have waited for that
 		for _, l := range l.pool.links() {
 			l.put(l.book.Send(time.Now()))
@@ -622,9 +640,10 @@ func (l *link) answer(frame []byte, f *wire.Fields, data []byte, taken int64) {
 		a.deliver(frame, taken)
 		// After the answer, which shows that questions are answered even if the server does not
 		// list the capability, and before anything that the agent it lets in could be told.
-		if caps := l.caps.Load(); caps != nil && a.told.Swap(caps) != caps && !f.Has(wire.FieldCustomCapabilities) {
-			a.sendOwn(caps.frame(wire.Format{Header: true}, wire.UID{}))
+		if f.Has(wire.FieldCustomCapabilities) {
+			a.told.Store(l.caps.Load())
 		}
+		l.tellCapabilities(a)
 	}
 }
 
@@ -650,9 +669,13 @@ func (a *agentConn) relayQuestion(frame []byte, f *wire.Fields, kind connect.Kin
 	for {
 		l := a.link.Load()
 		err := questions.ErrEnded
-		if l != nil {
-			now := time.Now()
-			q.Expires = now.Add(s.cfg.Load().Server.AdmissionTimeout)
+		now := time.Now()
+		q.Expires = now.Add(s.cfg.Load().Server.AdmissionTimeout)
+		switch {
+		case l == nil:
+		case s.pool.verifies(l.target):
+			err = s.pool.verifier.relay(q, l.target, data)
+		default:
 			var send []*question
 			send, err = l.book.Ask(q, now)
 			l.put(send)
@@ -679,16 +702,25 @@ func (a *agentConn) relayQuestion(frame []byte, f *wire.Fields, kind connect.Kin
 // misunderstood notes that the server does not understand questions.
 func (l *link) misunderstood() {
 	if l.book.Misunderstood(time.Now()) {
-		l.pool.giveUpAsking()
+		l.pool.giveUpAsking(l.target)
 	}
 }
 
-// giveUpAsking tells all who wait that the server cannot be asked, and the operator what to do.
-func (p *upstreamPool) giveUpAsking() {
-	p.log.Warn("server cannot be asked which agents may connect, so none is let in: it does not know the capability " + connect.Capability +
-		", or ends the connection when it is asked; use a server that knows it, or set server::agent_admission: accept " +
-		"and protect the listener with listener::auth or mutual TLS; it is asked again every 10 minutes")
+// giveUpAsking tells all who wait that the server cannot be asked, so that they are verified if they may be, and the
+// operator.
+func (p *upstreamPool) giveUpAsking(t *target) {
+	if p.verifies(t) {
+		p.tellHowDecided(t, true)
+	} else {
+		p.warnCannotAsk()
+	}
 	for _, l := range p.links() {
 		l.conclude(l.book.GiveUp(), questions.ErrCannotAsk)
 	}
+}
+
+func (p *upstreamPool) warnCannotAsk() {
+	p.log.Warn("server cannot be asked which agents may connect, so none is let in: it does not know the capability " + connect.Capability +
+		", or ends the connection when it is asked; use a server that knows it, or set server::agent_admission: auto, or accept " +
+		"and protect the listener with listener::auth or mutual TLS; it is asked again every 10 minutes")
 }

@@ -429,7 +429,7 @@ func TestServerCannotBeAsked(t *testing.T) {
 				time.Sleep(10 * time.Minute)
 				alice := s.connect("alice")
 				s.server.WantFrame(alice.UID, alice.Say(1))
-			}, connections(1))
+			}, connections(1), asked)
 		})
 	}
 

@@ -46,6 +46,15 @@ func (l *link) noteCapabilities(frame []byte, f *wire.Fields) {
 	l.caps.Store(l.pool.intern(string(stated), len(names) == 0))
 	if !slices.Contains(names, connect.Capability) {
 		l.misunderstood()
+		return
+	}
+	l.target.asking.Stated()
+}
+
+// tellCapabilities tells a gateway below of the server's custom capabilities, unless it has heard them.
+func (l *link) tellCapabilities(a *agentConn) {
+	if caps := l.caps.Load(); caps != nil && a.told.Swap(caps) != caps {
+		a.sendOwn(caps.frame(wire.Format{Header: true}, wire.UID{}))
 	}
 }
 

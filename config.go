@@ -78,6 +78,9 @@ type ServerConfig struct {
 	// agent says, whatever is set.
 	AgentAdmission AgentAdmission `mapstructure:"agent_admission"`
 
+	// VerifyConnections is how many agents are verified at a time.
+	VerifyConnections int `mapstructure:"verify_connections"`
+
 	// AdmissionTimeout bounds the time from an agent's request to its answer.
 	AdmissionTimeout time.Duration `mapstructure:"admission_timeout"`
 
@@ -142,6 +145,11 @@ type KeepAliveConfig struct {
 type AgentAdmission string
 
 const (
+	// AdmissionAuto does as with ask, and where the server turns out not to know questions as with verify.
+	AdmissionAuto AgentAdmission = "auto"
+	// AdmissionVerify opens a WebSocket to the server with the agent's own headers, takes the answer to that for the
+	// agent's, and ends it at once.
+	AdmissionVerify AgentAdmission = "verify"
 	// AdmissionAsk asks the server about each agent before its upgrade request is answered.
 	AdmissionAsk AgentAdmission = "ask"
 	// AdmissionAccept lets every agent in that the listener lets in.
@@ -151,6 +159,9 @@ const (
 const (
 	// maxConnections is far above what one server needs and far below what would hurt it.
 	maxConnections = 64
+
+	// maxVerifyConnections is what a server may be asked for at a time on behalf of strangers.
+	maxVerifyConnections = 256
 
 	// connectionIDHeader is how a link names itself to the server, and how the gateway
 	// knows another gateway among its agents.
@@ -189,13 +200,14 @@ func createDefaultConfig() component.Config {
 
 	return &Config{
 		Server: ServerConfig{
-			TLS:              configtls.NewDefaultClientConfig(),
-			Connections:      3,
-			Retry:            retry,
-			KeepAlive:        KeepAliveConfig{Interval: 10 * time.Second, Timeout: 20 * time.Second},
-			AgentAdmission:   AdmissionAsk,
-			AdmissionTimeout: 40 * time.Second,
-			GracePeriod:      time.Minute,
+			TLS:               configtls.NewDefaultClientConfig(),
+			Connections:       3,
+			Retry:             retry,
+			KeepAlive:         KeepAliveConfig{Interval: 10 * time.Second, Timeout: 20 * time.Second},
+			AgentAdmission:    AdmissionAuto,
+			VerifyConnections: 16,
+			AdmissionTimeout:  40 * time.Second,
+			GracePeriod:       time.Minute,
 		},
 		Listener: listener,
 		Agents: AgentsConfig{
@@ -256,9 +268,13 @@ func (c *ServerConfig) Validate() error {
 		errs = append(errs, fmt.Errorf("retry::multiplier: must be at least 1, is %v", c.Retry.Multiplier))
 	}
 	switch c.AgentAdmission {
-	case AdmissionAsk, AdmissionAccept:
+	case AdmissionAuto, AdmissionVerify, AdmissionAsk, AdmissionAccept:
 	default:
-		errs = append(errs, fmt.Errorf("agent_admission: must be %q or %q, is %q", AdmissionAsk, AdmissionAccept, c.AgentAdmission))
+		errs = append(errs, fmt.Errorf("agent_admission: must be %q, %q, %q or %q, is %q",
+			AdmissionAuto, AdmissionVerify, AdmissionAsk, AdmissionAccept, c.AgentAdmission))
+	}
+	if c.VerifyConnections < 1 || c.VerifyConnections > maxVerifyConnections {
+		errs = append(errs, fmt.Errorf("verify_connections: must be from 1 to %d, is %d", maxVerifyConnections, c.VerifyConnections))
 	}
 	if c.AdmissionTimeout <= 0 || c.AdmissionTimeout > admissionCeiling {
 		errs = append(errs, fmt.Errorf("admission_timeout: must be above 0 and at most %s, the time agents wait; is %s", admissionCeiling, c.AdmissionTimeout))

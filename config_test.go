@@ -50,7 +50,7 @@ func TestConfigDefaults(t *testing.T) {
 
 	require.Equal(t, 3, cfg.Server.Connections)
 	require.Equal(t, "localhost:4320", cfg.Listener.NetAddr.Endpoint)
-	require.Equal(t, AdmissionAsk, cfg.Server.AgentAdmission)
+	require.Equal(t, AdmissionAuto, cfg.Server.AgentAdmission)
 	require.Equal(t, 500*time.Millisecond, cfg.Server.Retry.InitialInterval)
 	require.Equal(t, 5*time.Second, cfg.Server.Retry.MaxInterval)
 	require.Zero(t, cfg.Server.Retry.MaxElapsedTime)
@@ -232,6 +232,8 @@ func TestConfigMistakes(t *testing.T) {
 		{"keep-alive of agents", agents("keep_alive", m{"timeout": "1s"}), []string{"agents::keep_alive", "interval", "timeout"}},
 		{"strange admission", server("agent_admission", "maybe"), []string{"server", "agent_admission", "ask", "accept", "maybe"}},
 		{"no admission", server("agent_admission", ""), []string{"server", "agent_admission"}},
+		{"nobody verified", server("verify_connections", 0), []string{"server", "verify_connections", "1 to 256", "0"}},
+		{"very many verified", server("verify_connections", 257), []string{"server", "verify_connections", "257"}},
 		{"no time for admission", server("admission_timeout", 0), []string{"server", "admission_timeout"}},
 		{"more time for admission than agents have", server("admission_timeout", "46s"), []string{"server", "admission_timeout", "45s"}},
 		{"no grace", server("grace_period", 0), []string{"server", "grace_period"}},
@@ -287,6 +289,10 @@ func TestConfigMistakes(t *testing.T) {
 			"IPv6":                 server("endpoint", "wss://[::1]:4320/v1/opamp?x=y"),
 			"upper case":           server("endpoint", "WSS://LOCALHOST"),
 			"ask":                  server("agent_admission", "ask"),
+			"auto":                 server("agent_admission", "auto"),
+			"verify":               server("agent_admission", "verify"),
+			"one verified":         server("verify_connections", 1),
+			"256 verified":         server("verify_connections", 256),
 			"empty headers":        server("headers", m{}),
 			"no headers":           server("headers", nil),
 			"least":                agents("max_instance_uids", 1),

@@ -272,6 +272,7 @@ type agentConn struct {
 	remote      string           // its address
 	question    connect.Question // asks the server about it; nil if the server is not asked
 	credentials credentials      // that it came with
+	decided     *target          // at whose server it was let in last; by who finds a home for it, one after the other
 	gateway     bool             // another gateway, which may ask about its agents
 	came        int64            // when it has connected, of the monotonic clock
 	userAgent   unique.Handle[string]
@@ -430,7 +431,7 @@ func (a *agentConn) speakAs(f *wire.Fields) (telemetry.Reason, error) {
 		return telemetry.ReasonMemoryFull, err
 	case err != nil:
 		return telemetry.ReasonTooManyUIDs, err
-	case other != nil:
+	case other != nil && !other.gone:
 		a.blame(telemetry.ReasonUIDConflict)
 		if other.fresh {
 			s.pool.seen.offends(a, uid, status.Offender{
@@ -447,7 +448,34 @@ func (a *agentConn) speakAs(f *wire.Fields) (telemetry.Reason, error) {
 	a.uid, a.claim = uid, c
 	a.speaking.Store(c)
 	a.speaks()
+	if other != nil && other.gone {
+		a.bringAlong(other.claim)
+	}
 	return "", nil
+}
+
+// bringAlong has what waits of the agent on the connection from which it has gone, wait on this one: it is not to reach
+// the server behind what the agent says here. What waits on one that goes on stays there: that may be a clone's.
+func (a *agentConn) bringAlong(before *claim) {
+	l := before.agent.link.Load()
+	if l == nil {
+		return
+	}
+	for _, e := range l.Outbox.Withdraw(&before.agent.line, before) {
+		if e.Stale != nil { // a goodbye of ours, but it is there
+			continue
+		}
+		e.Sender = a.claim
+		switch err := a.send(e); {
+		case err == nil:
+			continue
+		case errors.Is(err, errSuspect), errors.Is(err, errServerLimit):
+			a.server.pool.turnDown(a.claim, reasonOf(err), err)
+		default:
+			a.server.tel.Fault(telemetry.ReasonFrameLost)
+		}
+		a.server.memory.Recycle(e.Frame)
+	}
 }
 
 // speaks notes that the agent has said something.
@@ -781,7 +809,11 @@ func (a *agentConn) end(err error) {
 	s.mu.Lock()
 	delete(s.agents, a)
 	s.mu.Unlock()
-	gone := s.router.release(a)
+	var waiting []*claim
+	if l := a.link.Load(); l != nil {
+		waiting = l.Outbox.Waiting(&a.line)
+	}
+	gone := s.router.release(a, waiting)
 	home, gone := s.pool.detach(a, gone)
 	s.log.Debug("agent's connection ended", a.logged(zap.Stringer("agent", a.uid), zap.Error(err))...)
 	s.pool.seen.agentEnded(a, err)

@@ -307,6 +307,7 @@ func (g *gateway) shutdown(ctx context.Context) {
 	g.cancel()
 	g.server.wait()
 	g.pool.homing.Wait()
+	g.pool.verifier.work.Wait()
 	g.sweeps.Wait()
 	g.tel.Shutdown()
 }

@@ -400,7 +400,7 @@ func TestServerEndsAtQuestions(t *testing.T) {
 		time.Sleep(10 * time.Minute)
 		s.introduce("bob")
 		s.introduce("cathy")
-	})
+	}, asked)
 
 	t.Run("at two at once", func(t *testing.T) {
 		playUntried(t, func(t *testing.T, s *stage) {
@@ -412,10 +412,10 @@ func TestServerEndsAtQuestions(t *testing.T) {
 			for _, knock := range knocks {
 				require.LessOrEqual(t, s.wantTurnedAway(knock).took, 15*time.Second)
 			}
-			asked := len(s.server.Questions())
+			before := len(s.server.Questions())
 			s.wantTurnedAway(s.knock("bob"))
-			require.Len(t, s.server.Questions(), asked)
-		})
+			require.Len(t, s.server.Questions(), before)
+		}, asked)
 	})
 
 	t.Run("but not one that has answered", func(t *testing.T) {

@@ -200,6 +200,7 @@ func (g *gateway) adopt(ctx context.Context, e *gatewayExtension, host component
 	g.logs.Swap(e.set.Logger)
 	g.host.Store(&host)
 	g.cfg.Store(cfg)
+	g.pool.verifier.resize()
 	agents, links := g.server.count(), len(g.pool.links())
 	same := sameLinks(&before.Server, &cfg.Server)
 	g.pool.tellAgain(same)

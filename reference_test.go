@@ -38,6 +38,7 @@ var whenChanged = map[string]string{
 	"server.keep_alive.interval":          whenAtOnce,
 	"server.keep_alive.timeout":           whenAtOnce,
 	"server.agent_admission":              whenEnds,
+	"server.verify_connections":           whenAtOnce,
 	"server.admission_timeout":            whenNewcomers,
 	"server.grace_period":                 whenAtOnce,
 	"listener":                            whenEnds,

@@ -150,13 +150,15 @@ func (p *upstreamPool) introduce(ctx context.Context, a *agentConn, l *link) (de
 	if a.question == nil || l.posts != nil {
 		return 0, nil
 	}
-	result, err := l.ask(ctx, a, questions.ClassIntroduction, answerTimeout)
+	result, err := l.decide(ctx, a, questions.ClassIntroduction, answerTimeout)
+	_, noVerdict := errors.AsType[*noVerdictError](err)
 	switch status := result.RefusalStatus(); {
-	case errors.Is(err, questions.ErrCannotAsk), errors.Is(err, questions.ErrFull):
+	case errors.Is(err, questions.ErrCannotAsk), errors.Is(err, questions.ErrFull), noVerdict:
 		return introduceAgain, err
 	case err != nil:
 		return 0, err
 	case result.Accept:
+		a.decided = l.target
 		return 0, nil
 	case status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable:
 		return max(introduceAgain, parseRetryAfter(result.Headers["Retry-After"])), errNotNow

@@ -22,6 +22,9 @@ const (
 	// farewellTime is how long a goodbye is remembered, for the server's answer, and maxFarewells how many
 	// are. Both up to twice.
 	farewellTime, maxFarewells = time.Minute, 8192
+
+	// maxBehind is of how many agents it is remembered that they have left something behind.
+	maxBehind = 8192
 )
 
 var (
@@ -40,7 +43,9 @@ type router struct {
 	routes map[wire.UID]*route
 	// Of whom a goodbye was said a while ago, or before that, and not answered yet.
 	farewells, earlier map[wire.UID]struct{}
-	forgotten          int64 // when the earlier were last forgotten, of the monotonic clock
+	// Of whom something waits yet to be written to the server, though their connection has ended.
+	behind    map[wire.UID]*claim
+	forgotten int64 // when the earlier were last forgotten, of the monotonic clock
 }
 
 // route is the way to one agent. Normally one connection claims it. Several do when an agent has
@@ -86,7 +91,7 @@ type claim struct {
 const dropped = -1
 
 func newRouter(budget *memory.Budget) *router {
-	return &router{memory: budget, routes: map[wire.UID]*route{}, farewells: map[wire.UID]struct{}{}}
+	return &router{memory: budget, routes: map[wire.UID]*route{}, farewells: map[wire.UID]struct{}{}, behind: map[wire.UID]*claim{}}
 }
 
 // find returns the claim by which frames reach uid; nil if there is none.
@@ -138,23 +143,29 @@ func (r *router) takeOver(a *agentConn, uid wire.UID, format wire.Format, other 
 	return r.claimLocked(a, uid, format)
 }
 
-// rival is who else claims a route, and has not said goodbye.
+// rival is who else claims a route.
 type rival struct {
 	*claim
+	gone  bool // it has said goodbye, and its claim has ended
 	same  bool // it came with the same credentials, or the newcomer is a gateway, which vouches for its agents
 	fresh bool // it is the first time that two claim the route
 }
 
 func (r *router) claimLocked(a *agentConn, uid wire.UID, format wire.Format) (c *claim, other *rival, err error) {
 	way := r.routes[uid]
-	if way != nil {
+	if way == nil {
+		if last := r.behind[uid]; last != nil && a.trusts(last.agent) {
+			delete(r.behind, uid)
+			other = &rival{claim: last, same: true, gone: true}
+		}
+	} else {
 		switch last := way.current.Load(); {
 		case last.agent == a:
 		case last.departed: // and so the only one
 			r.dropLocked(last)
-			way = nil
+			way, other = nil, &rival{claim: last, same: true, gone: true}
 		default:
-			other = &rival{claim: last, same: a.gateway || last.agent.credentials == a.credentials, fresh: !way.shared}
+			other = &rival{claim: last, same: a.trusts(last.agent), fresh: !way.shared}
 			if !other.same {
 				return nil, other, nil
 			}
@@ -173,9 +184,14 @@ func (r *router) claimLocked(a *agentConn, uid wire.UID, format wire.Format) (c 
 			c.former.next, c.former.renamed, c.former = nil, true, nil
 		}
 	}
-	way.shared = way.shared || other != nil
+	way.shared = way.shared || other != nil && !other.gone
 	way.toFront(c)
 	return c, other, nil
+}
+
+// trusts reports whether another connection is the same agent's if it speaks under the same UID.
+func (a *agentConn) trusts(other *agentConn) bool {
+	return a.gateway || other.credentials == a.credentials
 }
 
 // addLocked adds a claim, which is not the current one of its route yet.
@@ -290,9 +306,9 @@ func (r *router) reached(a *agentConn) []*claim {
 	return claims
 }
 
-// release ends all that a claims, at a cost of just that, and what is kept of it. It returns the claims to agents
-// that nobody else claims and that have not said goodbye.
-func (r *router) release(a *agentConn) (gone []*claim) {
+// release ends all that a claims, at a cost of just that, and what is kept of it. Of those in waiting, there is something
+// yet to be written. It returns the claims to agents that nobody else claims and that have not said goodbye.
+func (r *router) release(a *agentConn, waiting []*claim) (gone []*claim) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for len(a.claims.all) > 0 {
@@ -305,6 +321,11 @@ func (r *router) release(a *agentConn) (gone []*claim) {
 			r.noteFarewellLocked(c.route.uid)
 		} else if !c.renamed && !c.given {
 			gone = append(gone, c)
+		}
+	}
+	for _, c := range waiting {
+		if c.route.current.Load() == nil && len(r.behind) < maxBehind {
+			r.behind[c.route.uid] = c
 		}
 	}
 	r.memory.Kept.Give(a.kept)
@@ -347,13 +368,14 @@ func (r *router) takeFarewell(uid []byte) bool {
 func (r *router) forgetFarewells() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if monotonic.Since(r.forgotten) >= farewellTime && len(r.farewells)+len(r.earlier) > 0 {
+	if monotonic.Since(r.forgotten) >= farewellTime && len(r.farewells)+len(r.earlier)+len(r.behind) > 0 {
 		r.forgetLocked()
 	}
 }
 
 func (r *router) forgetLocked() {
 	r.earlier, r.farewells, r.forgotten = r.farewells, map[wire.UID]struct{}{}, monotonic.Now()
+	clear(r.behind) // or else it waits for as long
 }
 
 // await returns a channel that is closed when the agent speaks here, and whether it is new: then the

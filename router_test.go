@@ -55,7 +55,7 @@ func (r *routing) wantClaim(a *agentConn, uid wire.UID, conflict bool) *claim {
 	r.t.Helper()
 	c, other, err := r.claim(a, uid, today)
 	require.NoError(r.t, err)
-	require.Equal(r.t, conflict, other != nil, "conflict")
+	require.Equal(r.t, conflict, other != nil && !other.gone, "conflict")
 	require.NotNil(r.t, c)
 	require.Same(r.t, c, r.way(uid))
 	require.Same(r.t, a, c.agent)
@@ -95,9 +95,9 @@ func TestRouteOfAgentThatMoved(t *testing.T) {
 	require.Same(t, c, r.way(alice), "for the server's answer")
 
 	r.wantClaim(direct, alice, false)
-	require.Len(t, r.release(direct), 1, "nobody has alice, so somebody has to say goodbye")
+	require.Len(t, r.release(direct, nil), 1, "nobody has alice, so somebody has to say goodbye")
 	require.Nil(t, r.way(alice))
-	require.Empty(t, r.release(below))
+	require.Empty(t, r.release(below, nil))
 	r.wantNobody()
 }
 
@@ -108,7 +108,7 @@ func TestRouteOfAgentThatIsBack(t *testing.T) {
 	r.depart(c)
 	again := r.wantClaim(below, alice, false)
 	require.Same(t, c, again)
-	require.Contains(t, r.release(below), c, "it has not said goodbye since")
+	require.Contains(t, r.release(below, nil), c, "it has not said goodbye since")
 	r.wantNobody()
 }
 
@@ -119,12 +119,12 @@ func TestRouteOfClones(t *testing.T) {
 	r.wantClaim(other, alice, true)
 	r.wantClaim(third, alice, true)
 	r.wantClaim(one, alice, true)
-	require.Empty(t, r.release(one), "others still have it")
+	require.Empty(t, r.release(one, nil), "others still have it")
 	require.Same(t, third, r.way(alice).agent, "who spoke last before")
 	r.depart(r.way(alice))
 	require.Same(t, other, r.way(alice).agent, "a goodbye while others are there is an end")
-	require.Len(t, r.release(other), 1)
-	require.Empty(t, r.release(third))
+	require.Len(t, r.release(other, nil), 1)
+	require.Empty(t, r.release(third, nil))
 	r.wantNobody()
 }
 
@@ -146,9 +146,9 @@ func TestRouteOfAnotherAgent(t *testing.T) {
 	require.Same(t, c, r.way(alice))
 	r.wantTurnedDown(owner, mallory, alice)
 
-	require.Empty(t, r.release(clone))
-	require.Empty(t, r.release(owner))
-	require.Len(t, r.release(mallory), 1)
+	require.Empty(t, r.release(clone, nil))
+	require.Empty(t, r.release(owner, nil))
+	require.Len(t, r.release(mallory, nil), 1)
 	r.wantNobody()
 }
 
@@ -171,7 +171,7 @@ func TestRouteOfRenamedAgent(t *testing.T) {
 	used := r.wantClaim(a, second, false)
 	require.Same(t, a, r.way(old).agent, "the old UID's route stays with the connection")
 	require.NoError(t, r.rename(used, third))
-	require.Equal(t, []*claim{used}, r.release(a), "an old UID, and one that was never used, leave nobody behind")
+	require.Equal(t, []*claim{used}, r.release(a, nil), "an old UID, and one that was never used, leave nobody behind")
 	r.wantNobody()
 }
 
@@ -193,7 +193,7 @@ func TestBackUnderTheOldUID(t *testing.T) {
 	require.NoError(t, r.rename(c, renamed))
 	r.wantClaim(a, renamed, false)
 	r.wantClaim(a, old, false)
-	require.Len(t, r.release(a), 2, "it has used both since")
+	require.Len(t, r.release(a, nil), 2, "it has used both since")
 }
 
 // Behind a gateway agents come and go; those that said goodbye make room.
@@ -218,7 +218,7 @@ func TestRoomForUIDs(t *testing.T) {
 	r.depart(r.way(uidOf(t, "7")))
 	r.wantClaim(a, uidOf(t, "one more"), false)
 	require.Nil(t, r.way(uidOf(t, "7")))
-	require.Len(t, r.release(a), most)
+	require.Len(t, r.release(a, nil), most)
 	r.wantNobody()
 }
 
@@ -242,7 +242,7 @@ func TestAnswerToGoodbye(t *testing.T) {
 	r, alice := newRouting(t), uidOf(t, "alice")
 	a := r.agent("alice's")
 	r.depart(r.wantClaim(a, alice, false))
-	require.Empty(t, r.release(a))
+	require.Empty(t, r.release(a, nil))
 	require.True(t, r.takeFarewell(alice.Bytes()))
 	require.False(t, r.takeFarewell(alice.Bytes()), "one answer")
 	require.False(t, r.takeFarewell([]byte("no uid")))

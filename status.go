@@ -149,14 +149,14 @@ func (p *statusPage) Status() *status.Snapshot {
 	cfg, t := g.cfg.Load(), g.pool.target.Load()
 	s := &status.Snapshot{
 		Time: c.Now(), Links: g.linkStates(c), Rates: g.pool.seen.history.Rates(), Offenders: g.pool.seen.offenders.All(c),
-		Ended: g.pool.seen.ended.All(), Problems: []string{},
+		Suspects: g.suspects(c), Ended: g.pool.seen.ended.All(), Problems: []string{},
 		Memory: status.Memory{
 			Limit: g.memory.Limit(), InUse: g.memory.InUse(), Reading: g.memory.Reading(), Up: g.memory.Up.Held(),
 			Down: g.memory.Down.Held(), Kept: g.memory.Kept.Held(), Requests: g.memory.Requests.Held(),
 		},
 		Gateway: status.Gateway{
 			Name: t.name, Version: gatewayVersion(), Collector: p.collector, Server: socket.Place(t.endpoint),
-			Listener: g.server.door.Addr().String(), Admission: string(cfg.Server.AgentAdmission), Started: c.Time(g.began),
+			Listener: g.server.door.Addr().String(), Admission: g.pool.admissionInWords(t), Started: c.Time(g.began),
 			LinksExpected: t.slots, InstanceUIDs: g.router.count(),
 		},
 	}
@@ -314,6 +314,31 @@ func (r *router) count() int {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	return len(r.routes)
+}
+
+// suspects tells because of whose messages the server may have ended links, and where they are.
+func (g *gateway) suspects(c status.Clock) []status.Suspect {
+	found := g.pool.suspicion.Suspected()
+	found = found[:min(len(found), status.MaxSuspects)]
+	all := make([]status.Suspect, 0, len(found))
+	for _, f := range found {
+		s := status.Suspect{
+			State: status.SuspicionOnTrial, UID: status.UID(f.UID), Since: c.At(f.Since), Until: c.At(f.Until),
+			Text: "was speaking when the server ended a link; what it says is tried, each message between two pings",
+		}
+		switch {
+		case f.TurnedDown:
+			s.State = status.SuspicionTurnedDown
+			s.Text = "the server has ended links when it read a message of this agent; nothing of it is relayed"
+		case f.Large:
+			s.Text = "was sending a large message when the server ended a link for the size of one; its large ones are tried, each between two pings"
+		}
+		if held := g.router.find(f.UID.Bytes()); held != nil {
+			s.Address, s.UserAgent, s.AgentID = held.agent.remote, held.agent.userAgent.Value(), held.agent.agentID
+		}
+		all = append(all, s)
+	}
+	return all
 }
 
 // seen is what the status page shows of what is over.

@@ -453,7 +453,7 @@ func TestShownServerThatCannotBeAsked(t *testing.T) {
 		shown := s.shown()
 		require.Equal(t, status.StateDegraded, shown.Gateway.State)
 		require.Contains(t, shown.Problems[0], "the server cannot be asked about agents")
-	}, withPage)
+	}, withPage, asked)
 }
 
 // A gateway below is shown as one connection, which is found by the UID of any agent behind it.

@@ -100,7 +100,8 @@ type upstreamPool struct {
 	stop          context.CancelFunc // ends dialing; what lives goes on
 	dialing       context.Context    // until stop
 	slots         sync.WaitGroup
-	homing        sync.WaitGroup  // agents on their way to a new link, and goodbyes that wait to be said
+	homing        sync.WaitGroup // agents on their way to a new link, and goodbyes that wait to be said
+	verifier      *verifier
 	suspicion     *suspicion.Book // whose messages the server may have ended links for
 	refusals      refusals        // of a server over plain HTTP
 	seen          *seen           // what the status page shows of what is over
@@ -141,6 +142,7 @@ type target struct {
 	asking    *questions.Server          // whether it can be asked
 	slots     int                        // how many links there are
 	http      bool                       // it is reached over plain HTTP: see posts.go
+	verified  atomic.Bool                // that agents are verified is what was logged last
 
 	// By change, before anybody dials.
 	dialing context.Context    // until leave, or the pool's stop
@@ -168,6 +170,9 @@ func newTarget(ctx context.Context, cfg *Config, set extension.Settings) (*targe
 	if t.http {
 		t.slots = 1
 	}
+	if cfg.Server.AgentAdmission == AdmissionAuto {
+		t.asking.Spare() // agents get in without a question
+	}
 	t.tls.Store(tlsConfig)
 	return t, nil
 }
@@ -180,6 +185,7 @@ func newUpstreamPool(cfg *currentConfig, log *zap.Logger, tel *telemetry.Telemet
 		cfg: cfg, tel: tel, router: r, memory: budget, suspicion: suspicion.NewBook(), seen: &seen{}, status: status,
 		changed: make(chan struct{}), back: make(chan struct{}), report: make(chan struct{}, 1), failure: errNoLink,
 	}
+	p.verifier = newVerifier(p)
 	_, _ = rand.Read(p.requestPrefix[:])                // it never fails
 	p.requestPrefix[6] = 0x80 | p.requestPrefix[6]&0x0f // version 8
 	p.log = log.With(zap.Inline(zapcore.ObjectMarshalerFunc(func(e zapcore.ObjectEncoder) error {
@@ -502,7 +508,7 @@ func (p *upstreamPool) linkDown(l *link, err error) (caught bool) {
 	open, cannotBeAsked := l.book.End(!stopping && !l.givenUp.Load(), time.Now())
 	l.conclude(open, questions.ErrEnded)
 	if cannotBeAsked {
-		p.giveUpAsking()
+		p.giveUpAsking(l.target)
 	}
 	return caught
 }
@@ -768,6 +774,7 @@ func (p *upstreamPool) sweep(limits peer.Limits) {
 		l.put(send)
 		l.conclude(expired, context.DeadlineExceeded)
 	}
+	p.verifier.sweep()
 	p.release()
 	p.router.forgetFarewells()
 }

@@ -28,10 +28,7 @@ type agentConfig struct {
 // A collector wants at least one pipeline. These are idle: the demo is about management.
 const idlePipeline = `
 receivers:
-  otlp:
-    protocols:
-      grpc:
-        endpoint: 127.0.0.1:0
+  nop:
 exporters:
   nop:
 `
@@ -54,11 +51,11 @@ service:
   extensions: [opampgateway]
   pipelines:
     logs:
-      receivers: [otlp]
+      receivers: [nop]
       exporters: [nop]
 {{- if .Rollout}}
     logs/{{.Rollout}}:
-      receivers: [otlp]
+      receivers: [nop]
       exporters: [nop]
 {{- end}}
   telemetry:
@@ -90,7 +87,7 @@ service:
   extensions: [opamp]
   pipelines:
     logs:
-      receivers: [otlp]
+      receivers: [nop]
       exporters: [nop]
   telemetry:
     resource:

@@ -29,10 +29,7 @@ extensions:
       endpoint: "127.0.0.1:10"
 
 receivers:
-  otlp:
-    protocols:
-      grpc:
-        endpoint: 127.0.0.1:0
+  nop:
 exporters:
   nop:
 
@@ -40,7 +37,7 @@ service:
   extensions: [opampgateway]
   pipelines:
     logs:
-      receivers: [otlp]
+      receivers: [nop]
       exporters: [nop]
   telemetry:
     logs:

@@ -81,12 +81,12 @@ func TestRefusals(t *testing.T) {
 	require.NotEmpty(t, asked.RequestUID)
 }
 
-// The server is on opamp-go's library and knows nothing of gateways: agents get a definite
+// The server is on opamp-go's library and knows nothing of gateways, and is only asked: agents get a definite
 // answer at once, and the operator a line that says what to do. Doing it helps.
 func TestOrdinaryServer(t *testing.T) {
 	t.Parallel()
 	server := startServer(t, serverOptions{ordinary: true})
-	gateway := startGateway(t, server.url())
+	gateway := startGateway(t, server.url(), func(c config) { c.gateway("server::agent_admission", "ask") })
 	server.wantLinks(t, upstream(3)...)
 
 	for range 5 {
@@ -100,7 +100,7 @@ func TestOrdinaryServer(t *testing.T) {
 		require.NoError(t, err)
 		require.GreaterOrEqual(t, after, 30)
 	}
-	gateway.wantLog(t, "does not know the capability "+gatewayCapability, "server::agent_admission: accept", server.url())
+	gateway.wantLog(t, "does not know the capability "+gatewayCapability, "server::agent_admission: auto, or accept", server.url())
 	require.LessOrEqual(t, len(gateway.log.with("does not know the capability")), 1, "it is said once")
 
 	gateway.reload(t, func(c config) { c.gateway("server::agent_admission", "accept") })

@@ -33,7 +33,7 @@ func TestInvalidConfig(t *testing.T) {
 		{"header that cannot be sent", func(c config) { c.gateway("server::headers::Authorization", "mystery\nX: y") }, `server: headers: the value of "Authorization" cannot be sent`},
 		{"no retries", func(c config) { c.gateway("server::retry::enabled", false) }, "server: retry::enabled: must not be false"},
 		{"giving up", func(c config) { c.gateway("server::retry::max_elapsed_time", "5m") }, "server: retry::max_elapsed_time: must be 0"},
-		{"admission", func(c config) { c.gateway("server::agent_admission", "deny") }, `server: agent_admission: must be "ask" or "accept", is "deny"`},
+		{"admission", func(c config) { c.gateway("server::agent_admission", "deny") }, `server: agent_admission: must be "auto", "verify", "ask" or "accept", is "deny"`},
 		{"keep-alive", func(c config) { c.gateway("server::keep_alive::timeout", "1s") }, "server::keep_alive: interval: must be"},
 		{"no address of the status page", func(c config) { c.gateway("status::endpoint", "") }, "status::endpoint: must not be empty"},
 		{"unknown key of the status page", func(c config) { c.gateway("status::port", 1) }, "port"},

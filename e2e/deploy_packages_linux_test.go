@@ -151,7 +151,7 @@ func TestDebPackage(t *testing.T) {
 	}
 }
 
-// The package for Fedora and its like has the same in it, and its scripts are scripts.
+// The package for Fedora and its like has the same in it.
 func TestRPMPackage(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("rpm"); err != nil || os.Geteuid() != 0 {
@@ -160,7 +160,7 @@ func TestRPMPackage(t *testing.T) {
 	machine := map[string]string{"amd64": "x86_64", "arm64": "aarch64"}[runtime.GOARCH]
 	rpm := builtPackage(t, "*."+machine+".rpm")
 	root := t.TempDir()
-	// Its scripts would need a shell in that root.
+	// Its scripts are run in TestRPMScripts.
 	command(t, "rpm", "--root="+root, "--noscripts", "--nosignature", "--install", rpm)
 	installed := filesIn(t, root)
 	for name, mode := range packaged {

@@ -12,13 +12,15 @@ import (
 
 // noPipelines is for examples that leave them to the reader.
 const noPipelines = `
-receivers: {otlp: {protocols: {grpc: }}}
+receivers: {nop: }
 exporters: {nop: }
 `
 
 // Every example of a collector's configuration is taken by the collector as it stands, or with a pipeline that does nothing.
 func TestExamplesOfDocs(t *testing.T) {
-	t.Setenv("OPAMP_SECRET_KEY", "abc")
+	for _, name := range []string{"OPAMP_SECRET_KEY", "AGENTS_TOKEN", "OPERATORS"} {
+		t.Setenv(name, "abc:def")
+	}
 	pages, err := filepath.Glob("../docs/*.md")
 	require.NoError(t, err)
 	tried := 0
@@ -30,7 +32,7 @@ func TestExamplesOfDocs(t *testing.T) {
 				continue // a part of one; the unit tests load what is the gateway's
 			}
 			if !strings.Contains(text, "pipelines:") {
-				text = service.ReplaceAllString(text, "$0\n  pipelines: {logs: {receivers: [otlp], exporters: [nop]}}") + noPipelines
+				text = service.ReplaceAllString(text, "$0\n  pipelines: {logs: {receivers: [nop], exporters: [nop]}}") + noPipelines
 			}
 			if !regexp.MustCompile(`(?m)^  opampgateway:`).MatchString(text) {
 				text = strings.Replace(text, "extensions:\n", "extensions:\n  opampgateway: {server: {endpoint: wss://opamp.example.com/v1/opamp}}\n", 1)

@@ -259,7 +259,7 @@ func TestServerThatEndsAtQuestions(t *testing.T) {
 			t.Parallel()
 			server := startBareServer(t)
 			server.asked = func(l *bareLink) { test.end(server, l) }
-			gateway := startGateway(t, server.url())
+			gateway := startGateway(t, server.url(), func(c config) { c.gateway("server::agent_admission", "ask") })
 			gateway.wantLinks(t, 3)
 			patient := func() *http.Response {
 				_, resp, err := dialRaw(gateway.url(), nil, nil)
@@ -267,7 +267,7 @@ func TestServerThatEndsAtQuestions(t *testing.T) {
 				return resp
 			}
 			patient()
-			gateway.wantLog(t, "warn", "cannot be asked", "agent_admission: accept")
+			gateway.wantLog(t, "warn", "cannot be asked", "agent_admission: auto, or accept")
 			for range 5 {
 				start := time.Now()
 				require.NotEmpty(t, patient().Header.Get("Retry-After"))

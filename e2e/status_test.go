@@ -43,6 +43,10 @@ type statusShown struct {
 		Kind string `json:"kind"`
 		UID  string `json:"instance_uid"`
 	} `json:"offenders"`
+	Suspects []struct {
+		State string `json:"state"`
+		UID   string `json:"instance_uid"`
+	} `json:"suspects"`
 	Ended []struct {
 		Kind string `json:"kind"`
 		Name string `json:"name"`
@@ -160,6 +164,10 @@ func TestStatus(t *testing.T) {
 
 	poisoning := startFleetOf(t, 1, gateway.url(), 1, fleetOptions{state: configOf(1000)})
 	wantOffender(t, page, "ends_links", poisoning.agents[0].uid)
+	getJSON(t, page+"/api/v1/status", &s)
+	require.NotEmpty(t, s.Suspects)
+	require.Equal(t, "turned_down", s.Suspects[0].State, "the latest first")
+	require.Equal(t, poisoning.agents[0].uid.String(), s.Suspects[0].UID)
 	var worst statusAgents
 	getJSON(t, page+"/api/v1/agents?per=3", &worst)
 	require.Equal(t, 63, worst.Total)
@@ -249,9 +257,14 @@ func TestStatusInBrowser(t *testing.T) {
 	b.evaluate(t, "(() => { const s = document.getElementById('search'); s.value = 'onerror'; s.dispatchEvent(new Event('input')); })()", nil)
 	b.wantText(t, "#agents tbody", "<img src=x onerror=console.error(1)>")
 
+	// Who has the server end links is named, and shown as turned down for a while.
+	poisoning := startFleetOf(t, 1, gateway.url(), 1, fleetOptions{state: configOf(1000)})
+	b.wantText(t, "#suspects", poisoning.agents[0].uid.String(), "turned down")
+	b.wantText(t, "#offenders", poisoning.agents[0].uid.String(), "ends links")
+
 	// It is readable on a phone: nothing is wider than that.
 	b.visit(t, page, 400, 800, true)
-	b.wantText(t, "#found", "of 121")
+	b.wantText(t, "#found", "of 122")
 	var width int
 	b.evaluate(t, "document.documentElement.scrollWidth", &width)
 	require.LessOrEqual(t, width, 400)

@@ -13,7 +13,7 @@ shift
 rm -rf "$copy"
 mkdir -p "$copy"
 # What the tests of the extension read is here, too.
-cp -R go.mod go.sum metadata.yaml Makefile LICENSE internal testdata docs ./*.go ./*.md "$copy"
+cp -R go.mod go.sum metadata.yaml config.schema.yaml Makefile LICENSE internal testdata docs ./*.go ./*.md "$copy"
 # Of the rest, pages link to files, and name tests.
 for dir in bench collector demo deploy e2e; do
 	[ ! -d "$dir" ] || cp -R "$dir" "$copy"

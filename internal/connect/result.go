@@ -138,12 +138,28 @@ func forAgents[B []byte | string](name B) bool {
 // TurnAway returns the ServerToAgent frame by which a gateway itself refuses the agent about which
 // the gateway below asked under requestUID: with 503, and when to come again, in seconds.
 func TurnAway(requestUID, retryAfter string) []byte {
+	return Result{StatusCode: http.StatusServiceUnavailable, Headers: map[string]string{"Retry-After": retryAfter}}.Frame(requestUID)
+}
+
+// Frame returns the ServerToAgent frame that answers the question under requestUID so. It is for what
+// servers have not said in this form: of what they have, the frame is passed on.
+func (r Result) Frame(requestUID string) []byte {
+	status, headers := http.StatusOK, map[string]string{}
+	if !r.Accept {
+		status = r.RefusalStatus()
+		passed := http.Header{}
+		r.CopyRefusalHeaders(passed)
+		passed.Del("Connection") // it belongs to the HTTP of who gets them
+		for name := range passed {
+			headers[name] = passed.Get(name)
+		}
+	}
 	data, err := json.Marshal(struct {
 		RequestUID string            `json:"request_uid"`
 		Accept     bool              `json:"accept"`
 		StatusCode int               `json:"http_status_code"`
 		Headers    map[string]string `json:"response_headers"`
-	}{requestUID, false, http.StatusServiceUnavailable, map[string]string{"Retry-After": retryAfter}})
+	}{requestUID, r.Accept, status, headers})
 	if err != nil {
 		panic("connect: a result does not marshal: " + err.Error()) // there is nothing in it that could not
 	}
@@ -299,19 +315,4 @@ func valueLength(json []byte) int {
 			return i + 1
 		}
 	}
-}
-
-// Refusal returns the verdict that a server over plain HTTP has given by this status and these headers: as of a
-// connectResult, what is for the agent.
-func Refusal(status int, headers http.Header) Result {
-	r := Result{StatusCode: status, Headers: map[string]string{}}
-	size := 0
-	for name, values := range headers {
-		if len(values) == 0 || !forAgents(name) || size+headerSize(name, values[0]) > maxRefusalHeaders {
-			continue
-		}
-		size += headerSize(name, values[0])
-		r.Headers[name] = values[0]
-	}
-	return r
 }

@@ -195,6 +195,19 @@ func (s *Server) Links() []*Link {
 	return open
 }
 
+// Visits returns the WebSockets of those that are no gateway's links, open or not, in the order in which they came.
+func (s *Server) Visits() []*Link {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var visits []*Link
+	for _, l := range s.links {
+		if l.Name == "" {
+			visits = append(visits, l)
+		}
+	}
+	return visits
+}
+
 // WantLinks returns the links, sorted by name, once there are exactly n.
 func (s *Server) WantLinks(n int) []*Link {
 	s.t.Helper()

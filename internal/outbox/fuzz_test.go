@@ -111,6 +111,7 @@ func FuzzTurns(f *testing.F) {
 func FuzzLink(f *testing.F) {
 	f.Add([]byte{1, 0, 50, 2, 200, 3, 255, 9, 100, 10, 3}, uint16(0), uint8(0))
 	f.Add([]byte{8, 255, 16, 255, 24, 255, 7, 7, 7}, uint16(12), uint8(3))
+	f.Add([]byte{24, 0, 8, 255, 8, 255, 48, 9, 48, 9, 40, 3, 48, 9, 32, 0}, uint16(0), uint8(1))
 	f.Add([]byte(strings.Repeat("\x01\xff\x0a\x03\x17\x80\xf0\x02", 30)), uint16(0), uint8(200))
 	f.Fuzz(func(t *testing.T, ops []byte, breaksAt uint16, pace uint8) {
 		synctest.Test(t, func(t *testing.T) {
@@ -128,6 +129,7 @@ func FuzzLink(f *testing.F) {
 				speakers[i].weight = 1 + i%3
 				putting[i] = make(chan struct{}, 1)
 			}
+			withdrawn := map[string]bool{}
 			resume := func() {}
 			for i := 0; i+1 < len(ops) && i < 600; i += 2 {
 				op, size := ops[i], int(ops[i+1])
@@ -147,6 +149,10 @@ func FuzzLink(f *testing.F) {
 					resume()
 					resume = func() {}
 					synctest.Wait()
+				case 5:
+					for _, e := range o.Withdraw(&speaker.line, speaker.name) {
+						withdrawn[string(e.Frame)] = true
+					}
 				}
 				e := speaker.next(size)
 				text := string(e.Frame)
@@ -174,6 +180,9 @@ func FuzzLink(f *testing.F) {
 			synctest.Wait()
 			if breaksAt == 0 && len(unwritten) > 0 {
 				t.Fatalf("%d were not written", len(unwritten))
+			}
+			for i := range taken {
+				taken[i] = slices.DeleteFunc(taken[i], func(text string) bool { return withdrawn[text] })
 			}
 			wantAllOnce(t, taken, append(slices.Clone(s.got), unwritten...))
 			for _, speaker := range speakers {

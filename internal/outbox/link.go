@@ -91,6 +91,7 @@ type Link[S comparable] struct {
 	closing  []byte        // payload of the close frame that is to come last; nil while there is none
 	replies  bool          // what waits is not to be written
 	closed   bool          // nothing more is taken
+	over     bool          // Abort has returned what was left
 	parked   bool          // the writer waits
 	held     bool          // for the window
 	idle     bool          // the writer has nothing to write
@@ -189,6 +190,70 @@ func (o *Link[S]) Put(ctx context.Context, e Entry[S], line *Line[S], weight int
 	}
 	o.giveUpLocked(q)
 	return ctx.Err()
+}
+
+// Withdraw takes out of a line what waits there of one sender, in order: it speaks elsewhere by now. A Put of it that
+// waits has its message taken, too. What is being written stays.
+func (o *Link[S]) Withdraw(line *Line[S], sender S) (entries []Entry[S]) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if q := o.queueLocked(line); q != nil {
+		return o.withdrawLocked(q, sender)
+	}
+	return nil
+}
+
+// Waiting returns the senders of whom something waits in a line.
+func (o *Link[S]) Waiting(line *Line[S]) (senders []S) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	q := o.queueLocked(line)
+	if q == nil {
+		return nil
+	}
+	known := map[S]struct{}{}
+	for _, e := range q.entries[q.head:] {
+		if _, is := known[e.Sender]; !is {
+			known[e.Sender] = struct{}{}
+			senders = append(senders, e.Sender)
+		}
+	}
+	return senders
+}
+
+// queueLocked returns the queue of a line, nil if it has none. The line may be used with another outbox, but not before
+// this one's Abort.
+func (o *Link[S]) queueLocked(line *Line[S]) *queue[S] {
+	if o.over {
+		return nil
+	}
+	return line.queue
+}
+
+func (o *Link[S]) withdrawLocked(q *queue[S], sender S) []Entry[S] {
+	entries := o.lines.withdraw(q, func(e *Entry[S]) bool { return e.Sender == sender })
+	for i := range entries {
+		e := &entries[i]
+		o.size -= e.size()
+		if e.size() > alwaysFits {
+			o.large -= e.size()
+		}
+		o.taken -= e.Memory()
+		o.account.Give(e.Memory())
+	}
+	if q.waits && q.pending.Sender == sender {
+		entries = append(entries, q.pending)
+		if q.crowds {
+			o.leaveCrowdLocked(q)
+		}
+		q.waits, q.crowds, q.pending = false, false, Entry[S]{}
+		q.decided <- nil
+		o.leaveLocked(q)
+	}
+	o.goOnLocked(q)
+	o.thinLocked()
+	o.startLocked() // there may be nothing left to write
+	return entries
 }
 
 // Push adds a message of the gateway's own, whose number something else bounds. It never waits.
@@ -361,6 +426,7 @@ func (o *Link[S]) Abort() (unwritten []Entry[S]) {
 		o.changed.Wait()
 	}
 	o.wake.Stop()
+	o.over = true
 	unwritten = slices.Concat(o.aside, o.own, o.lines.drop())
 	o.account.Give(o.taken)
 	o.aside, o.own, o.controls, o.size, o.large, o.taken = nil, nil, nil, 0, 0, 0
@@ -448,12 +514,16 @@ func (o *Link[S]) thinLocked() {
 // giveUpLocked ends the wait of the sender of q, who does not want to any more.
 func (o *Link[S]) giveUpLocked(q *queue[S]) {
 	if q.crowds {
-		i := slices.Index(o.crowd, q)
-		o.crowd = slices.Delete(o.crowd, i, i+1)
+		o.leaveCrowdLocked(q)
 	}
 	q.waits, q.crowds, q.pending = false, false, Entry[S]{}
 	o.leaveLocked(q)
 	o.thinLocked() // it may have been what the others waited behind
+}
+
+func (o *Link[S]) leaveCrowdLocked(q *queue[S]) {
+	i := slices.Index(o.crowd, q)
+	o.crowd = slices.Delete(o.crowd, i, i+1)
 }
 
 // startLocked has the writer see what there is to write.

@@ -705,6 +705,64 @@ func TestPutThatIsGivenUpLeavesNothingBehind(t *testing.T) {
 	})
 }
 
+// Of many that speak in one line, one goes elsewhere: what waits of it does not overtake what it says there.
+func TestWhatASenderHasWaitingCanBeWithdrawn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 100<<10, s)
+		fill(t, o, s)
+		line := &Line[string]{Shared: true}
+		say := func(who, text string) {
+			t.Helper()
+			require.NoError(t, o.Try(message(who, text), line, 1))
+		}
+		say("alice", "a0")
+		say("bob", "b0")
+		say("alice", "a1")
+		other := newSpeaker(o, "other")
+		other.sayAll(t, 2, 0)
+
+		assert.Equal(t, []string{"alice", "bob"}, o.Waiting(line))
+		assert.Empty(t, o.Waiting(&Line[string]{}))
+		assert.Empty(t, o.Withdraw(&Line[string]{}, "alice"), "has nothing waiting there")
+		assert.Equal(t, []string{"a0", "a1"}, texts(o.Withdraw(line, "alice")))
+		assert.Empty(t, o.Withdraw(line, "alice"), "again")
+		say("bob", "b1")
+		s.settle()
+		assert.Equal(t, []string{"b0", "b1"}, slices.DeleteFunc(s.said(), func(text string) bool { return text[0] != 'b' && text[0] != 'a' }))
+		assert.Contains(t, s.said(), "other1")
+	})
+}
+
+// What waits to be added is withdrawn with the rest, and whoever has waited behind it goes on.
+func TestWhatWaitsForRoomCanBeWithdrawn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(false)
+		o := startLink(t, 100<<10, s)
+		fill(t, o, s)
+		alice, bob, cathy := newSpeaker(o, "alice"), newSpeaker(o, "bob"), newSpeaker(o, "cathy")
+		alice.sayAll(t, 1, 50<<10)
+		alices := alice.insist(t.Context(), 60<<10)
+		alices.wantWaiting(t, "alice, of whom something waits")
+		bobs := bob.insist(t.Context(), 80<<10)
+		bobs.wantWaiting(t, "bob, for room")
+		cathys := cathy.insist(t.Context(), 40<<10)
+		cathys.wantWaiting(t, "cathy, behind bob")
+
+		assert.Equal(t, []string{"bob0"}, texts(o.Withdraw(&bob.line, "bob")))
+		bobs.want(t, nil, "bob")
+		cathys.want(t, nil, "cathy, whom nobody keeps any more")
+		assert.Nil(t, bob.line.queue)
+		assert.Equal(t, []string{"alice0", "alice1"}, texts(o.Withdraw(&alice.line, "alice")))
+		alices.want(t, nil, "alice")
+		assert.Equal(t, []string{"cathy0"}, texts(o.Withdraw(&cathy.line, "cathy")))
+		o.Drain(t.Context()) // nothing is left to be written
+		alice.sayAll(t, 1, 0)
+		s.settle()
+		assert.Equal(t, []string{"alice2"}, s.said()[startMessages:])
+	})
+}
+
 func TestPutReturnsTheErrorOfItsContext(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(false)

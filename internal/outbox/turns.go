@@ -261,6 +261,23 @@ func (t *turns[S]) take(q *queue[S]) Entry[S] {
 	return e
 }
 
+// withdraw takes all that is said to be out of q, in order.
+func (t *turns[S]) withdraw(q *queue[S], out func(*Entry[S]) bool) (entries []Entry[S]) {
+	stay := q.entries[:q.head]
+	for _, e := range q.entries[q.head:] {
+		if out(&e) {
+			entries = append(entries, e)
+			q.size -= e.size()
+		} else {
+			stay = append(stay, e)
+		}
+	}
+	clear(q.entries[len(stay):])
+	q.entries = stay
+	t.waiting -= len(entries)
+	return entries
+}
+
 // forget gives up a queue that is in no list and in which nothing waits.
 func (t *turns[S]) forget(q *queue[S]) {
 	q.line.queue, q.line = nil, nil

@@ -151,6 +151,22 @@ func NewBook[A any](s *Server) *Book[A] {
 	return b
 }
 
+// NewPlaces returns a book that is of no link: for what is found out about newcomers in another way than by a question
+// to the server, with so many places. Turns, bounds and fairness are those of questions. Only newcomers may be asked about.
+func NewPlaces[A any](places int) *Book[A] {
+	b := NewBook[A](&Server{answered: true})
+	b.windows[ClassNewcomer].limit = places
+	return b
+}
+
+// Resize has the book have so many places, and returns what may be sent now.
+func (b *Book[A]) Resize(places int, now time.Time) []*Question[A] {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.windows[ClassNewcomer].limit = places
+	return b.sendLocked(now)
+}
+
 // Ask opens q, and returns what may be sent now: q itself, unless it has to wait, and whatever else
 // has a place. An error is ErrFull, ErrTwice, ErrCannotAsk or ErrEnded; then q is not open, and what
 // is open is not touched. A question that is not open any more can be asked again, here or on
@@ -298,13 +314,25 @@ func (b *Book[A]) Misunderstood(now time.Time) (deaf bool) {
 	return b.server.tried(true, now)
 }
 
+// Silent tells that q has had no answer for long, and reports whether the server is deaf from now on: then GiveUp is to be
+// called on each book. It is not because of a question that was not sent, nor if it has ever answered one, or has stated
+// that it knows them.
+func (b *Book[A]) Silent(q *Question[A], now time.Time) (deaf bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if open, _ := b.open.get(q.UID); open != q || q.state == stateWaiting {
+		return false
+	}
+	return b.server.silent(now)
+}
+
 // GiveUp returns all questions whose askers have to be told that the server cannot be asked, in the
 // order of asking: if it is deaf, all but the one it is tried with. Those sent keep their places
 // until they are answered, which would show that the server is not deaf after all, or expire.
 func (b *Book[A]) GiveUp() (open []*Question[A]) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if !b.server.isDeaf() {
+	if !b.server.IsDeaf() {
 		return nil
 	}
 	for _, q := range b.openLocked() {
@@ -331,7 +359,11 @@ func (b *Book[A]) End(byServer bool, now time.Time) (open []*Question[A], deaf b
 	_, sent := b.lenLocked()
 	switch {
 	case b.trial != nil:
-		deaf = b.server.tried(byServer && b.trial.state != stateWaiting, now)
+		inVain := byServer && b.trial.state != stateWaiting
+		if inVain {
+			b.server.hungUp()
+		}
+		deaf = b.server.tried(inVain, now)
 	case b.probe != nil && byServer:
 		deaf = b.server.endedAtProbe(now)
 	case b.probe != nil:

@@ -26,7 +26,8 @@ const (
 // or even crash. Such a server is deaf, and is asked no more, so that agents are told at once instead
 // of waiting for ever and the server crashing again; after a while a single question tries it. A
 // server that has answered one question is never deaf again. One that is merely silent is not
-// either: it may be busy.
+// either: it may be busy. Where nobody suffers for a mistake, since agents get in without a question, too,
+// Silent says that it is, and Spare keeps questions from a server that ends links at them.
 //
 // So that it takes no more than two questions to find out, however many agents come at once, a server
 // that has never answered is asked one question first, its probe. If its link ends, the next one is
@@ -42,10 +43,20 @@ type Server struct {
 	deaf     bool
 	trialAt  time.Time // if deaf: when a question may try it
 	trying   bool      // if deaf: one does
+	stated   bool      // that it knows questions; when it was tried in vain, since then
+	spared   bool      // once it has ended links at questions, it is tried only when it has stated that
+	hangsUp  bool      // it has
 }
 
 // NewServer returns a server that nobody has asked yet.
 func NewServer() *Server { return &Server{} }
+
+// Spare has the server, if it turns out to end links at questions, not be tried with one again before it has stated that
+// it knows them: each try may be a crash. It returns s, and is to be called before anybody else knows of that.
+func (s *Server) Spare() *Server {
+	s.spared = true
+	return s
+}
 
 // Deaf reports whether the server cannot be asked now. When it is time to try it, it can be.
 func (s *Server) Deaf(now time.Time) bool {
@@ -55,11 +66,11 @@ func (s *Server) Deaf(now time.Time) bool {
 }
 
 func (s *Server) deafLocked(now time.Time) bool {
-	return s.deaf && (s.trying || now.Before(s.trialAt))
+	return s.deaf && (s.trying || now.Before(s.trialAt) || s.spared && s.hangsUp && !s.stated)
 }
 
-// isDeaf reports whether the server is deaf, be it time to try it or not.
-func (s *Server) isDeaf() bool {
+// IsDeaf reports whether the server is deaf, be it time to try it or not.
+func (s *Server) IsDeaf() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.deaf
@@ -75,6 +86,20 @@ func (s *Server) mayAsk(now time.Time) (trial, ok bool) {
 	}
 	s.trying = s.deaf
 	return s.trying, true
+}
+
+// Stated notes that the server has stated that it knows questions.
+func (s *Server) Stated() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stated = true
+}
+
+// silent notes that a question was not answered for long, and reports whether the server is deaf from now on.
+func (s *Server) silent(now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.stated && s.deafenLocked(now)
 }
 
 // Answered reports whether the server has ever answered a question.
@@ -158,8 +183,15 @@ func (s *Server) tried(inVain bool, now time.Time) bool {
 	if !s.deaf || !inVain { // not deaf: it has answered another question since
 		return false
 	}
-	s.trialAt = now.Add(deafFor)
+	s.trialAt, s.stated = now.Add(deafFor), false
 	return true
+}
+
+// hungUp notes that the server has ended the link of a trial.
+func (s *Server) hungUp() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.hangsUp = true
 }
 
 // misunderstood notes that the server took a question for something else, and reports whether it is
@@ -189,7 +221,11 @@ func (s *Server) endedLocked(now time.Time) bool {
 func (s *Server) countEndLocked(now time.Time) bool {
 	s.lastEnd = now
 	s.ends++
-	return s.ends >= endsBeforeDeaf && s.deafenLocked(now)
+	if s.ends < endsBeforeDeaf || !s.deafenLocked(now) {
+		return false
+	}
+	s.hangsUp, s.stated = true, false
+	return true
 }
 
 func (s *Server) deafenLocked(now time.Time) bool {

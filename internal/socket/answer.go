@@ -34,6 +34,8 @@ type HandshakeError struct {
 	StatusCode int
 	// RetryAfter is the header of that name.
 	RetryAfter string
+	// Header is the whole of the answer's. It may be secret.
+	Header http.Header
 	// Reason is the first line of the body.
 	Reason string
 	// Location is where the server sends us, without its query.
@@ -69,6 +71,7 @@ func newHandshakeError(response *http.Response, proxy string, secrets []string) 
 		Status:     words(response.Status, secrets),
 		StatusCode: response.StatusCode,
 		RetryAfter: response.Header.Get("Retry-After"),
+		Header:     response.Header,
 	}
 	if !strings.Contains(e.Status, " ") { // HTTP/1.1 403, and no more
 		e.Status = strings.TrimSpace(strconv.Itoa(response.StatusCode) + " " + http.StatusText(response.StatusCode))

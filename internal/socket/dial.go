@@ -28,6 +28,8 @@ type Dialer struct {
 	ReadBufferSize int
 	// Elsewhere are the headers for any other host than the endpoint's, to which it may redirect.
 	Elsewhere http.Header
+	// EndpointOnly has no redirect followed to another host than the endpoint's.
+	EndpointOnly bool
 }
 
 // Dial connects and shakes hands, through the proxy that the environment names, with whom the endpoint

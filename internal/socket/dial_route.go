@@ -54,6 +54,8 @@ func (r *route) follow(location *url.URL) (problem string) {
 		return "it holds a user"
 	case r.at.Scheme == "wss" && next.Scheme == "ws":
 		return "it is without TLS"
+	case r.EndpointOnly && !sameHost(next, r.endpoint):
+		return "it is another host, for which the headers are not"
 	}
 	r.at = next
 	r.redirects++
@@ -65,7 +67,9 @@ func (r *route) follow(location *url.URL) (problem string) {
 }
 
 // home reports whether we are at the endpoint's host and port.
-func (r *route) home() bool { return strings.EqualFold(HostPort(r.at), HostPort(r.endpoint)) }
+func (r *route) home() bool { return sameHost(r.at, r.endpoint) }
+
+func sameHost(a, b *url.URL) bool { return strings.EqualFold(HostPort(a), HostPort(b)) }
 
 // tls returns how TLS begins where we are. The name that a certificate has to have instead of the host's is
 // that of the endpoint's only.

@@ -199,6 +199,8 @@ func TestARefusalOfTheServerIsTold(t *testing.T) {
 			require.EqualError(t, err, test.want)
 			var answered *HandshakeError
 			require.ErrorAs(t, err, &answered)
+			assert.NotNil(t, answered.Header)
+			answered.Header = nil // tested where it is used
 			assert.Equal(t, test.check, *answered)
 		})
 	}

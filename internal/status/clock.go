@@ -24,6 +24,9 @@ func (c Clock) Time(t int64) time.Time {
 	return c.now.Add(time.Duration(t - c.monotonic)).Round(time.Millisecond)
 }
 
+// At is Time for a time.Time that has a reading of the monotonic clock.
+func (c Clock) At(t time.Time) time.Time { return c.Time(monotonic.Now() + int64(time.Until(t))) }
+
 // Maybe is Time for what may never have been: then t is 0.
 func (c Clock) Maybe(t int64) *time.Time {
 	if t == 0 {

@@ -47,7 +47,7 @@ func TestJSON(t *testing.T) {
 	require.Equal(t, "application/json", w.Header().Get("Content-Type"))
 	var s map[string]any
 	require.NoError(t, json.Unmarshal(w.Body.Bytes(), &s))
-	for _, key := range []string{"time", "gateway", "problems", "links", "rates", "memory", "offenders", "ended", "faults", "admissions"} {
+	for _, key := range []string{"time", "gateway", "problems", "links", "rates", "memory", "offenders", "suspects", "ended", "faults", "admissions"} {
 		require.Contains(t, s, key)
 	}
 

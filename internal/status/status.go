@@ -31,6 +31,7 @@ type Snapshot struct {
 	Rates      Rates      `json:"rates"`
 	Memory     Memory     `json:"memory"`
 	Offenders  []Offender `json:"offenders"` // the latest first
+	Suspects   []Suspect  `json:"suspects"`  // the latest first, MaxSuspects at most
 	Ended      []Ended    `json:"ended"`     // the latest first
 	Faults     []Count    `json:"faults"`    // since the gateway started; all reasons
 	Admissions []Count    `json:"admissions"`
@@ -126,6 +127,31 @@ const (
 	OffenceEndsLinks   Offence = "ends_links"
 	OffenceUIDConflict Offence = "uid_conflict"
 	OffenceUIDTaken    Offence = "uid_taken"
+)
+
+// MaxSuspects is how many suspects are shown: the latest.
+const MaxSuspects = 100
+
+// Suspect is an agent because of whose messages the server may have ended links. Where it is connected is empty if
+// it is not.
+type Suspect struct {
+	State     Suspicion `json:"state"`
+	UID       string    `json:"instance_uid"`
+	Address   string    `json:"address"`
+	UserAgent string    `json:"user_agent"`
+	AgentID   string    `json:"agent_id"`
+	Since     time.Time `json:"since"` // of the state
+	Until     time.Time `json:"until"` // if no other link ends because of it
+	Text      string    `json:"text"`
+}
+
+// Suspicion is what becomes of a suspect's messages.
+type Suspicion string
+
+// The suspicions.
+const (
+	SuspicionOnTrial    Suspicion = "on_trial"
+	SuspicionTurnedDown Suspicion = "turned_down"
 )
 
 // Ended is a connection that has ended lately.

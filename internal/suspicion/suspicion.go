@@ -20,6 +20,8 @@
 package suspicion
 
 import (
+	"bytes"
+	"cmp"
 	"math"
 	"math/bits"
 	"slices"
@@ -139,15 +141,16 @@ func (t trace) upTo(nth uint) trace {
 }
 
 type suspect struct {
-	large bool // only for the size of a message
-	alone bool // the server has said nothing
-	size  int  // of the message, or somewhat less, in bytes
-	heard int  // how many messages of it were acknowledged that had been on trial
-	tried int  // how many as large were acknowledged that had been on trial
-	until time.Time
+	large        bool // only for the size of a message
+	alone        bool // the server has said nothing
+	size         int  // of the message, or somewhat less, in bytes
+	heard        int  // how many messages of it were acknowledged that had been on trial
+	tried        int  // how many as large were acknowledged that had been on trial
+	since, until time.Time
 }
 
 type name struct {
+	since    time.Time // it was named last
 	until    time.Time // it is turned down
 	remember time.Time // until then the next time is longer
 	lasts    time.Duration
@@ -445,6 +448,9 @@ func (b *Book) suspectLocked(uid wire.UID, fresh suspect, now time.Time) {
 	if !known && len(b.suspects) >= maxAgents {
 		return
 	}
+	if !known {
+		s.since = now
+	}
 	if until := now.Add(suspectFor); until.After(s.until) {
 		s.until = until
 	}
@@ -463,9 +469,52 @@ func (b *Book) nameLocked(uid wire.UID, sure bool, now time.Time) time.Duration 
 	} else if len(b.named) >= maxAgents {
 		return 0
 	}
-	b.named[uid] = name{until: now.Add(lasts), remember: now.Add(2 * lasts), lasts: lasts, unsure: !sure}
-	b.suspects[uid] = suspect{alone: !sure, until: now.Add(2 * lasts)}
+	b.named[uid] = name{since: now, until: now.Add(lasts), remember: now.Add(2 * lasts), lasts: lasts, unsure: !sure}
+	b.suspects[uid] = suspect{alone: !sure, since: now, until: now.Add(2 * lasts)}
 	return lasts
+}
+
+// Suspected is an agent whose messages are on trial, or turned down.
+type Suspected struct {
+	UID          wire.UID
+	TurnedDown   bool // it was named
+	Large        bool // only messages larger than the server has read lately are on trial
+	Since, Until time.Time
+}
+
+// Suspected returns who is suspected now, the latest first. Who is suspected only for having come while links
+// ended is not among them.
+func (b *Book) Suspected() []Suspected {
+	if b.clean.Load() {
+		return nil
+	}
+	all := b.copySuspected(time.Now())
+	slices.SortFunc(all, func(x, y Suspected) int {
+		return cmp.Or(y.Since.Compare(x.Since), bytes.Compare(x.UID.Bytes(), y.UID.Bytes()))
+	})
+	return all
+}
+
+func (b *Book) copySuspected(now time.Time) []Suspected {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	all := make([]Suspected, 0, len(b.suspects))
+	turnedDown := func(uid wire.UID) bool { return now.Before(b.named[uid].until) }
+	for uid, n := range b.named {
+		if turnedDown(uid) {
+			all = append(all, Suspected{UID: uid, TurnedDown: true, Since: n.since, Until: n.until})
+		}
+	}
+	for uid, s := range b.suspects {
+		if now.Before(s.until) && !turnedDown(uid) {
+			since := s.since
+			if released := b.named[uid].until; released.After(since) {
+				since = released // on trial only since then
+			}
+			all = append(all, Suspected{UID: uid, Large: s.large, Since: since, Until: s.until})
+		}
+	}
+	return all
 }
 
 // Sweep forgets what is over. It returns who is turned down no longer and may have been named by mistake: what it

@@ -84,6 +84,7 @@ const (
 	OutcomeNoLink        Outcome = "no_link"
 	OutcomeNoAnswer      Outcome = "no_answer"
 	OutcomeCannotAsk     Outcome = "cannot_ask"
+	OutcomeCannotVerify  Outcome = "cannot_verify"
 	OutcomeTooMany       Outcome = "too_many"
 	OutcomeBadRequest    Outcome = "bad_request"
 	OutcomeUnauthorized  Outcome = "unauthorized"
@@ -99,10 +100,11 @@ var Outcomes = []struct {
 	What    string
 }{
 	{OutcomeAccepted, "let in"},
-	{OutcomeRefused, "refused by the server, with its status"},
+	{OutcomeRefused, "refused by the server, asked or shown the agent's headers, with its status"},
 	{OutcomeNoLink, "503: there is no link to ask the server on"},
 	{OutcomeNoAnswer, "503: the server did not answer in time"},
-	{OutcomeCannotAsk, "503: the server does not know the gateway capability"},
+	{OutcomeCannotAsk, "503: the server does not know the gateway capability; never with `auto`"},
+	{OutcomeCannotVerify, "503: the server was tried with the agent's headers, and gave no verdict"},
 	{OutcomeTooMany, "503: too many are connected, or wait, or what they sent takes too much memory"},
 	{OutcomeBadRequest, "4xx: not a WebSocket upgrade, too large, with a body, or from a web page"},
 	{OutcomeUnauthorized, "turned away by `listener.auth` or a middleware, with its status"},
