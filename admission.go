@@ -377,13 +377,20 @@ func (s *downstreamServer) letIn(w http.ResponseWriter, r *http.Request) (_ *age
 	address := fair.AddressOf(r.RemoteAddr)
 	certificate := verifiedCertificate(r)
 	a.credentials = credentialsOf(r.Header, certificate)
-	if cfg.Server.AgentAdmission != AdmissionAccept {
+	overHTTP := s.pool.target.Load().http
+	if cfg.Server.AgentAdmission != AdmissionAccept || overHTTP {
 		question, err := connect.NewQuestion(r.RemoteAddr, r.Header, certificate)
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusRequestHeaderFieldsTooLarge)
 			return nil, telemetry.OutcomeBadRequest
 		}
 		a.question = question
+	}
+	if overHTTP {
+		if verdict, ok := s.pool.refusals.find(a.question); ok {
+			s.refuse(w, r, &verdict)
+			return nil, telemetry.OutcomeRefused
+		}
 	}
 	taken := requestMemory + 2*len(a.question) // the headers, and what is made of them
 	if !s.memory.Requests.Take(address, taken) {
@@ -550,7 +557,7 @@ func (p *upstreamPool) admit(ctx context.Context, a *agentConn) (connect.Result,
 		if err != nil {
 			return connect.Result{}, err
 		}
-		if a.question == nil {
+		if a.question == nil || l.posts != nil { // its messages are answered by whether it may say them
 			return connect.Result{Accept: true}, nil
 		}
 		result, err := l.decide(ctx, a, questions.ClassNewcomer, p.cfg.Load().Server.AdmissionTimeout)
@@ -679,7 +686,7 @@ func (l *link) answer(frame []byte, f *wire.Fields, data []byte, taken int64) {
 // is asked, nobody vouches for the gateway.
 func (a *agentConn) relayQuestion(frame []byte, f *wire.Fields, kind connect.Kind, data []byte) error {
 	s := a.server
-	if !a.gateway || a.question == nil || kind != connect.Connect || len(f.UID) > 0 {
+	if !a.gateway || a.question == nil || s.pool.target.Load().http || kind != connect.Connect || len(f.UID) > 0 {
 		a.offend(ending.ForeignConnect)
 		return errOffended
 	}

@@ -55,28 +55,31 @@ type Config struct {
 
 // ServerConfig says how to reach the server and how to ask it about agents.
 type ServerConfig struct {
-	// Endpoint is the server's URL, ws:// or wss://.
+	// Endpoint is the server's URL: ws:// or wss://, or http:// or https:// for a server that is reached over plain HTTP
+	// only, where each message is posted with the headers of its agent.
 	Endpoint string `mapstructure:"endpoint"`
 
 	// FallbackEndpoints are further URLs of the server, tried in order when there was no link for 10 s. When the first
 	// endpoint has answered again for a minute, links go back to it. Headers and tls hold for all.
 	FallbackEndpoints []string `mapstructure:"fallback_endpoints,omitempty"`
 
-	// Headers are sent with the upgrade request of every link, to the endpoint's host only.
+	// Headers are sent with the upgrade request of every link, to the endpoint's host only. Over plain HTTP they are lent
+	// to agents, where these have none of that name, with agent_admission: accept only.
 	Headers Headers `mapstructure:"headers,omitempty"`
 
 	// Auth names an extension of the collector that authenticates the gateway to the server: each time a link is
 	// dialed it is asked what to add to the upgrade request, in place of headers of the same name.
+	// Over plain HTTP that is lent as headers are.
 	Auth configoptional.Optional[configauth.Config] `mapstructure:"auth,omitempty"`
 
 	// ProxyURL is the proxy on the way to the server, with its user and password if it wants them: http://, https://,
 	// socks5:// or socks5h://. Without it those of the environment are used.
 	ProxyURL configopaque.String `mapstructure:"proxy_url,omitempty"`
 
-	// TLS applies to a wss:// endpoint, and to an https:// proxy.
+	// TLS applies to a wss:// or https:// endpoint, and to an https:// proxy.
 	TLS configtls.ClientConfig `mapstructure:"tls,omitempty"`
 
-	// Connections is the number of links kept to the server.
+	// Connections is the number of links kept to the server; over plain HTTP, of connections at a time.
 	Connections int `mapstructure:"connections"`
 
 	// AgentID comes first in the name by which each link announces itself to the server. Without it the
@@ -89,7 +92,8 @@ type ServerConfig struct {
 	// KeepAlive finds links that died without a word.
 	KeepAlive KeepAliveConfig `mapstructure:"keep_alive"`
 
-	// AgentAdmission says who decides which agents may connect.
+	// AgentAdmission says who decides which agents may connect. Over plain HTTP the server does, by its answer to what an
+	// agent says, whatever is set.
 	AgentAdmission AgentAdmission `mapstructure:"agent_admission"`
 
 	// VerifyConnections is how many agents are verified at a time.
@@ -381,8 +385,8 @@ func (c *ServerConfig) validateEndpoint() error {
 		return fmt.Errorf("endpoint: is not a URL: %w", err)
 	}
 	switch {
-	case u.Scheme != "ws" && u.Scheme != "wss":
-		return fmt.Errorf("endpoint: must start with ws:// or wss://, is %q", socket.Place(u))
+	case u.Scheme != "ws" && u.Scheme != "wss" && !overHTTP(u.Scheme):
+		return fmt.Errorf("endpoint: must start with ws://, wss://, http:// or https://, is %q", socket.Place(u))
 	case u.Hostname() == "":
 		return fmt.Errorf("endpoint: has no host: %q", socket.Place(u))
 	case u.User != nil:
@@ -402,9 +406,17 @@ func (c *ServerConfig) validateFallbacks() error {
 			errs = append(errs, fmt.Errorf("fallback_endpoints[%d]: %w", i, err))
 		} else if endpoint == c.Endpoint || slices.Contains(c.FallbackEndpoints[:i], endpoint) {
 			errs = append(errs, fmt.Errorf("fallback_endpoints[%d]: is there twice", i))
+		} else if fallback.overHTTP() != c.overHTTP() {
+			errs = append(errs, fmt.Errorf("fallback_endpoints[%d]: must be WebSocket, or plain HTTP, as endpoint is", i))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// overHTTP reports whether the server is reached over plain HTTP.
+func (c *ServerConfig) overHTTP() bool {
+	u, err := url.Parse(c.Endpoint)
+	return err == nil && overHTTP(u.Scheme)
 }
 
 func (c *ServerConfig) validateHeaders() error {

@@ -180,13 +180,12 @@ func TestConfigMistakes(t *testing.T) {
 		{"nothing at all", m{}, []string{"server", "endpoint", "required"}},
 		{"no endpoint", m{"server": m{"connections": 3}}, []string{"server", "endpoint", "required"}},
 		{"empty server", m{"server": nil}, []string{"server", "endpoint", "required"}},
-		{"http endpoint", server("endpoint", "http://localhost"), []string{"server", "endpoint", "ws://", "wss://", "http://localhost"}},
-		{"https endpoint", server("endpoint", "https://localhost"), []string{"server", "endpoint", "ws://", "wss://"}},
+		{"ftp endpoint", server("endpoint", "ftp://localhost"), []string{"server", "endpoint", "ws://", "wss://", "http://", "https://", "ftp://localhost"}},
 		{"endpoint without scheme", server("endpoint", "localhost:4320"), []string{"server", "endpoint", "ws://"}},
 		{"endpoint without host", server("endpoint", "ws:///v1/opamp"), []string{"server", "endpoint", "no host"}},
 		{"endpoint with nothing but a port", server("endpoint", "ws://:4320"), []string{"server", "endpoint", "no host"}},
 		{"endpoint with a password", server("endpoint", "ws://me:"+secret+"@localhost"), []string{"server", "endpoint", "password"}},
-		{"http endpoint with a password", server("endpoint", "http://me:"+secret+"@localhost"), []string{"server", "endpoint", "ws://"}},
+		{"http endpoint with a password", server("endpoint", "http://me:"+secret+"@localhost"), []string{"server", "endpoint", "password"}},
 		{"endpoint that is no URL", server("endpoint", "ws://me:"+secret+"@local host"), []string{"server", "endpoint", "URL"}},
 		{"endpoint that is a list", server("endpoint", []string{"ws://localhost"}), []string{"server", "endpoint"}},
 		{"no connections", server("connections", 0), []string{"server", "connections", "1 to 64", "0"}},
@@ -297,7 +296,7 @@ func TestConfigMistakes(t *testing.T) {
 	}
 
 	t.Run("all at once", func(t *testing.T) {
-		_, err := load(confmap.NewFromStringMap(m{"server": m{"endpoint": "http://x", "connections": 0}, "agents": m{"max_request_header_size": 0}, "max_message_size": 1}))
+		_, err := load(confmap.NewFromStringMap(m{"server": m{"endpoint": "ftp://x", "connections": 0}, "agents": m{"max_request_header_size": 0}, "max_message_size": 1}))
 		for _, want := range []string{"endpoint", "connections", "max_request_header_size", "max_message_size"} {
 			require.ErrorContains(t, err, want)
 		}
@@ -305,6 +304,8 @@ func TestConfigMistakes(t *testing.T) {
 
 	t.Run("not a mistake", func(t *testing.T) {
 		for name, conf := range map[string]m{
+			"http endpoint":        server("endpoint", "http://localhost"),
+			"https endpoint":       server("endpoint", "https://localhost:4320/v1/opamp"),
 			"one connection":       server("connections", 1),
 			"64 connections":       server("connections", 64),
 			"IPv6":                 server("endpoint", "wss://[::1]:4320/v1/opamp?x=y"),

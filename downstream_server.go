@@ -581,6 +581,11 @@ func (a *agentConn) send(e entry) error {
 			if err := l.pool.judge(&e); err != nil {
 				return err
 			}
+			if l.posts != nil {
+				if err := a.awaitPosts(l.posts, e.Sender); err != nil {
+					return err
+				}
+			}
 			err := l.Outbox.Try(e, &a.line, a.weight())
 			if errors.Is(err, outbox.ErrFull) {
 				began := monotonic.Now()

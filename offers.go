@@ -37,8 +37,7 @@ func (o *offered) isNew(place string) bool {
 }
 
 // heedOffer returns what is to be delivered of a frame that has connection settings: if these offer the agent an endpoint
-// that is not this gateway, what agents::connection_offers says. The frame is the socket's again if another one
-// is returned.
+// that is not this gateway, what agents::connection_offers says. It is another frame than that, or that itself.
 func (l *link) heedOffer(frame []byte, c *claim) []byte {
 	endpoint := wire.OfferedEndpoint(frame)
 	agents := &l.pool.cfg.Load().Agents
@@ -49,7 +48,6 @@ func (l *link) heedOffer(frame []byte, c *claim) []byte {
 	if agents.ConnectionOffers != OffersRelay {
 		var edited []byte
 		if edited, action = l.edit(frame, agents); action != telemetry.OfferRelayed {
-			l.Socket.Drop(frame)
 			frame = edited
 		}
 	}

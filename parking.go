@@ -151,6 +151,9 @@ func (g *gateway) canAdopt(cfg *Config) bool {
 	if before.Listener.NetAddr != after.Listener.NetAddr && before.Server.Endpoint != after.Server.Endpoint {
 		return false
 	}
+	if before.Server.AgentAdmission == AdmissionAccept && !before.Server.overHTTP() && after.Server.overHTTP() {
+		return false // nothing is kept of the headers that agents came with
+	}
 	before.Listener.NetAddr.Endpoint, after.Listener.NetAddr.Endpoint = "", ""
 	return g.server.failed.Load() == nil && reflect.DeepEqual(before.Listener, after.Listener) &&
 		before.Server.AgentAdmission == after.Server.AgentAdmission &&

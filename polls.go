@@ -90,7 +90,7 @@ func (p *polls) overdue() bool {
 
 // stale reports whether the server is to be asked again.
 func (p *polls) stale() bool {
-	return p.server.cfg.Load().Server.AgentAdmission != AdmissionAccept && monotonic.Since(p.admitted.Load()) >= admissionLife
+	return p.server.cfg.Load().Server.AgentAdmission != AdmissionAccept && !p.server.pool.target.Load().http && monotonic.Since(p.admitted.Load()) >= admissionLife
 }
 
 // end gives back what a session has taken.
@@ -523,7 +523,7 @@ func (v *visit) askAgain(a *agentConn) telemetry.Outcome {
 	s := v.server
 	v.asked = a
 	l := a.link.Load()
-	if l == nil || a.question == nil { // it is about to be introduced again
+	if l == nil || a.question == nil || l.posts != nil { // it is about to be introduced again, or asked for by its messages
 		return ""
 	}
 	question, err := connect.NewQuestion(v.r.RemoteAddr, v.r.Header, verifiedCertificate(v.r))

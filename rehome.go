@@ -42,6 +42,7 @@ func (p *upstreamPool) rehome(a *agentConn, from *link) {
 	// Those who wait in vain do not all leave at once.
 	ctx, cancel := context.WithTimeout(p.ctx, grace+rand.N(grace/2+1))
 	defer cancel()
+	before := from.target
 	pending, late, lost := from.unwritten[a], from.late, time.Now()
 	p.countIn(pending)
 	defer func() {
@@ -76,7 +77,9 @@ func (p *upstreamPool) rehome(a *agentConn, from *link) {
 			pending = pending[1:]
 		}
 		if len(pending) == 0 && p.settle(a, l) {
-			a.askFullState()
+			if l.posts == nil || l.target != before { // otherwise nothing is lost, and nobody has seen it
+				a.askFullState()
+			}
 			if late {
 				a.fullState.Store(monotonic.Now() + int64(fullStateAgain+rand.N(fullStateAgain/2)))
 			}
@@ -144,7 +147,7 @@ func (p *upstreamPool) leftWhileHoming(a *agentConn, l *link) bool {
 // introduce tells the server about an agent that came from a lost link. An error other than
 // questions.ErrEnded and errRefused comes with how long to wait before the next try.
 func (p *upstreamPool) introduce(ctx context.Context, a *agentConn, l *link) (delay time.Duration, err error) {
-	if a.question == nil {
+	if a.question == nil || l.posts != nil {
 		return 0, nil
 	}
 	result, err := l.decide(ctx, a, questions.ClassIntroduction, answerTimeout)

@@ -45,6 +45,9 @@ func warnOfDangers(cfg *Config, log *zap.Logger) {
 		if err == nil && endpoint.Scheme == "ws" && (len(server.Headers) > 0 || server.Auth.HasValue()) && !isLoopback(endpoint.Hostname()) {
 			log.Warn(key + " is ws://, so server::headers, server::auth, and what agents send, travel to another host in clear; use wss://")
 		}
+		if err == nil && endpoint.Scheme == "http" && !isLoopback(endpoint.Hostname()) {
+			log.Warn(key + " is http://, so what agents send, and the keys in their headers, travel to another host in clear; use https://")
+		}
 	}
 	if server.TLS.InsecureSkipVerify {
 		log.Warn("server::tls::insecure_skip_verify is set: whoever answers at the server's address gets the keys of gateway and agents")

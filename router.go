@@ -17,7 +17,7 @@ const (
 	maxGatewayUIDs = 100_000
 
 	// claimMemory is what one claim and its route take, in bytes, as far as the budget is concerned.
-	claimMemory = 320
+	claimMemory = 384
 
 	// farewellTime is how long a goodbye is remembered, for the server's answer, and maxFarewells how many
 	// are. Both up to twice.
@@ -75,6 +75,7 @@ type claim struct {
 
 	// Shared.
 	awaited  atomic.Pointer[chan struct{}] // closed when the agent speaks here; nil while nobody waits for that
+	polls    atomic.Pointer[polled]        // nil unless it has posted something
 	answered atomic.Int64                  // when it last gave a sign of life because of another, of the monotonic clock; 0 for never
 
 	// Guarded by router.mu.

@@ -371,7 +371,7 @@ func (g *gateway) takeSample() {
 	for _, l := range links {
 		up, upBytes := l.Written()
 		l.meter.Take(status.Totals{
-			MessagesUp: int64(up), BytesUp: int64(upBytes), MessagesDown: int64(l.messages.Load()), BytesDown: int64(l.Socket.Received()),
+			MessagesUp: int64(up), BytesUp: int64(upBytes), MessagesDown: int64(l.messages.Load()), BytesDown: int64(l.received()),
 		})
 	}
 }
@@ -453,7 +453,7 @@ func (s *seen) linkEnded(l *link, after time.Duration, err error) {
 	switch {
 	case l.target.dialing.Err() != nil:
 		e.Why, e.Reason, e.ByGateway = "the gateway is done with this server", "", true
-	case l.givenUp.Load():
+	case l.givenUp.Load() && l.posts == nil:
 		e.Why, e.Reason, e.ByGateway = "no sign of life from the server", string(telemetry.ReasonLinkSilent), true
 	default:
 		e.Why = howEnded("server", err)

@@ -106,6 +106,7 @@ type upstreamPool struct {
 	verifier      *verifier
 	suspicion     *suspicion.Book // whose messages the server may have ended links for
 	offered       offered         // endpoints, to agents
+	refusals      refusals        // of a server over plain HTTP
 	seen          *seen           // what the status page shows of what is over
 
 	// changing is held by whoever makes another target that of the pool; mu is taken inside it.
@@ -149,6 +150,7 @@ type target struct {
 	asking    *questions.Server                         // whether it can be asked
 	slots     int                                       // how many links there are
 	sites     []*site                                   // all endpoints, the first one first
+	http      bool                                      // it is reached over plain HTTP: see posts.go
 	at        int                                       // the place of endpoint in sites
 	verified  *atomic.Bool                              // that agents are verified is what was logged last; the endpoint's own
 
@@ -183,7 +185,10 @@ func newTarget(ctx context.Context, cfg *Config, set extension.Settings, host co
 		endpoint: sites[0].endpoint, name: gatewayName(cfg, set.TelemetrySettings), headers: headers, elsewhere: elsewhere,
 		pace: newPace(cfg.Server.Connections), turns: firstTurns(cfg.Server.Connections + 1), asking: sites[0].asking,
 		slots: cfg.Server.Connections, sites: sites, verified: &sites[0].verified, tls: &atomic.Pointer[tls.Config]{},
-		auth: &atomic.Pointer[clientauth.Authenticator]{}, proxy: proxy,
+		auth: &atomic.Pointer[clientauth.Authenticator]{}, proxy: proxy, http: overHTTP(sites[0].endpoint.Scheme),
+	}
+	if t.http {
+		t.slots = 1
 	}
 	if cfg.Server.AgentAdmission == AdmissionAuto {
 		for _, s := range sites {
@@ -272,6 +277,7 @@ func (p *upstreamPool) replaceLocked(t *target, leaves func(*link) bool, why str
 	p.blind.Store(false)
 	p.mu.Unlock()
 	p.suspicion.Forget()
+	p.refusals.forget()
 	for _, l := range leaving {
 		l.Outbox.Close(websocket.FormatCloseMessage(websocket.CloseGoingAway, why))
 	}
@@ -458,12 +464,15 @@ func (p *upstreamPool) dial(t *target, slot int) (l *link, retryAfter time.Durat
 		netDial = socket.DialInTurn(t.turns[slot])
 		t.turns[slot]++
 	}
+	if t.http {
+		return p.dialPosts(ctx, t, headers, netDial)
+	}
 	dialer := socket.Dialer{NetDial: netDial, Proxy: t.proxy, TLS: t.tls.Load(), ReadBufferSize: dialReadBuffer, Elsewhere: elsewhere}
 	conn, in, place, err := dialer.Dial(ctx, t.endpoint, headers)
 	if err != nil {
 		return nil, askedToWait(err), p.explainDial(err)
 	}
-	l = newLink(p, t, slot, conn, in)
+	l = newLink(p, t, slot, nil, conn, in)
 	l.redirected = redirectedTo(place)
 	return l, 0, nil
 }
@@ -508,6 +517,10 @@ func (p *upstreamPool) linkUp(l *link) bool {
 func (p *upstreamPool) linkDown(l *link, err error) (caught bool) {
 	unwritten := l.Outbox.Abort()
 	l.late = endsLate(err)
+	if l.posts != nil {
+		unwritten = append(l.posts.Rest(), unwritten...)
+		l.late = false // it was in the middle of nothing
+	}
 	kept := p.suspicion.NewcomersEnd()
 	caught = p.findCulprit(l, err)
 	for _, e := range unwritten {
@@ -799,6 +812,10 @@ func (p *upstreamPool) unacknowledged() (n int) {
 // over are forgotten.
 func (p *upstreamPool) sweep(limits peer.Limits) {
 	for _, l := range p.links() {
+		if l.posts != nil {
+			p.poll(l)
+			continue
+		}
 		switch l.Sweep(limits) {
 		case peer.Silent:
 			p.tel.Fault(telemetry.ReasonLinkSilent)
@@ -830,6 +847,9 @@ func (p *upstreamPool) finish(ctx, drained context.Context) {
 	})()
 	for _, l := range links {
 		l.Outbox.Drain(drained)
+		if l.posts != nil {
+			l.posts.Drain(drained)
+		}
 		l.Outbox.Close(websocket.FormatCloseMessage(websocket.CloseGoingAway, "gateway is shutting down"))
 	}
 	p.slots.Wait()
@@ -843,6 +863,7 @@ type link struct {
 	pool       *upstreamPool
 	target     *target
 	slot       int
+	posts      *posts        // nil unless the server is reached over plain HTTP
 	redirected zap.Field     // where the server has sent us
 	ended      chan struct{} // closed when it is not live any more
 	book       *questions.Book[*asker]
@@ -868,14 +889,15 @@ type link struct {
 	toldNoUID  bool // that the server names nobody was logged
 }
 
-func newLink(p *upstreamPool, t *target, slot int, conn net.Conn, in *bufio.Reader) *link {
+// newLink returns a link over conn. With q, nothing is read or written there, but posted.
+func newLink(p *upstreamPool, t *target, slot int, q *posts, conn net.Conn, in *bufio.Reader) *link {
 	l, cfg := &link{
-		pool: p, target: t, slot: slot, book: questions.NewBook[*asker](t.asking), ended: make(chan struct{}),
+		pool: p, target: t, slot: slot, posts: q, redirected: zap.Skip(), book: questions.NewBook[*asker](t.asking), ended: make(chan struct{}),
 		unwritten: map[*agentConn][]entry{}, agents: map[*agentConn]struct{}{},
 	}, p.cfg.Load()
 	l.Relayed = &p.tel.Up
 	l.Socket.Socket = socket.New(conn, socket.LinkInput(conn, in, linkReadBuffer), true, cfg.MaxMessageSize, linkWriteTimeout, l)
-	share := memory.LinkShare(int64(cfg.MaxBufferedSize), cfg.Server.Connections)
+	share := memory.LinkShare(int64(cfg.MaxBufferedSize), t.slots)
 	l.Outbox = outbox.NewLink(l, share, &p.memory.Up, p.blind.Load())
 	return l
 }
@@ -883,6 +905,9 @@ func newLink(p *upstreamPool, t *target, slot int, conn net.Conn, in *bufio.Read
 // read is the link's reader: it takes each frame to whom it is for, and waits for nobody. It
 // returns when the connection has ended.
 func (l *link) read() error {
+	if l.posts != nil {
+		return l.readPosts()
+	}
 	for {
 		frame, err := l.Socket.Read()
 		switch {
@@ -940,7 +965,10 @@ func (l *link) relay(frame []byte) {
 		l.rename(c, named)
 	}
 	if f.Has(wire.FieldConnectionSettings) {
-		frame = l.heedOffer(frame, c) // which takes back what f points into
+		if heeded := l.heedOffer(frame, c); &heeded[0] != &frame[0] {
+			l.Socket.Drop(frame) // and with it what f points into
+			frame = heeded
+		}
 	}
 	if !c.agent.deliver(frame, taken) {
 		l.Socket.Drop(frame)
@@ -1044,12 +1072,32 @@ func (l *link) Release(n int) { l.pool.memory.Down.Give(n) }
 
 // WriteBatch writes to the link's socket; the outbox calls it.
 func (l *link) WriteBatch(batch []entry) (int, error) {
+	if l.posts != nil {
+		return l.postBatch(batch)
+	}
 	n, err := l.Peer.WriteBatch(batch)
 	if err != nil && errors.Is(err, socket.ErrStalled) {
 		l.givenUp.Store(true)
 		l.Close()
 	}
 	return n, err
+}
+
+// Hurry bounds what the link may still take; the outbox calls it.
+func (l *link) Hurry() {
+	if l.posts != nil {
+		l.hurryPosts()
+		return
+	}
+	l.Peer.Hurry()
+}
+
+// received returns the bytes of messages that came.
+func (l *link) received() uint64 {
+	if l.posts != nil {
+		return l.posts.received.Load()
+	}
+	return l.Socket.Received()
 }
 
 // failureReason is what stays the same when an attempt fails again in the same way: the text

@@ -3,6 +3,7 @@ package connect
 import (
 	"crypto/x509"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"net/http"
 	"strings"
@@ -146,4 +147,16 @@ func (q Question) Frame(requestUID string) []byte {
 	frame = append(frame, requestUID...)
 	frame = append(frame, behind...)
 	return append(frame, q[len("{"):]...)
+}
+
+// Headers returns the headers that the server is told of: those of the agent's upgrade request, and its verified
+// certificate. They hold the agent's credentials, and must never be logged.
+func (q Question) Headers() http.Header {
+	var told struct {
+		Headers http.Header `json:"headers"`
+	}
+	if len(q) > 0 && json.Unmarshal(q, &told) != nil {
+		panic("connect: a question is not JSON") // it is our own
+	}
+	return told.Headers
 }

@@ -130,6 +130,9 @@ func (p *Peer[S, O, C]) Sweep(limits Limits) Sign {
 	return Alive
 }
 
+// Handed counts messages that were handed over otherwise than by WriteBatch.
+func (p *Peer[S, O, C]) Handed(batch []outbox.Entry[S]) { p.count(batch) }
+
 // count counts messages that were handed to their socket. Of a batch, the first has waited the longest.
 func (p *Peer[S, O, C]) count(batch []outbox.Entry[S]) {
 	messages, bytes, first := 0, 0, int64(0)

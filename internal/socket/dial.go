@@ -251,7 +251,9 @@ func withScheme(u *url.URL, scheme string, secure bool) *url.URL {
 }
 
 // HostPort returns where an endpoint is dialed.
-func HostPort(endpoint *url.URL) string { return hostPort(endpoint, endpoint.Scheme == "wss") }
+func HostPort(endpoint *url.URL) string {
+	return hostPort(endpoint, endpoint.Scheme == "wss" || endpoint.Scheme == "https")
+}
 
 func hostPort(u *url.URL, secure bool) string {
 	port := u.Port()

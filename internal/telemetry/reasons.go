@@ -22,6 +22,7 @@ const (
 	ReasonServerEndsLink   Reason = "server_ends_link"
 	ReasonAgentTurnedDown  Reason = "agent_turned_down"
 	ReasonServerLimit      Reason = "server_limit"
+	ReasonServerTurnsDown  Reason = "server_turns_down"
 	ReasonMemoryFull       Reason = "memory_full"
 	ReasonGraceOver        Reason = "grace_over"
 	ReasonFrameLost        Reason = "frame_lost"
@@ -54,11 +55,12 @@ var Reasons = []struct {
 	{ReasonAgentSilent, "an agent gives no sign of life", ""},
 	{ReasonAgentMute, "an agent was let in and has said nothing for a minute", ""},
 	{ReasonAgentMissedPolls, "an agent over plain HTTP has missed three polls", ""},
-	{ReasonAgentRefused, "the server refused an agent after a link was lost", ""},
+	{ReasonAgentRefused, "the server refused an agent that had been let in", ""},
 	{ReasonAgentFloods, "an agent says more than the server takes for a second or longer", "reads it no faster than that, and nobody else slower; named in the log when it lasts"},
 	{ReasonServerEndsLink, "the server ended links because of this agent's message", "skips it, tells the agent, and turns down whatever it says for 10 minutes, 2 if the server did not say why it ended them, and longer each time"},
 	{ReasonAgentTurnedDown, "an agent says something while it is turned down for that", "skips it, tells the agent"},
 	{ReasonServerLimit, "an agent's message is no smaller than one for which the server has ended a link with 1009", "skips it, tells the agent"},
+	{ReasonServerTurnsDown, "a server over plain HTTP answers an agent's message with 400, 413, 415 or 422, or fails at it again and again, and not at others", "skips it, tells the agent"},
 	{ReasonMemoryFull, "what is sent takes all the memory that it may", "an agent with a large message waits, new instance UIDs are turned down, and who makes no progress while others wait is closed"},
 	{ReasonGraceOver, "no link came back in time", ""},
 	{ReasonFrameLost, "an agent's message could not be delivered before its connection, or the last link, ended", ""},

@@ -4,10 +4,9 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// Field numbers on the way from a ServerToAgent to the endpoint that it offers its agent: connection_settings, opamp,
+// Field numbers on the way from a ServerToAgent to the endpoint that it offers its agent, below connection_settings: opamp,
 // destination_endpoint.
 const (
-	FieldConnectionSettings  = 4
 	fieldOpAMPSettings       = 2
 	fieldDestinationEndpoint = 1
 )

@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"bytes"
 	"slices"
 	"strings"
 
@@ -53,6 +54,48 @@ func (m Format) Goodbye(uid UID, sequence uint64) []byte {
 
 // Nothing returns a ServerToAgent with nothing to say: what a server answers where it has to.
 func (m Format) Nothing(uid UID) []byte { return m.begin(uid) }
+
+// Poll returns an AgentToServer in the agent's name that says nothing new, so that a server which speaks only when it is
+// spoken to can answer: under this sequence_num, with the capabilities that the agent has told last.
+func (m Format) Poll(uid UID, sequence, capabilities uint64) []byte {
+	frame := m.begin(uid)
+	frame = protowire.AppendTag(frame, fieldSequenceNum, protowire.VarintType)
+	frame = protowire.AppendVarint(frame, sequence)
+	if capabilities != 0 && !m.Legacy {
+		frame = protowire.AppendTag(frame, fieldCapabilities, protowire.VarintType)
+		frame = protowire.AppendVarint(frame, capabilities)
+	}
+	return frame
+}
+
+// Capabilities returns the capabilities in a frame of an agent that was scanned without an error; 0 if there are none.
+func Capabilities(frame []byte) (capabilities uint64) {
+	rest := bytes.TrimPrefix(frame, []byte{0})
+	for len(rest) > 0 {
+		number, kind, n := protowire.ConsumeTag(rest)
+		if n < 0 {
+			return capabilities
+		}
+		rest = rest[n:]
+		if number == fieldCapabilities && kind == protowire.VarintType {
+			capabilities, n = protowire.ConsumeVarint(rest)
+		} else {
+			n = protowire.ConsumeFieldValue(number, kind, rest)
+		}
+		if n < 0 {
+			return capabilities
+		}
+		rest = rest[n:]
+	}
+	return capabilities
+}
+
+// WithUID returns a ServerToAgent frame with this instance UID added, which has none. The header is where it was.
+func WithUID(frame []byte, uid UID) []byte {
+	frame = slices.Clip(frame)
+	frame = protowire.AppendTag(frame, fieldInstanceUID, protowire.BytesType)
+	return protowire.AppendBytes(frame, uid.Bytes())
+}
 
 // ReportFullState returns a ServerToAgent that asks the agent for its full state.
 func (m Format) ReportFullState(uid UID) []byte {

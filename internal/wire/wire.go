@@ -25,12 +25,14 @@ const (
 
 	// ServerToAgent.
 	FieldErrorResponse       = 2
+	FieldConnectionSettings  = 4
 	FieldAgentIdentification = 8
 	FieldCustomCapabilities  = 10
 	fieldCustomMessageDown   = 11
 
 	// AgentToServer. The 2022 format, which has no header, has agent_disconnect one lower.
 	fieldSequenceNum           = 2
+	fieldCapabilities          = 4
 	fieldFlags                 = 10 // but not in the 2022 format
 	FieldAgentDisconnect       = 9
 	FieldLegacyAgentDisconnect = 8
@@ -68,6 +70,9 @@ func (f *Fields) Has(number protowire.Number) bool { return f.present&(1<<number
 
 // Empty reports whether the message has no fields at all.
 func (f *Fields) Empty() bool { return f.fields == 0 }
+
+// Bare reports whether the message says at most whose it is.
+func (f *Fields) Bare() bool { return f.fields == 0 || f.fields == 1 && f.UID != nil }
 
 // ScanAgentToServer scans a frame sent by an agent.
 func ScanAgentToServer(frame []byte) (Fields, error) { return scan(frame, fieldCustomMessageUp) }
