@@ -170,11 +170,12 @@ func (s *downstreamServer) enteredLocked() {
 	s.entered = make(chan struct{})
 }
 
-// begin counts a request among those that are being answered, unless the gateway is stopping.
-func (s *downstreamServer) begin() bool {
+// begin counts r among those that are being answered, unless the gateway is stopping. While it drains, agents over plain HTTP
+// that were not let go yet go on polling.
+func (s *downstreamServer) begin(r *http.Request) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closing || s.drains {
+	if s.closing || s.drains && !door.HasPolled(r) {
 		return false
 	}
 	s.requests.Add(1)
@@ -259,7 +260,7 @@ func (e httpErrors) Write(line []byte) (int, error) {
 //  5. The connection is upgraded, and its reader started. From here on the link's end is
 //     not the agent's.
 func (s *downstreamServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if !s.begin() {
+	if !s.begin(r) {
 		s.tel.Admission(telemetry.OutcomeReload)
 		refuseForReload(w, errClosing)
 		return

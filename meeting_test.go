@@ -6,16 +6,20 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"github.com/gorilla/websocket"
 	"github.com/open-telemetry/opamp-go/protobufs"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/opampgateway/opampgateway/internal/gatewaytest"
+	"github.com/opampgateway/opampgateway/internal/wire"
 )
 
 // These tests are of what meets: agents over plain HTTP and load balancers, both and WebSockets, servers over plain HTTP
@@ -271,4 +275,83 @@ func TestPollRefusedOverHTTP(t *testing.T) {
 		s.wantConnections(1)
 		o.wantSequence(&gatewaytest.Agent{UID: alice.uid}, 1, 2, 3)
 	})
+}
+
+// TestPollersOverReloadToHTTP takes agents over plain HTTP from a server by WebSocket to one over plain HTTP, and back.
+func TestPollersOverReloadToHTTP(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		o := &postOffice{t: t, open: map[string]int{}, connsUp: map[net.Conn]bool{}}
+		listener, err := s.net.Listen(fallbackAddress(0))
+		require.NoError(t, err)
+		server := &http.Server{Handler: o, ConnState: o.count}
+		var serving sync.WaitGroup
+		serving.Go(func() { _ = server.Serve(listener) })
+		t.Cleanup(func() { _ = server.Close(); serving.Wait(); time.Sleep(time.Second) })
+
+		alice, bob := s.poller("alice"), s.connect("bob")
+		alice.poll(alice.describe(1))
+		ws := s.cfg.Server.Endpoint
+		for n := range 3 {
+			same := s.gateway
+			s.reload(func(cfg *Config) { cfg.Server.Endpoint = "http://" + fallbackAddress(0) + "/v1/opamp" })
+			require.Same(t, same, s.gateway)
+			time.Sleep(5 * time.Second)
+			alice.poll(alice.say(10*n + 2))
+			time.Sleep(time.Second)
+			posts := o.from(&gatewaytest.Agent{UID: alice.uid})
+			require.EqualValues(t, 10*n+2, posts[len(posts)-1].SequenceNum)
+			bob.Say(10*n + 2)
+			posts = o.from(bob)
+			require.EqualValues(t, 10*n+2, posts[len(posts)-1].SequenceNum)
+			(&statusPage{gateway: s.gateway}).Status()
+			(&statusPage{gateway: s.gateway}).Agents(nil, wire.UID{})
+			s.wantConnections(2)
+			asked := len(s.server.Questions())
+			s.reload(func(cfg *Config) { cfg.Server.Endpoint = ws })
+			require.Same(t, same, s.gateway)
+			time.Sleep(5 * time.Second)
+			alice.poll(alice.say(10*n + 3))
+			require.Len(t, s.server.Questions(), asked+2, "both are introduced")
+			synctest.Wait()
+			received := s.server.Received(alice.uid)
+			require.EqualValues(t, 10*n+3, received[len(received)-1].Message.GetSequenceNum())
+			s.wantConnections(2)
+		}
+		s.wantFaults(nil)
+	})
+}
+
+// TestDrainOfPollers has agents over plain HTTP go on polling while the gateway drains, until it is their turn to go.
+func TestDrainOfPollers(t *testing.T) {
+	play(t, func(t *testing.T, s *stage) {
+		s.answering()
+		agents := make([]*poller, 20)
+		for i := range agents {
+			agents[i] = s.poller(fmt.Sprintf("agent %d", i))
+			agents[i].poll(agents[i].describe(1))
+		}
+		links := s.server.WantLinks(3)
+		stopped := s.endSlowly()
+		for round := range 9 {
+			time.Sleep(2 * time.Second)
+			staying := len(s.gateway.server.staying())
+			require.InDelta(t, 20-2*(round+1), staying, 1)
+			polled := 0
+			for _, a := range agents {
+				if got, err := a.post(bytes.NewReader(a.say(2 + round))); err == nil && got.StatusCode == http.StatusOK {
+					wantMessage(t, a.offer(strconv.Itoa(2+round)), a.message(got))
+					polled++
+				} else if err == nil {
+					require.Equal(t, http.StatusServiceUnavailable, got.StatusCode)
+					require.NotEmpty(t, got.Header.Get("Retry-After"))
+				}
+			}
+			require.Equal(t, staying, polled)
+		}
+		require.InDelta(t, 20*time.Second, stopped(), float64(time.Second))
+		require.Len(t, s.server.Questions(), 20, "nobody new is asked about")
+		for _, link := range links {
+			link.WantClosed(websocket.CloseGoingAway)
+		}
+	}, drainingFor(20*time.Second))
 }

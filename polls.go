@@ -420,7 +420,16 @@ func (v *visit) mayUpload() (outcome telemetry.Outcome) {
 	if a := s.polled.likely(v.credentials, v.shown, v.r.Header.Get(instanceUIDHeader)); a != nil {
 		return v.askAgain(a)
 	}
-	v.newcomer, outcome = s.letIn(v.w, v.r)
+	return v.letIn()
+}
+
+// letIn has the server decide on a newcomer. It returns nothing if that is let in; otherwise the poll was answered.
+func (v *visit) letIn() (outcome telemetry.Outcome) {
+	if v.server.draining() {
+		refuseForReload(v.w, errClosing)
+		return telemetry.OutcomeReload
+	}
+	v.newcomer, outcome = v.server.letIn(v.w, v.r)
 	if v.newcomer == nil {
 		return outcome
 	}
@@ -562,8 +571,7 @@ func (v *visit) session(f *wire.Fields, uid wire.UID) (*agentConn, telemetry.Out
 		return a, ""
 	}
 	if v.newcomer == nil {
-		var outcome telemetry.Outcome
-		if v.newcomer, outcome = s.letIn(v.w, v.r); v.newcomer == nil {
+		if outcome := v.letIn(); outcome != "" {
 			return nil, outcome
 		}
 	}
