@@ -687,7 +687,7 @@ func (l *link) answer(frame []byte, f *wire.Fields, data []byte, taken int64) {
 // is asked, nobody vouches for the gateway.
 func (a *agentConn) relayQuestion(frame []byte, f *wire.Fields, kind connect.Kind, data []byte) error {
 	s := a.server
-	if !a.gateway || a.question == nil || s.pool.target.Load().http || kind != connect.Connect || len(f.UID) > 0 {
+	if !a.gateway || s.cfg.Load().Server.AgentAdmission == AdmissionAccept || s.pool.target.Load().http || kind != connect.Connect || len(f.UID) > 0 {
 		a.offend(ending.ForeignConnect)
 		return errOffended
 	}

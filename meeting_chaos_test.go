@@ -100,7 +100,7 @@ func chaosOfPollers(t *testing.T, s *stage, seed uint64) {
 				select {
 				case <-stop:
 					return
-				case <-time.After(within(chance, 10 * time.Second)):
+				case <-time.After(within(chance, 10*time.Second)):
 				}
 				body, headers := p.say(n), []string{}
 				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -112,7 +112,7 @@ func chaosOfPollers(t *testing.T, s *stage, seed uint64) {
 					body = p.describe(n)
 				case 2: // is gone for a while
 					p.gone()
-					time.Sleep(within(chance, 3 * time.Minute))
+					time.Sleep(within(chance, 3*time.Minute))
 				case 3: // says a lot
 					message := &protobufs.AgentToServer{InstanceUid: p.uid, SequenceNum: uint64(n), EffectiveConfig: &protobufs.EffectiveConfig{
 						ConfigMap: &protobufs.AgentConfigMap{ConfigMap: map[string]*protobufs.AgentConfigFile{"": {Body: bytes.Repeat([]byte("x"), chance.IntN(1<<20))}}},
@@ -143,7 +143,7 @@ func chaosOfPollers(t *testing.T, s *stage, seed uint64) {
 	}
 	chance, ws := rand.New(rand.NewPCG(seed, 1000)), s.cfg.Server.Endpoint
 	for range 60 {
-		time.Sleep(within(chance, 10 * time.Second))
+		time.Sleep(within(chance, 10*time.Second))
 		switch chance.IntN(6) {
 		case 0:
 			s.reload(func(cfg *Config) { cfg.Server.Endpoint = ws })
@@ -159,7 +159,7 @@ func chaosOfPollers(t *testing.T, s *stage, seed uint64) {
 			}
 		case 4:
 			s.server.Stop()
-			time.Sleep(within(chance, 20 * time.Second))
+			time.Sleep(within(chance, 20*time.Second))
 			s.server.Start()
 		case 5:
 			_ = (&statusPage{gateway: s.gateway}).Status()

@@ -355,3 +355,44 @@ func TestDrainOfPollers(t *testing.T) {
 		}
 	}, drainingFor(20*time.Second))
 }
+
+// TestAcceptedFromHTTP takes agents that nobody is asked about from a server over plain HTTP to one by WebSocket, which does
+// not know questions: it is asked none.
+func TestAcceptedFromHTTP(t *testing.T) {
+	playHTTP(t, func(t *testing.T, s *stage, _ *postOffice) {
+		s.server = gatewaytest.NewServer(t, func() (net.Listener, error) { return s.net.Listen(fallbackAddress(0)) })
+		s.server.OnConnect(func(*gatewaytest.Question) {})
+		s.server.Start()
+		alice, bob := s.connect("alice"), s.poller("bob")
+		alice.Say(1)
+		bob.poll(bob.describe(1))
+		s.reload(func(cfg *Config) { cfg.Server.Endpoint = "ws://" + fallbackAddress(0) + "/v1/opamp" })
+		time.Sleep(10 * time.Second)
+		s.server.WantFrame(alice.UID, alice.Say(2))
+		bob.poll(bob.say(2))
+		require.EqualValues(t, 2, s.server.Next(bob.uid).Message.GetSequenceNum())
+		require.Empty(t, s.server.Questions())
+	}, func(cfg *Config) { cfg.Server.AgentAdmission = AdmissionAccept })
+}
+
+// TestShownPosts shows what waits for a server over plain HTTP.
+func TestShownPosts(t *testing.T) {
+	playHTTP(t, func(t *testing.T, s *stage, o *postOffice) {
+		answer := make(chan struct{})
+		o.answers(func(http.ResponseWriter, *http.Request, *posted) bool {
+			<-answer
+			return false
+		})
+		alice := s.connect("alice")
+		for n := range 3 {
+			alice.Say(n)
+		}
+		synctest.Wait()
+		link := (&statusPage{gateway: s.gateway}).Status().Links[0]
+		require.Equal(t, 1, link.OnItsWay)
+		require.Greater(t, link.WaitingBytes, 2*len(gatewaytest.Status(alice.UID, 1)))
+		close(answer)
+		o.wantSequence(alice, 0, 1, 2)
+		require.Zero(t, (&statusPage{gateway: s.gateway}).Status().Links[0].WaitingBytes)
+	})
+}
