@@ -580,6 +580,9 @@ func (s *downstreamServer) exchange(v *visit, a *agentConn, m *polling.Message, 
 	body := wire.Format{}.Nothing(uid)
 	if answer != nil {
 		body = answer.Body()
+	} else if verdict, refused := s.pool.refusals.find(a.question); refused { // by a server over plain HTTP, just now
+		s.refuse(v.w, v.r, &verdict)
+		return
 	}
 	err = v.write(body)
 	if written = err == nil; !written {
