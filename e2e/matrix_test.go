@@ -142,6 +142,7 @@ type matrixCell struct {
 	gateway *Gateway
 	agent   *matrixAgent
 	uid     uuid.UUID
+	former  uuid.UUID // before it was renamed
 	leave   func()
 }
 
@@ -254,27 +255,33 @@ service: {pipelines: {logs: {receivers: [otlp], exporters: [debug]}}}
 
 func (c *matrixCell) rename(t *testing.T) {
 	t.Helper()
-	before, next := c.uid, uuid.Must(uuid.NewV7())
-	c.server.push(before, &protobufs.ServerToAgent{
+	next := uuid.Must(uuid.NewV7())
+	c.server.push(c.uid, &protobufs.ServerToAgent{
 		AgentIdentification: &protobufs.AgentIdentification{NewInstanceUid: next[:]},
 		Flags:               uint64(protobufs.ServerToAgentFlags_ServerToAgentFlags_ReportFullState), // so that it speaks at once
 	})
-	c.uid = next
+	c.former, c.uid = c.uid, next
 	c.server.wantAgent(t, next, "speaks under its new UID", isConnected)
-	require.False(t, c.server.known(before).Goodbye)
+	require.False(t, c.server.known(c.former).Goodbye)
 }
 
-// restart has the server forget everybody, whom it then knows by their new UID only.
+// restart has the server forget everybody. It is not to take until the agent's next heartbeat, of 30 s, that it knows it again.
 func (c *matrixCell) restart(t *testing.T) {
 	t.Helper()
 	c.server.restart()
-	c.server.wantAgent(t, c.uid, "is back, and has described itself", isConnected)
+	within(t, 20*time.Second, func() string {
+		if known := c.server.known(c.uid); !isConnected(known) {
+			return fmt.Sprintf("the agent is not back: %+v", known)
+		}
+		return ""
+	})
 }
 
 func (c *matrixCell) gone(t *testing.T) {
 	t.Helper()
 	c.leave()
 	c.server.wantAgent(t, c.uid, "is gone, as it or the gateway for it says", func(k Known) bool { return k.Goodbye })
+	require.Zero(t, c.server.known(c.former).Messages, "nothing was said of it under the UID that it had once, since the server's restart")
 }
 
 // Each agent, over each of its transports, at each kind of server: refused, let in, pushed to, renamed, back, gone.
