@@ -531,7 +531,7 @@ func (p *upstreamPool) poll(l *link) {
 	agents := slices.Collect(maps.Keys(l.agents))
 	p.mu.Unlock()
 	for _, a := range agents {
-		if a.link.Load() != l || a.polls != nil { // an agent over plain HTTP polls by itself
+		if a.link.Load() != l || a.polls != nil { // or it polls itself
 			continue
 		}
 		for _, c := range p.router.present(a) {

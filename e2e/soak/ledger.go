@@ -322,8 +322,9 @@ func (l *ledger) arrived(c *serverConn, s stamp, uid uuid.UUID, described bool) 
 		}
 	}
 	if seg == nil {
-		l.findLocked("misdelivered", e, now, "%s arrived on %s, on which the server was never asked about it", s, c)
-		return nil
+		if seg = l.broughtLocked(e, s, c); seg == nil {
+			return nil
+		}
 	}
 	l.counts["heard by the server"]++
 	first := e.ups[s.number-1].heard
@@ -354,6 +355,28 @@ func (l *ledger) arrived(c *serverConn, s stamp, uid uuid.UUID, described bool) 
 		seg.described = now
 	}
 	return seg
+}
+
+// broughtLocked returns the new segment of an agent whose message arrived on c, about which the server was not asked there: what
+// waited of it when its connection ended goes before all that it says on the next one, wherever that is. Anything else is
+// misdelivered, or reordered.
+func (l *ledger) broughtLocked(e *epoch, s stamp, c *serverConn) *segment {
+	for _, later := range e.actor.epochs[s.epoch:] {
+		for _, of := range later.segments {
+			if of.conn != c {
+				continue
+			}
+			if of.first != 0 {
+				l.findLocked("reordered", e, time.Now(), "%s arrived on %s behind what the agent has said on its next connection", s, c)
+			}
+			l.counts["brought along by the next connection"]++
+			seg := &segment{epoch: e, index: len(e.segments), conn: c, asked: of.asked}
+			e.segments = append(e.segments, seg)
+			return seg
+		}
+	}
+	l.findLocked("misdelivered", e, time.Now(), "%s arrived on %s, on which the server was never asked about it", s, c)
+	return nil
 }
 
 // maybeStragglerLocked reports whether message number of e, behind others of seg on the same socket to

@@ -256,7 +256,7 @@ func (q *Queue[K, S]) Throttle(p *Post[K, S], delay time.Duration) (all bool) {
 	return all
 }
 
-// Drop ends what a sender has waiting behind p, which is Done as well. It returns how many messages that were, of the
+// Drop is Done for p, and for all that its sender has waiting behind it. It returns how many messages that were, of the
 // sender's own.
 func (q *Queue[K, S]) Drop(p *Post[K, S]) (dropped int) {
 	q.mu.Lock()
