@@ -170,11 +170,12 @@ func (s *downstreamServer) enteredLocked() {
 	s.entered = make(chan struct{})
 }
 
-// begin counts a request among those that are being answered, unless the gateway is stopping.
-func (s *downstreamServer) begin() bool {
+// begin counts r among those that are being answered, unless the gateway is stopping. While it drains, agents over plain HTTP
+// that were not let go yet go on polling.
+func (s *downstreamServer) begin(r *http.Request) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.closing || s.drains {
+	if s.closing || s.drains && !door.HasPolled(r) {
 		return false
 	}
 	s.requests.Add(1)
@@ -259,7 +260,7 @@ func (e httpErrors) Write(line []byte) (int, error) {
 //  5. The connection is upgraded, and its reader started. From here on the link's end is
 //     not the agent's.
 func (s *downstreamServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if !s.begin() {
+	if !s.begin(r) {
 		s.tel.Admission(telemetry.OutcomeReload)
 		refuseForReload(w, errClosing)
 		return
@@ -686,7 +687,7 @@ func (l *link) answer(frame []byte, f *wire.Fields, data []byte, taken int64) {
 // is asked, nobody vouches for the gateway.
 func (a *agentConn) relayQuestion(frame []byte, f *wire.Fields, kind connect.Kind, data []byte) error {
 	s := a.server
-	if !a.gateway || a.question == nil || s.pool.target.Load().http || kind != connect.Connect || len(f.UID) > 0 {
+	if !a.gateway || s.cfg.Load().Server.AgentAdmission == AdmissionAccept || s.pool.target.Load().http || kind != connect.Connect || len(f.UID) > 0 {
 		a.offend(ending.ForeignConnect)
 		return errOffended
 	}

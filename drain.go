@@ -17,7 +17,7 @@ const drainStep = 50 * time.Millisecond
 // gateway most likely, and the server do not get all of them at once:
 //
 //  1. The port is given back. A load balancer finds at once that nobody is there, and goes on to another gateway; who
-//     has connected and was not heard yet gets 503.
+//     has connected and was not heard yet gets 503. Agents over plain HTTP go on polling on the connections that they have.
 //  2. Agents are let go, evenly. Their links stay, and so does everything else. The server is not told: the end of the
 //     links tells it of those that have not come back by another way.
 //
@@ -61,6 +61,13 @@ func (g *gateway) drain(ctx context.Context, anew func() bool) {
 			a.dismiss(ending.Shutdown)
 		}
 	}
+}
+
+// draining reports whether nobody new is let in any more.
+func (s *downstreamServer) draining() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.drains
 }
 
 // staying returns the agents that are not being let go yet, in no order.

@@ -37,6 +37,9 @@ const (
 	// between two, for the agents of one to be introduced.
 	returnTime, returnPause = 10 * time.Second, 2 * time.Second
 
+	// proveAgain is how often a server over plain HTTP is asked meanwhile whether it is there.
+	proveAgain = 5 * time.Second
+
 	// elsewhereText is why a link ends whose slot goes to another endpoint.
 	elsewhereText = "gateway goes to another endpoint"
 )
@@ -204,7 +207,11 @@ func (p *upstreamPool) prove(ctx context.Context, t *target, near *atomic.Bool) 
 		l, retryAfter, err := p.dial(t, t.slots)
 		if err == nil {
 			near.Store(true)
-			err = p.hold(ctx, l)
+			if l.posts != nil {
+				err = p.holdPosts(ctx, l)
+			} else {
+				err = p.hold(ctx, l)
+			}
 			near.Store(false)
 			if err == nil {
 				return true
@@ -252,6 +259,24 @@ func (p *upstreamPool) hold(ctx context.Context, l *link) error {
 		return nil
 	}
 	return err
+}
+
+// holdPosts is hold for a server over plain HTTP, which has no connection to hold: it is asked again and again whether it is
+// there.
+func (p *upstreamPool) holdPosts(ctx context.Context, l *link) (err error) {
+	t := l.target
+	for begun := time.Now(); ; {
+		l.abandon()
+		if time.Since(begun) >= provenTime {
+			return nil
+		}
+		if err := sleep(ctx, proveAgain); err != nil {
+			return err
+		}
+		if l, _, err = p.dial(t, t.slots); err != nil {
+			return err
+		}
+	}
 }
 
 // readOver reads what comes on a link of nobody's, until it ends.

@@ -3,13 +3,19 @@ package opampgateway
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"crypto/x509"
 	"encoding/hex"
 	"errors"
+	"fmt"
+	"hash"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -24,6 +30,7 @@ import (
 	"github.com/opampgateway/opampgateway/internal/fair"
 	"github.com/opampgateway/opampgateway/internal/monotonic"
 	"github.com/opampgateway/opampgateway/internal/polling"
+	"github.com/opampgateway/opampgateway/internal/posting"
 	"github.com/opampgateway/opampgateway/internal/questions"
 	"github.com/opampgateway/opampgateway/internal/telemetry"
 	"github.com/opampgateway/opampgateway/internal/wire"
@@ -56,7 +63,8 @@ const (
 )
 
 // sessionKey is who polls: what came with the same credentials under the same UID. Different agents may have the same
-// credentials, and one the UID of another, by mistake or not.
+// credentials, and one the UID of another, by mistake or not. With the same key, but other headers, the server decides
+// anew: what it knows an agent by may stand in any of them.
 type sessionKey struct {
 	credentials credentials
 	uid         wire.UID
@@ -73,7 +81,9 @@ type polls struct {
 	admitted atomic.Int64 // when the server has last let it in, of the monotonic clock
 
 	// Guarded by sessions.mu.
-	key sessionKey
+	key   sessionKey
+	shown credentials // with which the server has last let it in, see shownBy
+	over  bool        // it has ended
 }
 
 // due returns how long the agent has until its next poll.
@@ -88,9 +98,10 @@ func (p *polls) overdue() bool {
 	return overdue
 }
 
-// stale reports whether the server is to be asked again.
-func (p *polls) stale() bool {
-	return p.server.cfg.Load().Server.AgentAdmission != AdmissionAccept && !p.server.pool.target.Load().http && monotonic.Since(p.admitted.Load()) >= admissionLife
+// stale reports whether the server is to be asked again about an agent that shows that now.
+func (p *polls) stale(shown credentials) bool {
+	return p.server.cfg.Load().Server.AgentAdmission != AdmissionAccept && !p.server.pool.target.Load().http &&
+		(monotonic.Since(p.admitted.Load()) >= admissionLife || !p.server.polled.shows(p, shown))
 }
 
 // end gives back what a session has taken.
@@ -103,14 +114,14 @@ func (p *polls) end() {
 type sessions struct {
 	mu        sync.Mutex
 	agents    map[sessionKey]*agentConn
-	standings map[credentials]*standing
+	standings map[credentials]*standing // by what is shown
 	// Those who have missed their polls, and when they polled last; and those before.
 	missed, missedBefore map[sessionKey]int64
 }
 
-// standing is how credentials stand with the server, as long as there are sessions with them.
+// standing is how what is shown stands with the server, as long as there are sessions with it.
 type standing struct {
-	admitted int64 // when an agent was last let in with them
+	admitted int64 // when an agent was last let in with it
 	sessions int
 	any      *agentConn // one of them
 }
@@ -119,22 +130,54 @@ func newSessions() *sessions {
 	return &sessions{agents: map[sessionKey]*agentConn{}, standings: map[credentials]*standing{}, missed: map[sessionKey]int64{}}
 }
 
-// trust reports whether an agent was let in with these credentials lately.
-func (s *sessions) trust(c credentials) bool {
+// trust reports whether an agent was let in lately that has shown just that.
+func (s *sessions) trust(shown credentials) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	known := s.standings[c]
+	known := s.standings[shown]
 	return known != nil && monotonic.Since(known.admitted) < admissionLife
 }
 
-// admitted notes that the server has let the agent in again.
-func (s *sessions) admitted(p *polls) {
-	now := monotonic.Now()
-	p.admitted.Store(now)
+// admitted notes that the server has let the agent in again, which has shown that.
+func (s *sessions) admitted(a *agentConn, shown credentials) {
+	p := a.polls
+	p.admitted.Store(monotonic.Now())
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if known := s.standings[p.key.credentials]; known != nil {
-		known.admitted = now
+	if p.over {
+		return
+	}
+	s.unstandLocked(p)
+	p.shown = shown
+	s.standLocked(a)
+}
+
+// shows reports whether the agent was last let in with what is shown now.
+func (s *sessions) shows(p *polls, shown credentials) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return p.shown == shown
+}
+
+// standLocked has the standing of what an agent shows be one of its session as well.
+func (s *sessions) standLocked(a *agentConn) {
+	known := s.standings[a.polls.shown]
+	if known == nil {
+		known = &standing{}
+		s.standings[a.polls.shown] = known
+	}
+	known.sessions++
+	known.any, known.admitted = a, max(known.admitted, a.polls.admitted.Load())
+}
+
+// unstandLocked takes standLocked back.
+func (s *sessions) unstandLocked(p *polls) {
+	known := s.standings[p.shown]
+	if known.any != nil && known.any.polls == p {
+		known.any = nil // whichever other there is will be asked about for itself
+	}
+	if known.sessions--; known.sessions == 0 {
+		delete(s.standings, p.shown)
 	}
 }
 
@@ -152,9 +195,9 @@ func (s *sessions) findLocked(key sessionKey) *agentConn {
 	return nil
 }
 
-// likely returns who polls most likely, of whom nothing is known but the credentials and a word of his own; nil if there
-// is nobody.
-func (s *sessions) likely(c credentials, uid string) *agentConn {
+// likely returns who polls most likely, of whom nothing is known but the credentials, what he shows, and a word of his own;
+// nil if there is nobody.
+func (s *sessions) likely(c, shown credentials, uid string) *agentConn {
 	named, err := parseHeaderUID(uid)
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -163,7 +206,7 @@ func (s *sessions) likely(c credentials, uid string) *agentConn {
 			return a
 		}
 	}
-	if known := s.standings[c]; known != nil && known.sessions == 1 && known.any != nil && !known.any.polls.Closing() {
+	if known := s.standings[shown]; known != nil && known.sessions == 1 && known.any != nil && !known.any.polls.Closing() {
 		return known.any
 	}
 	return nil
@@ -180,13 +223,13 @@ func parseHeaderUID(text string) (wire.UID, error) {
 
 // renamed returns the session of c under uid from now on, if the server has given its agent that name.
 func (s *sessions) renamed(c *claim, uid wire.UID, with credentials) *agentConn {
-	if c == nil || c.agent.polls == nil || c.agent.credentials != with {
+	if c == nil || c.agent.polls == nil {
 		return nil
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	p, key := c.agent.polls, sessionKey{with, uid}
-	if s.agents[p.key] != c.agent || s.agents[key] != nil || p.Closing() {
+	if p.key.credentials != with || s.agents[p.key] != c.agent || s.agents[key] != nil || p.Closing() {
 		return nil
 	}
 	delete(s.agents, p.key)
@@ -203,13 +246,7 @@ func (s *sessions) add(a *agentConn) *agentConn {
 		return before
 	}
 	s.agents[p.key] = a
-	known := s.standings[p.key.credentials]
-	if known == nil {
-		known = &standing{}
-		s.standings[p.key.credentials] = known
-	}
-	known.sessions++
-	known.any, known.admitted = a, max(known.admitted, p.admitted.Load())
+	s.standLocked(a)
 	return nil
 }
 
@@ -220,13 +257,8 @@ func (s *sessions) remove(p *polls) {
 	if a := s.agents[p.key]; a != nil && a.polls == p {
 		delete(s.agents, p.key)
 	}
-	known := s.standings[p.key.credentials]
-	if known.any != nil && known.any.polls == p {
-		known.any = nil // whichever other there is will be asked about for itself
-	}
-	if known.sessions--; known.sessions == 0 {
-		delete(s.standings, p.key.credentials)
-	}
+	s.unstandLocked(p)
+	p.over = true
 }
 
 // remember notes when an agent has polled last that has missed its polls.
@@ -250,6 +282,39 @@ func (s *sessions) absence(key sessionKey) time.Duration {
 		return 0
 	}
 	return monotonic.Since(since)
+}
+
+// ofRequest are headers that one request has of those in between, or of whoever traces it. They say nothing of the agent.
+var ofRequest = []string{
+	"B3", "Baggage", "Cache-Control", "Date", "Forwarded", "Pragma", "Traceparent", "Tracestate", "Via", "X-Amzn-Trace-Id",
+	"X-B3-Parentspanid", "X-B3-Sampled", "X-B3-Spanid", "X-B3-Traceid", "X-Cloud-Trace-Context", "X-Correlation-Id",
+	"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Port", "X-Forwarded-Proto", "X-Forwarded-Server", "X-Real-Ip", "X-Request-Id",
+}
+
+// hashOwn begins a hash of the headers of a request that may tell its agent from another: all that are its own, since the server
+// may know agents by any.
+func hashOwn(headers http.Header) hash.Hash {
+	own := posting.OwnHeaders(headers)
+	for _, name := range ofRequest {
+		delete(own, name)
+	}
+	hash := sha256.New()
+	for _, name := range slices.Sorted(maps.Keys(own)) {
+		fmt.Fprintf(hash, "%d %s %d\n", len(name), name, len(own[name]))
+		for _, value := range own[name] {
+			fmt.Fprintf(hash, "%d %s\n", len(value), value)
+		}
+	}
+	return hash
+}
+
+// shownBy returns what an agent over plain HTTP shows to the server in its request.
+func shownBy(headers http.Header, certificate *x509.Certificate) credentials {
+	hash := hashOwn(headers)
+	if certificate != nil {
+		hash.Write(certificate.Raw)
+	}
+	return credentials(hash.Sum(nil))
 }
 
 // postKey finds, in the context of a request, the poll that it is.
@@ -279,7 +344,11 @@ func postOf(r *http.Request) (*http.Request, bool) {
 //     ago is so again.
 //  4. The message is handed on, and what the server says is the answer; if it says nothing in time, an empty message.
 func (s *downstreamServer) answerPoll(w http.ResponseWriter, r *http.Request) {
-	v := &visit{server: s, w: w, r: r, answer: http.NewResponseController(w), credentials: credentialsOf(r.Header, verifiedCertificate(r))}
+	certificate := verifiedCertificate(r)
+	v := &visit{
+		server: s, w: w, r: r, answer: http.NewResponseController(w),
+		credentials: credentialsOf(r.Header, certificate), shown: shownBy(r.Header, certificate),
+	}
 	defer func() {
 		if v.newcomer != nil {
 			s.forget(v.newcomer)
@@ -300,6 +369,7 @@ type visit struct {
 	r           *http.Request
 	answer      *http.ResponseController
 	credentials credentials
+	shown       credentials
 	newcomer    *agentConn // whom the server was just asked about; it has no session yet
 	asked       *agentConn // with a session, whom the server was just asked about again
 	read        bool       // all of the body
@@ -344,13 +414,22 @@ func (v *visit) serve() (outcome telemetry.Outcome) {
 // mayUpload finds out whether a body may be sent.
 func (v *visit) mayUpload() (outcome telemetry.Outcome) {
 	s := v.server
-	if s.cfg.Load().Server.AgentAdmission == AdmissionAccept || s.polled.trust(v.credentials) {
+	if s.cfg.Load().Server.AgentAdmission == AdmissionAccept || s.polled.trust(v.shown) {
 		return ""
 	}
-	if a := s.polled.likely(v.credentials, v.r.Header.Get(instanceUIDHeader)); a != nil {
+	if a := s.polled.likely(v.credentials, v.shown, v.r.Header.Get(instanceUIDHeader)); a != nil {
 		return v.askAgain(a)
 	}
-	v.newcomer, outcome = s.letIn(v.w, v.r)
+	return v.letIn()
+}
+
+// letIn has the server decide on a newcomer. It returns nothing if that is let in; otherwise the poll was answered.
+func (v *visit) letIn() (outcome telemetry.Outcome) {
+	if v.server.draining() {
+		refuseForReload(v.w, errClosing)
+		return telemetry.OutcomeReload
+	}
+	v.newcomer, outcome = v.server.letIn(v.w, v.r)
 	if v.newcomer == nil {
 		return outcome
 	}
@@ -469,14 +548,22 @@ var errHeader = errors.New("it begins with the header that a message has on a We
 // one, the poll was answered.
 func (v *visit) session(f *wire.Fields, uid wire.UID) (*agentConn, telemetry.Outcome) {
 	s := v.server
-	a := s.polled.find(v.credentials, uid)
+	key := v.credentials
+	a := s.polled.find(key, uid)
 	if a == nil {
-		a = s.polled.renamed(s.router.find(f.UID), uid, v.credentials)
+		a = s.polled.renamed(s.router.findGiven(uid), uid, key)
+	}
+	if s.pool.target.Load().http && (a == nil || !s.polled.shows(a.polls, v.shown)) {
+		// Nobody is asked: its messages are posted with what it has come with. So what comes with something else has a
+		// session of its own.
+		if other := s.polled.find(v.shown, uid); a != nil || other != nil {
+			key, a = v.shown, other
+		}
 	}
 	if a != nil {
 		if v.newcomer != nil { // whom the server has just let in, though not on the link where it is
-			s.polled.admitted(a.polls)
-		} else if a != v.asked && a.polls.stale() {
+			s.polled.admitted(a, v.shown)
+		} else if a != v.asked && a.polls.stale(v.shown) {
 			if outcome := v.askAgain(a); outcome != "" {
 				return nil, outcome
 			}
@@ -484,24 +571,24 @@ func (v *visit) session(f *wire.Fields, uid wire.UID) (*agentConn, telemetry.Out
 		return a, ""
 	}
 	if v.newcomer == nil {
-		var outcome telemetry.Outcome
-		if v.newcomer, outcome = s.letIn(v.w, v.r); v.newcomer == nil {
+		if outcome := v.letIn(); outcome != "" {
 			return nil, outcome
 		}
 	}
-	return v.begin(f, uid)
+	return v.begin(f, sessionKey{key, uid})
 }
 
 // begin gives a newcomer a session.
-func (v *visit) begin(f *wire.Fields, uid wire.UID) (*agentConn, telemetry.Outcome) {
+func (v *visit) begin(f *wire.Fields, key sessionKey) (*agentConn, telemetry.Outcome) {
+	uid := key.uid
 	s, address := v.server, fair.AddressOf(v.r.RemoteAddr)
 	if !s.door.Enter(address) {
 		s.events.Warn("as many agents are connected as agents::max_connections allows; new ones are turned away", telemetry.Peer("client", v.r.RemoteAddr))
 		refuseForNow(v.w, "too many agents are connected")
 		return nil, telemetry.OutcomeTooMany
 	}
-	a, key := v.newcomer, sessionKey{v.credentials, uid}
-	a.polls = &polls{Session: polling.NewSession[*claim](s.polled.absence(key)), server: s, address: address, key: key}
+	a := v.newcomer
+	a.polls = &polls{Session: polling.NewSession[*claim](s.polled.absence(key)), server: s, address: address, key: key, shown: v.shown}
 	a.polls.admitted.Store(monotonic.Now())
 	if before := s.polled.add(a); before != nil { // it has polled twice at once
 		s.door.Leave(address)
@@ -522,9 +609,14 @@ func (v *visit) begin(f *wire.Fields, uid wire.UID) (*agentConn, telemetry.Outco
 func (v *visit) askAgain(a *agentConn) telemetry.Outcome {
 	s := v.server
 	v.asked = a
-	l := a.link.Load()
-	if l == nil || a.question == nil || l.posts != nil { // it is about to be introduced again, or asked for by its messages
+	l, same := a.link.Load(), s.polled.shows(a.polls, v.shown)
+	switch {
+	case a.question == nil, l != nil && l.posts != nil: // it is asked for by its messages, if at all
 		return ""
+	case l == nil && same: // it is about to be introduced again
+		return ""
+	case l == nil:
+		return s.turnAway(v.w, v.r, errNoLink)
 	}
 	question, err := connect.NewQuestion(v.r.RemoteAddr, v.r.Header, verifiedCertificate(v.r))
 	if err != nil {
@@ -544,16 +636,17 @@ func (v *visit) askAgain(a *agentConn) telemetry.Outcome {
 	verdict, err := l.decide(ctx, &agentConn{server: s, remote: v.r.RemoteAddr, question: question}, questions.ClassNewcomer, timeout)
 	without, unverified := errors.AsType[*noVerdictError](err)
 	switch status := verdict.RefusalStatus(); {
-	case err != nil && monotonic.Since(a.polls.admitted.Load()) < admissionLife+s.cfg.Load().Server.GracePeriod && v.r.Context().Err() == nil:
+	case err != nil && same && monotonic.Since(a.polls.admitted.Load()) < admissionLife+s.cfg.Load().Server.GracePeriod && v.r.Context().Err() == nil:
 		return "" // its word holds for a while when it cannot be asked
 	case unverified && v.r.Context().Err() == nil && ctx.Err() == nil:
 		return s.unverified(v.w, a, without)
 	case err != nil:
 		return s.turnAway(v.w, v.r, err)
 	case verdict.Accept:
-		s.polled.admitted(a.polls)
+		s.polled.admitted(a, v.shown)
 		return ""
 	case status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable: // just now
+	case !same: // it says nothing of what was let in
 	default:
 		a.dismiss(ending.Refused)
 	}
@@ -580,9 +673,11 @@ func (s *downstreamServer) exchange(v *visit, a *agentConn, m *polling.Message, 
 	body := wire.Format{}.Nothing(uid)
 	if answer != nil {
 		body = answer.Body()
-	} else if verdict, refused := s.pool.refusals.find(a.question); refused { // by a server over plain HTTP, just now
-		s.refuse(v.w, v.r, &verdict)
-		return
+	} else if a.ending.Closing() && a.question != nil {
+		if verdict, ok := s.pool.refusals.find(a.question); ok { // by a server over plain HTTP, to what the agent has just said
+			s.refuse(v.w, v.r, &verdict)
+			return
+		}
 	}
 	err = v.write(body)
 	if written = err == nil; !written {

@@ -164,6 +164,13 @@ func (l *link) readPosts() error {
 	return err
 }
 
+// drop ends a link on which nothing was posted, and that nobody reads.
+func (q *posts) drop() {
+	q.Close()
+	q.cancel()
+	q.client.Close()
+}
+
 // fail ends the link.
 func (l *link) fail(err error) {
 	l.posts.failure.CompareAndSwap(nil, &err)
@@ -619,13 +626,5 @@ func (r *refusals) forget() {
 
 // identify tells those apart that the server sees with different headers.
 func identify(q connect.Question) [sha256.Size]byte {
-	headers := posting.OwnHeaders(q.Headers())
-	hash := sha256.New()
-	for _, name := range slices.Sorted(maps.Keys(headers)) {
-		fmt.Fprintf(hash, "%d %s %d\n", len(name), name, len(headers[name]))
-		for _, value := range headers[name] {
-			fmt.Fprintf(hash, "%d %s\n", len(value), value)
-		}
-	}
-	return [sha256.Size]byte(hash.Sum(nil))
+	return [sha256.Size]byte(hashOwn(q.Headers()).Sum(nil))
 }

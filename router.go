@@ -111,6 +111,19 @@ func (r *router) find(uid []byte) *claim {
 	return nil
 }
 
+// findGiven returns the claim to a uid that the server has given its agent, and that the agent has not used yet; nil for any
+// other.
+func (r *router) findGiven(uid wire.UID) *claim {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	if way := r.routes[uid]; way != nil {
+		if c := way.current.Load(); c.given {
+			return c
+		}
+	}
+	return nil
+}
+
 // claim makes a the connection to which frames for uid go, because it has just spoken under
 // that UID, in this format. It tells who else has it, if anybody: with the same credentials, other
 // stays the one before; with others there is no claim until other proves to be gone, see takeOver.

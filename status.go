@@ -252,6 +252,10 @@ func (g *gateway) linkStates(c status.Clock) []status.Link {
 			}
 			load := l.Outbox.Load()
 			s.Rate, s.OnItsWay, s.OnItsWayBytes, s.WaitingBytes = l.meter.Rate(), load.OnItsWay, load.OnItsWayBytes, load.Waiting
+			if l.posts != nil {
+				waiting, busy := l.posts.Waiting()
+				s.OnItsWay, s.WaitingBytes = busy, s.WaitingBytes+waiting
+			}
 			if took := l.ping.Load(); took != 0 {
 				seconds := time.Duration(took).Seconds()
 				s.PingSeconds = &seconds

@@ -408,7 +408,7 @@ func (p *upstreamPool) keep(t *target, slot int) {
 		*logged = ""
 		up := time.Now()
 		if !p.linkUp(l) {
-			l.Outbox.Abort()
+			l.abandon()
 			return
 		}
 		log.Info("connected to the server", l.redirected)
@@ -900,6 +900,14 @@ func newLink(p *upstreamPool, t *target, slot int, q *posts, conn net.Conn, in *
 	share := memory.LinkShare(int64(cfg.MaxBufferedSize), t.slots)
 	l.Outbox = outbox.NewLink(l, share, &p.memory.Up, p.blind.Load())
 	return l
+}
+
+// abandon ends a link that is in no slot, and that nobody reads.
+func (l *link) abandon() {
+	l.Outbox.Abort()
+	if l.posts != nil {
+		l.posts.drop()
+	}
 }
 
 // read is the link's reader: it takes each frame to whom it is for, and waits for nobody. It

@@ -230,9 +230,12 @@ func (l *link) tryAsking(a *agentConn) {
 	l.put(send)
 }
 
-// decide has the server decide on a, as it is configured: it is asked on l, or a is verified. An error is one of ask, or of verifier.ask.
+// decide has the server decide on a, as it is configured: it is asked on l, or a is verified, or neither. An error is one of ask, or of verifier.ask.
 func (l *link) decide(ctx context.Context, a *agentConn, class questions.Class, within time.Duration) (connect.Result, error) {
 	p := l.pool
+	if p.cfg.Load().Server.AgentAdmission == AdmissionAccept {
+		return connect.Result{Accept: true}, nil // what is known of it is from when the server was one over plain HTTP
+	}
 	for !p.verifies(l.target) {
 		result, err := l.ask(ctx, a, class, within)
 		if !errors.Is(err, questions.ErrCannotAsk) || p.cfg.Load().Server.AgentAdmission != AdmissionAuto {

@@ -20,6 +20,12 @@ const keptOf = 2
 // IsPoll reports whether r, which Check has found good, is that of an agent over plain HTTP.
 func IsPoll(r *http.Request) bool { return r.Method == http.MethodPost }
 
+// HasPolled reports whether r is the poll of one of those that LetIn has let in before, on the same connection.
+func HasPolled(r *http.Request) bool {
+	s := strangerOf(r)
+	return s != nil && s.letIn.Load() && IsPoll(r)
+}
+
 // LetIn lets in who sent r, which Check has found good: a body may be read, and further requests be sent. The
 // connection takes no stranger's place any more.
 func LetIn(r *http.Request) {

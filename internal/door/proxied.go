@@ -60,13 +60,19 @@ func (s *stranger) refuseProxyProtocol(conn net.Conn) {
 	})
 }
 
-// hearForwarded takes from r what a trusted proxy says in it of where it comes from, and has all others see that.
+// hearForwarded takes from r what a trusted proxy says in it of where it comes from, and has all others see that. Requests
+// of several may come on one connection: what was said of another says nothing of this one. A proxy may not be trusted
+// any more.
 func (s *stranger) hearForwarded(r *http.Request) {
 	if s.proxies == nil {
 		return
 	}
 	if s.proxies.Source != forwarded.SourceProxyProtocol {
-		client, _ := s.proxies.Client(r.Header)
+		var client netip.AddrPort
+		if now := &s.door.limits.Load().Proxies; now.Trust(s.place.RemoteAddr()) {
+			client, _ = now.Client(r.Header)
+		}
+		s.client = nil
 		s.comesFrom(client)
 	}
 	r.RemoteAddr = s.RemoteAddr().String()

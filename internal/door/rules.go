@@ -67,6 +67,8 @@ func (rules *Rules) Check(r *http.Request) *Refusal {
 		return badRequest("Sec-WebSocket-Key is missing or malformed")
 	case !rules.allow(r.Header["Origin"]):
 		return foreignOrigin()
+	case s != nil && s.letIn.Load(): // a load balancer uses the connection for whoever comes next
+		return s.checkHead(r)
 	case s != nil && s.early.Load():
 		return earlyData()
 	case s != nil && s.excess != "":
@@ -166,7 +168,10 @@ func take(w http.ResponseWriter, r *http.Request) (*stranger, error) {
 		return nil, errors.New("it did not come through the door")
 	}
 	// What the server has read beyond the request is refused, so its buffers hold nothing of value.
-	_, _, err := http.NewResponseController(w).Hijack()
+	_, buffers, err := http.NewResponseController(w).Hijack()
+	if err == nil && s.letIn.Load() { // what has come before this request was the body of another
+		s.early.Store(buffers.Reader.Buffered() > 0 || s.held.first != nil)
+	}
 	return s, err
 }
 

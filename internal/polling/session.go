@@ -131,6 +131,9 @@ func (s *Session[S]) Poll(ctx context.Context, m *Message, patience, wait time.D
 	p := s.arrive()
 	defer s.leave(p)
 	size := len(m.Frame)
+	if s.Closing() { // what the reader takes then may be thrown away
+		return nil, ErrEnded
+	}
 	impatient := time.NewTimer(patience)
 	defer impatient.Stop()
 	select {
