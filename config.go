@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/url"
 	"slices"
+	"strings"
 	"time"
 
 	"go.opentelemetry.io/collector/component"
@@ -378,10 +379,12 @@ func (c *ServerConfig) validateEndpoint() error {
 	}
 	u, err := url.Parse(c.Endpoint)
 	if err != nil {
-		// The error of url.Parse repeats the whole URL, which may hold a password.
-		if urlErr, ok := errors.AsType[*url.Error](err); ok {
-			err = urlErr.Err
+		// The error of url.Parse repeats the whole URL, and its reason a part of it, which may be of a password.
+		urlErr, ok := errors.AsType[*url.Error](err)
+		if !ok || strings.Contains(c.Endpoint, "@") {
+			return errors.New("endpoint: is not a URL")
 		}
+		err = urlErr.Err
 		return fmt.Errorf("endpoint: is not a URL: %w", err)
 	}
 	switch {

@@ -202,11 +202,11 @@ func agentConfig(url string, uid uuid.UUID) config {
 // and then before it has read the answer. It then takes the collector for an old one that
 // needs a pipeline, tries one with the nop receiver, which ours has not, and gives up. Its
 // service manager would start it again, and so do we.
-func startSupervisor(t *testing.T, url string, uid uuid.UUID) *Process {
+func startSupervisor(t *testing.T, url string, uid uuid.UUID, edits ...func(config)) *Process {
 	t.Helper()
 	dir := t.TempDir()
 	path := filepath.Join(dir, "supervisor.yaml")
-	config{
+	c := config{
 		"server": map[string]any{"endpoint": url},
 		"capabilities": map[string]any{
 			"accepts_remote_config": true, "reports_remote_config": true, "reports_effective_config": true, "reports_health": true,
@@ -219,7 +219,11 @@ func startSupervisor(t *testing.T, url string, uid uuid.UUID) *Process {
 			// Somebody else here may have the port that a collector shows its metrics on by default.
 			"args": []any{"--set=service::telemetry::metrics::level=none"},
 		},
-	}.write(t, path)
+	}
+	for _, edit := range edits {
+		edit(c)
+	}
+	c.write(t, path)
 	supervisor := program(t, "E2E_SUPERVISOR", "opampsupervisor", "opampsupervisor")
 	for range 5 {
 		p := startProcess(t, "supervisor", supervisor, "--config", path)

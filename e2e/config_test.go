@@ -19,7 +19,7 @@ func TestInvalidConfig(t *testing.T) {
 		wants string
 	}{
 		{"no endpoint", func(c config) { c.gateway("server", map[string]any{}) }, "server: endpoint: is required"},
-		{"http endpoint", func(c config) { c.gateway("server::endpoint", "http://opamp.example") }, `server: endpoint: must start with ws:// or wss://, is "http://opamp.example"`},
+		{"ftp endpoint", func(c config) { c.gateway("server::endpoint", "ftp://opamp.example") }, `server: endpoint: must start with ws://, wss://, http:// or https://, is "ftp://opamp.example"`},
 		{"no host", func(c config) { c.gateway("server::endpoint", "ws:///v1/opamp") }, "server: endpoint: has no host"},
 		{"password in the endpoint", func(c config) { c.gateway("server::endpoint", "ws://me:mystery@opamp.example") }, "server: endpoint: must not hold a user or password"},
 		{"no connections", func(c config) { c.gateway("server::connections", 0) }, "server: connections: must be from 1 to 64, is 0"},

@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -106,65 +105,6 @@ func TestHTTPAgentRefused(t *testing.T) {
 	p.key = "Secret-Key good"
 	p.poll(t, &protobufs.AgentToServer{AgentDescription: &protobufs.AgentDescription{}})
 	require.Equal(t, 1, server.known(uid).Messages)
-}
-
-// A collector with opampextension polls, describes itself, reports, and is missed when it was killed.
-func TestHTTPCollectorAsAgent(t *testing.T) {
-	t.Parallel()
-	server := startServer(t, serverOptions{})
-	gateway := startGateway(t, server.url(), quickPolls)
-	alice := uuid.Must(uuid.NewV7())
-	c := newConfig()
-	c.set("service::extensions", []any{"opamp"})
-	c.set("extensions::opamp::instance_uid", alice.String())
-	c.set("extensions::opamp::server::http::endpoint", gateway.httpURL())
-	c.set("extensions::opamp::server::http::polling_interval", "1s")
-	c.set("service::telemetry::resource", map[string]any{"service.name": "alice"})
-	agent := startCollector(t, "alice", c)
-	server.wantAgent(t, alice, "describes itself", func(k Known) bool {
-		return strings.Contains(k.Description.String(), `string_value:"alice"`)
-	})
-	server.wantAgent(t, alice, "is healthy", func(k Known) bool { return k.Health.GetHealthy() })
-	server.wantAgent(t, alice, "reports its effective configuration", func(k Known) bool {
-		return strings.Contains(configText(k.EffectiveConfig.GetConfigMap()), alice.String())
-	})
-	require.Contains(t, upstream(3), server.known(alice).Link)
-	agent.Signal(t, syscall.SIGKILL)
-	agent.wantExit(t)
-	server.wantAgent(t, alice, "is gone, as the gateway says for it", func(k Known) bool { return k.Goodbye })
-	server.wantLinks(t, upstream(3)...)
-}
-
-// A supervisor over plain HTTP takes a remote configuration, has its collector apply it, and says so.
-func TestHTTPSupervisor(t *testing.T) {
-	t.Parallel()
-	server := startServer(t, serverOptions{})
-	gateway := startGateway(t, server.url())
-	bob := uuid.Must(uuid.NewV7())
-	supervisor := startSupervisor(t, gateway.httpURL(), bob)
-	// It polls every 30 s, and when it has something to say.
-	server.wantAgent(t, bob, "runs its collector", func(k Known) bool { return k.Health.GetComponentHealthMap()["extensions"] != nil })
-	otlp := freeAddress(t)
-	server.send(t, bob, &protobufs.ServerToAgent{RemoteConfig: &protobufs.AgentRemoteConfig{
-		ConfigHash: []byte("first"),
-		Config: &protobufs.AgentConfigMap{ConfigMap: map[string]*protobufs.AgentConfigFile{"": {ContentType: "text/yaml", Body: []byte(`
-receivers: {otlp: {protocols: {http: {endpoint: "` + otlp + `"}}}}
-exporters: {debug: {}}
-service: {pipelines: {logs: {receivers: [otlp], exporters: [debug]}}}
-`)}}},
-	}})
-	within(t, 90*time.Second, func() string {
-		k := server.known(bob)
-		if k.ConfigStatus.GetStatus() == protobufs.RemoteConfigStatuses_RemoteConfigStatuses_APPLIED && string(k.ConfigStatus.GetLastRemoteConfigHash()) == "first" &&
-			strings.Contains(configText(k.EffectiveConfig.GetConfigMap()), otlp) && k.Health.GetHealthy() {
-			return ""
-		}
-		return fmt.Sprintf("the supervisor does not run the configuration: %v", k.ConfigStatus)
-	})
-	require.True(t, dialable(otlp), "the managed collector listens where the server told it to")
-	supervisor.Signal(t, syscall.SIGTERM)
-	code, _ := supervisor.wantExit(t)
-	require.Zero(t, code)
 }
 
 // poller is an agent over plain HTTP that was written from the specification alone: one POST, one response.

@@ -5,10 +5,9 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"strings"
 	"sync"
-	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/open-telemetry/opamp-go/protobufs"
@@ -28,7 +27,15 @@ type postedServer struct {
 	agents map[uuid.UUID]*postedAgent
 	open   map[uuid.UUID]bool
 	other  []string // what was not as the specification has it
+	end    func()   // of the server on its own
 }
+
+func newPostedServer(t *testing.T) *postedServer {
+	t.Helper()
+	return &postedServer{t: t, address: freeAddress(t), agents: map[uuid.UUID]*postedAgent{}, open: map[uuid.UUID]bool{}}
+}
+
+func (s *postedServer) url() string { return "http://" + s.address + "/v1/opamp" }
 
 // postedAgent is what the server knows of one agent.
 type postedAgent struct {
@@ -49,9 +56,7 @@ func (s *postedServer) message(headers http.Header, m *protobufs.AgentToServer) 
 	if a == nil {
 		a = &postedAgent{keys: map[string]bool{}}
 		s.agents[uid] = a
-		answer.ConnectionSettings = &protobufs.ConnectionSettingsOffers{
-			Hash: []byte("often"), Opamp: &protobufs.OpAMPConnectionSettings{HeartbeatIntervalSeconds: 1},
-		}
+		answer.ConnectionSettings = heartbeatOffer(time.Second)
 	}
 	if lost && m.GetAgentDescription() == nil {
 		answer.Flags = uint64(protobufs.ServerToAgentFlags_ServerToAgentFlags_ReportFullState)
@@ -78,7 +83,7 @@ func (s *postedServer) onLibrary() {
 	require.NoError(s.t, lib.Start(server.StartSettings{ListenEndpoint: s.address, Settings: server.Settings{Callbacks: types.Callbacks{
 		OnConnecting: func(r *http.Request) types.ConnectionResponse {
 			if r.Header.Get("Authorization") == wrongKey {
-				return types.ConnectionResponse{HTTPStatusCode: http.StatusUnauthorized, HTTPResponseHeader: map[string]string{"X-Reason": "key"}}
+				return types.ConnectionResponse{HTTPStatusCode: http.StatusUnauthorized, HTTPResponseHeader: map[string]string{"WWW-Authenticate": "Secret-Key"}}
 			}
 			headers := r.Header.Clone()
 			return types.ConnectionResponse{Accept: true, ConnectionCallbacks: types.ConnectionCallbacks{
@@ -93,11 +98,46 @@ func (s *postedServer) onLibrary() {
 
 // onItsOwn is the server from the specification alone, and strict.
 func (s *postedServer) onItsOwn() {
-	listener, err := net.Listen("tcp", s.address)
-	require.NoError(s.t, err)
+	var listener net.Listener
+	eventually(s.t, func() string { // as with Server.start
+		var err error
+		if listener, err = net.Listen("tcp", s.address); err != nil {
+			return "start the server: " + err.Error()
+		}
+		return ""
+	})
 	lib := &http.Server{Handler: http.HandlerFunc(s.serve)}
 	go func() { _ = lib.Serve(listener) }()
-	s.t.Cleanup(func() { _ = lib.Close() })
+	s.end = func() { _ = lib.Close() }
+	s.t.Cleanup(s.end)
+}
+
+// restartOnItsOwn ends the server that is on its own, with all that it knows, and starts another.
+func (s *postedServer) restartOnItsOwn() {
+	s.end()
+	s.mu.Lock()
+	clear(s.agents)
+	clear(s.open)
+	s.mu.Unlock()
+	s.onItsOwn()
+}
+
+// wantAsSpecified checks that all that has come was as the specification has it.
+func (s *postedServer) wantAsSpecified(t *testing.T, _ *Gateway) {
+	t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	require.Empty(t, s.other, "not as the specification has it")
+}
+
+// known returns what the server knows of an agent now; its zero value if that is nothing.
+func (s *postedServer) known(uid uuid.UUID) Known {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if a := s.agents[uid]; a != nil {
+		return a.Known
+	}
+	return Known{}
 }
 
 func (s *postedServer) serve(w http.ResponseWriter, r *http.Request) {
@@ -106,7 +146,7 @@ func (s *postedServer) serve(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if r.Header.Get("Authorization") == wrongKey {
-		w.Header().Set("X-Reason", "key")
+		w.Header().Set("WWW-Authenticate", "Secret-Key")
 		w.WriteHeader(http.StatusUnauthorized)
 		return
 	}
@@ -157,15 +197,15 @@ func (s *postedServer) push(uid uuid.UUID, m *protobufs.ServerToAgent) {
 	s.agents[uid].push = append(s.agents[uid].push, m)
 }
 
-// Real agents on WebSockets come to a server that is reached over plain HTTP only: they are let in, refused, pushed to, given
-// another name, come back and leave, as with any server.
+// Agents on WebSockets come to a server that is reached over plain HTTP only, on a library or from the specification alone: what
+// they say arrives with their own key, and they hear, are given another name, leave and come back as with any server.
 func TestServerOverHTTP(t *testing.T) {
 	for name, start := range map[string]func(*postedServer){"opamp-go": (*postedServer).onLibrary, "strict": (*postedServer).onItsOwn} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := &postedServer{t: t, address: freeAddress(t), agents: map[uuid.UUID]*postedAgent{}, open: map[uuid.UUID]bool{}}
+			s := newPostedServer(t)
 			start(s)
-			gateway := startGateway(t, "http://"+s.address+"/v1/opamp", func(c config) {
+			gateway := startGateway(t, s.url(), func(c config) {
 				c.gateway("server::headers::Authorization", "Secret-Key gateway")
 			})
 			describes := func(a *postedAgent) bool { return a.Description != nil && a.Health.GetHealthy() }
@@ -198,38 +238,7 @@ func TestServerOverHTTP(t *testing.T) {
 				defer s.mu.Unlock()
 				require.NotContains(t, s.agents, mallory.id())
 			})
-			t.Run("opampextension", func(t *testing.T) {
-				bob := uuid.Must(uuid.NewV7())
-				agent := startCollector(t, "bob-"+name, agentConfig(gateway.url(), bob))
-				s.wantAgent(t, bob, "describes itself", describes)
-				var messages int
-				s.wantAgent(t, bob, "is known", func(a *postedAgent) bool { messages = a.Messages; return true })
-				s.wantAgent(t, bob, "is polled for", func(a *postedAgent) bool { return a.Messages >= messages+2 })
-				agent.Signal(t, syscall.SIGKILL)
-				agent.wantExit(t)
-				s.wantAgent(t, bob, "is gone, as the gateway says for it", func(a *postedAgent) bool { return a.Goodbye })
-			})
-			t.Run("opampsupervisor", func(t *testing.T) {
-				cathy := uuid.Must(uuid.NewV7())
-				startSupervisor(t, gateway.url(), cathy)
-				s.wantAgent(t, cathy, "runs its collector", func(a *postedAgent) bool { return a.Health.GetComponentHealthMap()["extensions"] != nil })
-				otlp := freeAddress(t)
-				s.push(cathy, &protobufs.ServerToAgent{RemoteConfig: &protobufs.AgentRemoteConfig{
-					ConfigHash: []byte("first"),
-					Config: &protobufs.AgentConfigMap{ConfigMap: map[string]*protobufs.AgentConfigFile{"": {ContentType: "text/yaml", Body: []byte(`
-receivers: {otlp: {protocols: {http: {endpoint: "` + otlp + `"}}}}
-exporters: {debug: {}}
-service: {pipelines: {logs: {receivers: [otlp], exporters: [debug]}}}
-`)}}},
-				}})
-				s.wantAgent(t, cathy, "has applied its configuration", func(a *postedAgent) bool {
-					return a.ConfigStatus.GetStatus() == protobufs.RemoteConfigStatuses_RemoteConfigStatuses_APPLIED &&
-						strings.Contains(configText(a.EffectiveConfig.GetConfigMap()), otlp)
-				})
-			})
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			require.Empty(t, s.other, "not as the specification has it")
+			s.wantAsSpecified(t, gateway)
 		})
 	}
 }

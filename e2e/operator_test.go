@@ -281,7 +281,7 @@ func TestSecretsInURLs(t *testing.T) {
 
 	t.Run("endpoint that is wrong", func(t *testing.T) {
 		t.Parallel()
-		for _, endpoint := range []string{"http://opamp.example?key=" + secret, "ws://?key=" + secret, "ws://opamp.example:x?key=" + secret, "ws://me:" + secret + "@opamp.example"} {
+		for _, endpoint := range []string{"ftp://opamp.example?key=" + secret, "ws://?key=" + secret, "ws://opamp.example:x?key=" + secret, "ws://me:" + secret + "@opamp.example", "ws://me:" + secret + "/x@opamp.example"} {
 			code, output := validate(t, gatewayConfig(endpoint, "127.0.0.1:0"))
 			require.Equal(t, 1, code)
 			require.NotContains(t, output, secret)

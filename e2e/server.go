@@ -50,7 +50,9 @@ type serverOptions struct {
 	capabilities []string
 	// judge decides on an agent from the headers of its upgrade request; nil lets all in.
 	judge func(http.Header) verdict
-	tls   *tls.Config
+	// heartbeat is the interval offered to each agent that is new; 0 for no offer.
+	heartbeat time.Duration
+	tls       *tls.Config
 }
 
 // verdict is the server's answer about an agent. Its zero value lets the agent in.
@@ -223,6 +225,9 @@ func (s *Server) message(l *serverLink, conn types.Connection, m *protobufs.Agen
 	if known == nil {
 		known = &Known{}
 		s.agents[uid] = known
+		if s.opts.heartbeat > 0 {
+			reply.ConnectionSettings = heartbeatOffer(s.opts.heartbeat)
+		}
 	}
 	known.heard(l, conn, m)
 	if known.Description == nil {
@@ -233,6 +238,12 @@ func (s *Server) message(l *serverLink, conn types.Connection, m *protobufs.Agen
 		reply.CustomMessage = custom
 	}
 	return reply
+}
+
+func heartbeatOffer(interval time.Duration) *protobufs.ConnectionSettingsOffers {
+	return &protobufs.ConnectionSettingsOffers{
+		Hash: []byte(interval.String()), Opamp: &protobufs.OpAMPConnectionSettings{HeartbeatIntervalSeconds: uint64(interval / time.Second)},
+	}
 }
 
 // heard takes note of what the agent said. The server's lock is held.

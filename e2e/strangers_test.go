@@ -32,25 +32,29 @@ func silentOnBadKeys(headers http.Header) verdict {
 	return verdict{silent: headers.Get("Authorization") != "Secret-Key right"}
 }
 
-// An agent's request has no body. One that has, or announces one, is answered and closed at once;
-// nobody waits for the body.
+// An agent's upgrade has no body, and whatever else has one is a poll by its content type. A request that has, or announces,
+// another is answered and closed at once; nobody waits for the body.
 func TestRequestsWithBody(t *testing.T) {
 	t.Parallel()
 	server := startServer(t, serverOptions{})
 	gateway := startGateway(t, server.url())
 	gateway.wantLinks(t, 3)
-	for _, test := range []struct{ name, request string }{
-		{"POST", "POST /v1/opamp HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n\x10\x01"},
-		{"POST whose body never comes", "POST /v1/opamp HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"},
-		{"POST in chunks that never come", "POST /v1/opamp HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"},
-		{"compressed", "POST /v1/opamp HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: 100\r\n\r\n\x1f"},
-		{"that has to be asked for", "POST /v1/opamp HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 100\r\n\r\n"},
-		{"upgrade with one that never comes", upgradeRequest("Content-Length: 1")},
-		{"upgrade with chunks", upgradeRequest("Transfer-Encoding: chunked")},
+	const noPoll, bad = http.StatusUnsupportedMediaType, http.StatusBadRequest
+	for _, test := range []struct {
+		name, request string
+		status        int
+	}{
+		{"POST", "POST /v1/opamp HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n\x10\x01", noPoll},
+		{"POST whose body never comes", "POST /v1/opamp HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n", noPoll},
+		{"POST in chunks that never come", "POST /v1/opamp HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", noPoll},
+		{"compressed", "POST /v1/opamp HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: 100\r\n\r\n\x1f", noPoll},
+		{"that has to be asked for", "POST /v1/opamp HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 100\r\n\r\n", noPoll},
+		{"upgrade with one that never comes", upgradeRequest("Content-Length: 1"), bad},
+		{"upgrade with chunks", upgradeRequest("Transfer-Encoding: chunked"), bad},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			resp, ended := knock(t, dialPlain(t, gateway.address, nil), test.request)
-			require.Equal(t, http.StatusBadRequest, resp.StatusCode)
+			require.Equal(t, test.status, resp.StatusCode)
 			require.Less(t, ended, promptly, "until the connection was closed")
 		})
 	}

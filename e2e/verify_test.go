@@ -4,7 +4,6 @@ import (
 	"io"
 	"net/http"
 	"strconv"
-	"syscall"
 	"testing"
 	"time"
 
@@ -82,32 +81,6 @@ func TestOrdinaryServerDecides(t *testing.T) {
 		server.wantAgent(t, a.id(), "is connected", isConnected)
 		a.wantConnects(t, 1)
 	}
-}
-
-// The Collector's own agent behind a gateway that verifies.
-func TestVerifiedCollector(t *testing.T) {
-	t.Parallel()
-	server := startServer(t, serverOptions{ordinary: true, judge: onlyWithKey})
-	gateway := startGateway(t, server.url(), func(c config) {
-		c.gateway("server::headers::Authorization", "Secret-Key right")
-		c.gateway("server::agent_admission", "verify")
-	})
-	alice, mallory := uuid.Must(uuid.NewV7()), uuid.Must(uuid.NewV7())
-	for uid, key := range map[uuid.UUID]string{alice: "right", mallory: "wrong"} {
-		c := agentConfig(gateway.url(), uid)
-		c.set("extensions::opamp::server::ws::headers", map[string]any{"Authorization": "Secret-Key " + key})
-		agent := startCollector(t, "agent", c)
-		if uid == alice {
-			server.wantAgent(t, alice, "is healthy", func(k Known) bool { return k.Health.GetHealthy() })
-			agent.Signal(t, syscall.SIGKILL)
-			agent.wantExit(t)
-			server.wantAgent(t, alice, "is gone, as the gateway says for it", func(k Known) bool { return k.Goodbye })
-		} else {
-			agent.wantLog(t, "401")
-			require.Zero(t, server.known(mallory).Messages)
-		}
-	}
-	require.Empty(t, server.asked())
 }
 
 // The gateway has a client certificate for the server. It is not lent to those that are verified.

@@ -372,11 +372,9 @@ func (l *ledger) arrived(c *serverConn, s stamp, uid uuid.UUID, described bool) 
 		}
 	}
 	if seg == nil {
-		seg = l.leftBehindLocked(e, s, c)
-	}
-	if seg == nil {
-		l.findLocked("misdelivered", e, now, "%s arrived on %s, on which the server was never asked about it", s, c)
-		return nil
+		if seg = l.broughtLocked(e, s, c); seg == nil {
+			return nil
+		}
 	}
 	l.counts["heard by the server"]++
 	first := e.ups[s.number-1].heard
@@ -411,30 +409,25 @@ func (l *ledger) arrived(c *serverConn, s stamp, uid uuid.UUID, described bool) 
 	return seg
 }
 
-// leftBehindLocked returns where on c a message belongs that had not gone up when its agent's connection ended: with what
-// the agent, or its clone, says on the next, before all of that. It returns nil if c is not the way of any later one.
-func (l *ledger) leftBehindLocked(e *epoch, s stamp, c *serverConn) *segment {
-	if e.ended.IsZero() {
-		return nil
-	}
-	for _, a := range l.actors {
-		if a.member != e.actor.member {
-			continue
-		}
-		for _, later := range a.epochs {
-			of := slices.IndexFunc(later.segments, func(of *segment) bool { return of.conn == c })
-			if later == e || of < 0 || !later.ended.IsZero() && later.ended.Before(e.ended) {
+// broughtLocked returns the new segment of an agent whose message arrived on c, about which the server was not asked there: what
+// waited of it when its connection ended goes before all that it says on the next one, wherever that is. Anything else is
+// misdelivered, or reordered.
+func (l *ledger) broughtLocked(e *epoch, s stamp, c *serverConn) *segment {
+	for _, later := range e.actor.epochs[s.epoch:] {
+		for _, of := range later.segments {
+			if of.conn != c {
 				continue
 			}
-			if a == e.actor && later.segments[of].first > 0 {
-				l.findLocked("reordered", e, time.Now(), "%s arrived on %s behind what the agent says on its next connection", s, c)
+			if of.first != 0 {
+				l.findLocked("reordered", e, time.Now(), "%s arrived on %s behind what the agent has said on its next connection", s, c)
 			}
-			l.counts["late, said before the agent came again"]++
-			seg := &segment{epoch: e, index: len(e.segments), conn: c, asked: time.Now()}
+			l.counts["brought along by the next connection"]++
+			seg := &segment{epoch: e, index: len(e.segments), conn: c, asked: of.asked}
 			e.segments = append(e.segments, seg)
 			return seg
 		}
 	}
+	l.findLocked("misdelivered", e, time.Now(), "%s arrived on %s, on which the server was never asked about it", s, c)
 	return nil
 }
 
