@@ -19,6 +19,7 @@ type bench struct {
 	repeat    int           // repetitions
 	window    time.Duration // of each measurement under load
 	settle    time.Duration // before memory is read
+	admission string        // agent_admission of gateways that are started; "" for what it is by default
 	results   *results
 }
 

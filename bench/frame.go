@@ -20,11 +20,12 @@ const (
 
 var errClosed = errors.New("closed by the other side")
 
-// conn is one WebSocket after its handshake. It is as cheap as can be, so that the load leaves
+// conn is one WebSocket after its handshake, or a connection of posts. It is as cheap as can be, so that the load leaves
 // the machine to what is measured: an idle one has a small buffer, a message is one write.
 type conn struct {
 	net.Conn
-	client bool // a client masks what it writes
+	client bool   // a client masks what it writes
+	posts  []byte // what messages are behind that are posted instead; nil for a WebSocket
 
 	// Owned by the reader.
 	buffer      []byte // what was read is buffer[from:to]
@@ -44,6 +45,9 @@ func newConn(c net.Conn, client bool) *conn {
 
 // read returns the next message, which is valid until the next call. It answers pings.
 func (c *conn) read() ([]byte, error) {
+	if c.posts != nil {
+		return c.readPost()
+	}
 	for {
 		opcode, last, payload, err := c.readFrame()
 		if err != nil {
@@ -142,6 +146,9 @@ var writeBuffers = sync.Pool{New: func() any { return new([]byte) }}
 
 // write writes one message as one frame, by one call of the socket.
 func (c *conn) write(opcode byte, payload []byte) error {
+	if c.posts != nil {
+		return c.writePost(payload)
+	}
 	buffer := writeBuffers.Get().(*[]byte)
 	defer writeBuffers.Put(buffer)
 	*buffer = appendFrame((*buffer)[:0], opcode, payload, c.client)

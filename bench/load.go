@@ -21,6 +21,7 @@ import (
 // comes and, while the load is saturated, says the next thing at once.
 type load struct {
 	url    *url.URL
+	posts  bool // agents speak over plain HTTP
 	tls    *tls.Config
 	agents []*agent
 
@@ -84,6 +85,12 @@ func (l *load) Target(args Target, _ *struct{}) error {
 	}
 	l.tls.RootCAs = x509.NewCertPool()
 	l.tls.RootCAs.AppendCertsFromPEM(pem)
+	return nil
+}
+
+// Posts has the agents that connect from now on speak over plain HTTP.
+func (l *load) Posts(struct{}, *struct{}) error {
+	l.posts = true
 	return nil
 }
 
@@ -174,16 +181,18 @@ func (l *load) dial(index int, deadline time.Time) (*agent, error) {
 }
 
 func (a *agent) shakeHands(deadline time.Time) error {
-	_ = a.conn.SetDeadline(deadline)
 	target := a.load.url
 	path := target.Path
 	if path == "" {
 		path = "/v1/opamp"
 	}
+	if a.load.posts {
+		a.beginPosts(path)
+		return nil
+	}
+	_ = a.conn.SetDeadline(deadline)
 	request := "GET " + path + " HTTP/1.1\r\nHost: " + target.Host + "\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" +
-		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n" +
-		"Authorization: Secret-Key 01J9ZQ0V4E7S8T9R2K3M4N5P6Q\r\nUser-Agent: bench/1.0\r\nOpAMP-Version: v0.2.0\r\n" +
-		fmt.Sprintf("Agent-ID: %x\r\nAgent-Version: v1.95.0\r\nAgent-Hostname: host-%d\r\n\r\n", a.uid, a.index)
+		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n" + a.headers() + "\r\n"
 	if _, err := a.conn.Write([]byte(request)); err != nil {
 		return err
 	}
@@ -195,6 +204,12 @@ func (a *agent) shakeHands(deadline time.Time) error {
 		return fmt.Errorf("answered %q", status)
 	}
 	return a.conn.SetDeadline(time.Time{})
+}
+
+// headers are those that tell who the agent is.
+func (a *agent) headers() string {
+	return "Authorization: Secret-Key 01J9ZQ0V4E7S8T9R2K3M4N5P6Q\r\nUser-Agent: bench/1.0\r\nOpAMP-Version: v0.2.0\r\n" +
+		fmt.Sprintf("Agent-ID: %x\r\nAgent-Version: v1.95.0\r\nAgent-Hostname: host-%d\r\n", a.uid, a.index)
 }
 
 // send sends the agent's next message.
@@ -209,6 +224,9 @@ func (a *agent) send() error {
 	a.number++
 	fillData(a.data, a.index, a.number, time.Now().UnixNano())
 	a.buffer = appendAgentToServer(a.buffer[:0], a.uid, a.data)
+	if a.load.posts && a.number == 1 { // who does not say who it is would be asked
+		a.buffer = appendDescription(a.buffer)
+	}
 	a.load.sent.Add(1)
 	return a.conn.write(opBinary, a.buffer)
 }

@@ -78,6 +78,7 @@ const (
 
 	// AgentToServer.
 	fieldSequence        = 2
+	fieldDescription     = 3
 	fieldStatus          = 7
 	fieldAgentDisconnect = 9
 	fieldCustomUp        = 13
@@ -133,6 +134,11 @@ func dataSize(size int) int {
 
 func appendAgentToServer(b []byte, u uid, data []byte) []byte {
 	return appendMessage(b, u, fieldStatus, fieldStatusHash, data)
+}
+
+// appendDescription appends an agent_description, which is all that makes a message a full status.
+func appendDescription(b []byte) []byte {
+	return protowire.AppendBytes(protowire.AppendTag(b, fieldDescription, protowire.BytesType), nil)
 }
 
 func appendServerToAgent(b []byte, u uid, data []byte) []byte {

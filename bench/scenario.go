@@ -29,10 +29,15 @@ var scenarios = []*scenario{
 	{name: "paced-10k", about: "1,000 agents, 10,000 messages of 200 bytes a second, and their replies", run: func(b *bench, s *subject) error {
 		return b.underLoad("paced-10k", s, traffic{agents: b.choose(1000, 200), size: 200, rate: 10_000})
 	}},
+	{name: "http-1k", about: "1,000 agents over plain HTTP, each polls once a second with 200 bytes, and gets 200 back", without: []string{nameNaive}, run: func(b *bench, s *subject) error {
+		agents := b.choose(1000, 200)
+		return b.underLoad("http-1k", s, traffic{agents: agents, size: 200, rate: agents, posts: true})
+	}},
 	{name: "large", about: "50 agents, each says 64 KiB and gets 64 KiB back, again and again", run: func(b *bench, s *subject) error {
 		return b.underLoad("large", s, traffic{agents: 50, size: 64 << 10})
 	}},
 	{name: "storm", about: "agents connect, 500 at once; the gateway and the naive relay ask the server about each", without: []string{nameDirect}, run: (*bench).storm},
+	{name: "verify", about: "the same, and the gateway lets the server decide by a WebSocket with the agent's own headers", without: []string{nameNaive, nameDirect}, run: (*bench).verify},
 	{name: "disconnect", about: "all agents leave at once, without a goodbye", without: []string{nameDirect}, run: (*bench).disconnect},
 	{name: "memory", about: "memory of agents that say nothing", without: []string{nameDirect}, repeat: 2, run: func(b *bench, s *subject) error {
 		return b.memory("memory", s, false)
@@ -48,6 +53,7 @@ var scenarios = []*scenario{
 type traffic struct {
 	agents, size, rate int // rate 0: saturated
 	tls                bool
+	posts              bool // over plain HTTP
 }
 
 func (b *bench) underLoad(scenario string, s *subject, t traffic) error {
@@ -56,6 +62,11 @@ func (b *bench) underLoad(scenario string, s *subject, t traffic) error {
 		return err
 	}
 	defer st.close()
+	if t.posts {
+		if err := st.load.call("Posts", nil, nil); err != nil {
+			return err
+		}
+	}
 	if err := st.connect(t.agents, 200, true); err != nil {
 		return err
 	}
@@ -121,6 +132,18 @@ func (st *stage) watch(window time.Duration) (w watched, err error) {
 
 // storm measures what it costs to let an agent in.
 func (b *bench) storm(s *subject) error {
+	return b.letIn("storm", s, func(st ServerState) int64 { return st.Connects })
+}
+
+// verify measures it where the gateway does not ask, but makes a WebSocket for each agent.
+func (b *bench) verify(s *subject) error {
+	b.admission = "verify"
+	defer func() { b.admission = "" }()
+	return b.letIn("verify", s, func(st ServerState) int64 { return st.Upgrades - int64(s.links) })
+}
+
+// letIn has agents connect, about each of which the server has to be asked, which asked counts.
+func (b *bench) letIn(scenario string, s *subject, asked func(ServerState) int64) error {
 	st, err := b.stage(s, false)
 	if err != nil {
 		return err
@@ -140,11 +163,11 @@ func (b *bench) storm(s *subject) error {
 	if err != nil {
 		return err
 	}
-	if state, err := st.serverState(); err != nil || s.links > 0 && state.Connects != int64(agents) {
-		return errors.Join(err, fmt.Errorf("the server was asked about %d of %d agents", state.Connects, agents))
+	if state, err := st.serverState(); err != nil || s.links > 0 && asked(state) != int64(agents) {
+		return errors.Join(err, fmt.Errorf("the server was asked about %d of %d agents", asked(state), agents))
 	}
-	b.results.add("storm", "CPU per agent let in", "µs", s.name, float64((after-before).Nanoseconds())/1e3/float64(agents))
-	b.results.add("storm", "agents let in", "1/s", s.name, float64(agents)/took.Seconds())
+	b.results.add(scenario, "CPU per agent let in", "µs", s.name, float64((after-before).Nanoseconds())/1e3/float64(agents))
+	b.results.add(scenario, "agents let in", "1/s", s.name, float64(agents)/took.Seconds())
 	_, err = st.loadState()
 	return err
 }

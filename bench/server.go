@@ -20,6 +20,7 @@ import (
 // what an agent says, to its instance UID and on the connection that it came on. Like the servers
 // that agents meet, it handles the messages of a connection one after another, with one write each.
 type server struct {
+	upgrades    atomic.Int64 // WebSockets
 	connects    atomic.Int64 // questions about agents
 	disconnects atomic.Int64 // agent_disconnect
 
@@ -80,13 +81,25 @@ func (s *server) serve(listener net.Listener) {
 func (s *server) serveConn(nc net.Conn) {
 	defer nc.Close()
 	c := &serverConn{conn: newConn(nc, false), uids: map[uid]bool{}}
-	if err := accept(c.conn); err != nil {
+	_ = c.SetDeadline(time.Now().Add(time.Minute))
+	head, err := c.readHead()
+	if err != nil {
 		return
 	}
+	posts := isPost(head)
+	if !posts && accept(c.conn, head) != nil {
+		return
+	}
+	_ = c.SetDeadline(time.Time{})
 	s.mu.Lock()
 	s.conns[c] = struct{}{}
 	s.mu.Unlock()
 	defer s.forget(c)
+	if posts {
+		s.servePosts(c, head)
+		return
+	}
+	s.upgrades.Add(1)
 	var out []byte
 	for {
 		message, err := c.read()
@@ -162,12 +175,7 @@ func (s *server) admit(custom, out []byte) []byte {
 }
 
 // accept answers a WebSocket handshake.
-func accept(c *conn) error {
-	_ = c.SetDeadline(time.Now().Add(time.Minute))
-	head, err := c.readHead()
-	if err != nil {
-		return err
-	}
+func accept(c *conn, head string) error {
 	var key string
 	for line := range strings.SplitSeq(head, "\r\n") {
 		if name, value, _ := strings.Cut(line, ":"); strings.EqualFold(name, "Sec-WebSocket-Key") {
@@ -180,23 +188,22 @@ func accept(c *conn) error {
 		return errors.Join(errors.New("no WebSocket handshake"), err)
 	}
 	sum := sha1.Sum([]byte(key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
-	_, err = fmt.Fprintf(c, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n",
+	_, err := fmt.Fprintf(c, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n",
 		base64.StdEncoding.EncodeToString(sum[:]))
-	_ = c.SetDeadline(time.Time{})
 	return err
 }
 
 // ServerState is what the server knows.
 type ServerState struct {
-	Conns, Agents         int
-	Connects, Disconnects int64
+	Conns, Agents                   int
+	Upgrades, Connects, Disconnects int64
 }
 
 // State counts.
 func (s *server) State(_ struct{}, reply *ServerState) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	*reply = ServerState{len(s.conns), len(s.agents), s.connects.Load(), s.disconnects.Load()}
+	*reply = ServerState{len(s.conns), len(s.agents), s.upgrades.Load(), s.connects.Load(), s.disconnects.Load()}
 	return nil
 }
 

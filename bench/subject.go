@@ -79,9 +79,13 @@ func startGateway(b *bench, name, program string, tls bool, server ServerAddress
 	if tls {
 		listener["tls"] = m{"cert_file": b.certFile(), "key_file": b.keyFile()}
 	}
+	upstream := m{"endpoint": agentURL(false, server.Plain)}
+	if b.admission != "" {
+		upstream["agent_admission"] = b.admission
+	}
 	config, err := json.Marshal(m{ // JSON is YAML
 		"extensions": m{"opampgateway": m{
-			"server":   m{"endpoint": agentURL(false, server.Plain)},
+			"server":   upstream,
 			"listener": listener,
 		}},
 		"receivers": m{"otlp": m{"protocols": m{"grpc": m{"endpoint": "127.0.0.1:0"}}}},

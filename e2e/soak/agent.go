@@ -33,6 +33,7 @@ type agent struct {
 	quit    chan struct{}
 	quitNow sync.Once
 	done    chan struct{}
+	poller  *poller // nil for one on a WebSocket
 
 	// Owned by the agent's goroutine.
 	uid uuid.UUID
@@ -61,6 +62,11 @@ type agentSocket struct {
 func startAgent(book *ledger, of *actor, g *gateway, address string) *agent {
 	uids := of.member.uids
 	a := &agent{actor: of, book: book, gateway: g, address: address, uid: uids[len(uids)-1], quit: make(chan struct{}), done: make(chan struct{})}
+	if of.member.polls {
+		a.poller = newPoller(a)
+		go a.poller.live()
+		return a
+	}
 	go a.live()
 	return a
 }
@@ -145,17 +151,7 @@ func (a *agent) read(s *agentSocket) {
 			a.book.find("corrupted", s.epoch, time.Now(), "%s cannot read a frame of %d bytes", s.epoch, len(frame))
 			continue
 		}
-		if failure := m.GetErrorResponse(); failure != nil {
-			a.book.turnedDown(s.epoch, failure)
-		}
-		if custom := m.GetCustomMessage(); custom != nil {
-			said, err := readStamp(custom.GetData())
-			if err != nil {
-				a.book.find("corrupted", s.epoch, time.Now(), "at %s: %v", s.epoch, err)
-				continue
-			}
-			a.book.heard(s.epoch, said, m.GetInstanceUid())
-		}
+		a.book.take(s.epoch, &m)
 		if id, err := uuid.FromBytes(m.GetAgentIdentification().GetNewInstanceUid()); err == nil {
 			s.named <- id
 		}
@@ -260,7 +256,15 @@ func (a *agent) part(s *agentSocket) {
 	}
 }
 
-// socket returns the agent's connection; nil if it has none.
+// isConnected reports whether the agent has a connection, or polls.
+func (a *agent) isConnected() bool {
+	if a.poller != nil {
+		return a.poller.isConnected()
+	}
+	return a.socket() != nil
+}
+
+// socket returns the agent's connection; nil if it has none, as one over plain HTTP.
 func (a *agent) socket() *agentSocket {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -332,6 +336,9 @@ var errNotSaid = errors.New("not connected")
 
 // sayNow has the agent say something now; it returns on which connection, and the number.
 func (a *agent) sayNow(within time.Duration) (*epoch, uint32, error) {
+	if a.poller != nil {
+		return a.poller.sayNow(within)
+	}
 	s := a.socket()
 	if s == nil {
 		return nil, 0, errNotSaid

@@ -71,6 +71,10 @@ func (in *injector) kinds() []kind {
 		{"agent flooding its link", 6, 15 * time.Second, in.flooder},
 		{"agent poisoning its link", 6, 12 * time.Second, in.poison},
 		{"frames limited", 4, 6 * time.Second, in.limitFrames},
+		{"poll cut", 12, 0, in.cutPoll},
+		{"polling agent silent", 5, 0, in.silence},
+		{"polling agent said goodbye", 4, 0, in.goodbyePolling},
+		{"polling agent left for good", 2, 0, in.leavePolling},
 	}
 	return slices.DeleteFunc(all, func(k kind) bool { return !in.soak.only.MatchString(k.name) })
 }
@@ -211,7 +215,7 @@ func (in *injector) agentOn(w *way) *agent {
 	in.soak.book.mu.Lock()
 	defer in.soak.book.mu.Unlock()
 	for _, a := range agents {
-		if n := len(a.epochs); n > 0 {
+		if n := len(a.epochs); n > 0 && a.poller == nil {
 			if asked := a.epochs[n-1].askings[0]; len(asked) > 0 && asked[len(asked)-1].way == w {
 				return a
 			}
@@ -450,7 +454,7 @@ func (in *injector) limitFrames() *event {
 	fleet := in.soak.fleet()
 	for _, i := range in.rand.Perm(len(fleet)) {
 		a := fleet[i]
-		if len(chosen) < agents && a.gateway == g && a.address != g.address && in.soak.book.isAlone(a.member) {
+		if len(chosen) < agents && a.gateway == g && a.address == g.agents.Address() && in.soak.book.isAlone(a.member) {
 			chosen = append(chosen, a)
 		}
 	}
@@ -504,6 +508,60 @@ func (in *injector) rename() *event {
 	id := in.soak.book.rename(a.member)
 	in.soak.server.push(a.member, nil, &protobufs.ServerToAgent{AgentIdentification: &protobufs.AgentIdentification{NewInstanceUid: uuidBytes(id)}}, 0)
 	return in.about(a, "now %s", id)
+}
+
+// cutPoll resets the connection on which an agent polls, or will.
+func (in *injector) cutPoll() *event {
+	g := in.gateway()
+	conns := g.polls.Conns()
+	if len(conns) == 0 {
+		return nil
+	}
+	conns[in.rand.IntN(len(conns))].Reset()
+	return &event{what: "at gateway " + g.name, g: g}
+}
+
+// polling picks an agent that polls.
+func (in *injector) polling() *agent {
+	agents := slices.DeleteFunc(in.soak.fleet(), func(a *agent) bool { return a.poller == nil || !a.isConnected() })
+	if len(agents) == 0 {
+		return nil
+	}
+	return agents[in.rand.IntN(len(agents))]
+}
+
+// silence is long enough for the gateway to take the agent for gone, or not.
+func (in *injector) silence() *event {
+	a, d := in.polling(), in.between(time.Second, 12*time.Second)
+	if a == nil {
+		return nil
+	}
+	a.poller.fallSilent(d)
+	return in.about(a, "for %s", d.Round(time.Millisecond))
+}
+
+func (in *injector) goodbyePolling() *event {
+	if a := in.polling(); a != nil && a.poller.goodbye() {
+		return in.about(a, "and comes back")
+	}
+	return nil
+}
+
+// leavePolling has an agent leave for good; another joins in its place.
+func (in *injector) leavePolling() *event {
+	a := in.polling()
+	if a == nil {
+		return nil
+	}
+	what := "politely"
+	if in.rand.IntN(2) == 0 {
+		what = "without a word"
+		close(a.poller.vanish)
+	} else {
+		a.goAway()
+	}
+	in.soak.replace(a)
+	return in.about(a, "%s", what)
 }
 
 func uuidBytes(id uuid.UUID) []byte { return id[:] }

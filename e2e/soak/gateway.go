@@ -28,6 +28,9 @@ import (
 // may be without: short, so that a short run sees their ends.
 const linkInterval, linkTimeout, gracePeriod = time.Second, 4 * time.Second, 20 * time.Second
 
+// pollInterval is how far apart polls may be at least: an agent that misses three is gone. Its agents poll more often.
+const pollInterval = 2 * time.Second
+
 // gateway is one collector with the gateway extension, as a process.
 type gateway struct {
 	name    string
@@ -36,6 +39,7 @@ type gateway struct {
 	metrics string
 	up      *fault.Line // to the server, or to the gateway above
 	agents  *fault.Line // from some of the agents
+	polls   *fault.Line // from some of those over plain HTTP
 	above   *gateway    // nil if that is the server
 	dir     string      // of its configuration and log
 
@@ -84,7 +88,7 @@ func (g *gateway) writeConfig() error {
 				"grace_period": gracePeriod.String(),
 			},
 			"listener": m{"endpoint": g.address, "write_timeout": (time.Minute + time.Duration(g.listeners)*time.Second).String()},
-			"agents":   m{"keep_alive": m{"interval": "2s", "timeout": "10s"}, "allow_gateways": g.name == "upper"},
+			"agents":   m{"keep_alive": m{"interval": "2s", "timeout": "10s"}, "allow_gateways": g.name == "upper", "poll_interval": pollInterval.String()},
 		}},
 		"service": m{
 			"extensions": []string{"opampgateway"},
@@ -184,6 +188,18 @@ func (g *gateway) wasDisturbed(at time.Time, within time.Duration) (last *distur
 		}
 	}
 	return last
+}
+
+// firstDisturbed returns what the process went through first in a time that starts at at; nil if that is nothing.
+func (g *gateway) firstDisturbed(at time.Time, within time.Duration) *disturbance {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, d := range g.disturbed {
+		if d.at.After(at) && d.at.Before(at.Add(within)) {
+			return &d
+		}
+	}
+	return nil
 }
 
 // hit notes that something happens to the gateway's way to the server.

@@ -41,6 +41,7 @@ type member struct {
 	number  int
 	uids    []uuid.UUID // that it was ever given; it uses the last as soon as it has heard of it
 	renamed time.Time   // when it was given the last, if that is not its first
+	polls   bool        // it speaks over plain HTTP; set once
 	clones  []*epoch    // the connections of its clones
 	downs   []*down     // all that the server has said to it
 }
@@ -74,6 +75,15 @@ type epoch struct {
 	segments []*segment
 	lastDown uint32   // the last that was heard of what is for this connection
 	denials  []denial // what it was told instead of an answer
+
+	// Of an agent over plain HTTP.
+	absences []absence
+	failures []time.Time // when it had no answer to a poll
+}
+
+// absence is a time in which an agent does not poll.
+type absence struct {
+	from, to time.Time
 }
 
 // denial is that an agent was told that something of it is not relayed.
@@ -92,6 +102,7 @@ type up struct {
 	heardAt time.Time
 	flood   *flood  // of which it is; nil for none
 	poison  *poison // that it is; nil for none
+	again   bool    // it was said again, since the poll that said it had no answer
 	// By hop: the way on which a gateway wrote it last, nil for none, when, and on how many.
 	written   [maxHops]*way
 	writtenAt [maxHops]time.Time
@@ -131,6 +142,7 @@ type segment struct {
 	epoch       *epoch
 	index       int
 	conn        *serverConn
+	below       *way // on which its gateway had asked last; nil for none
 	asked       time.Time
 	first, last uint32    // of the messages that arrived here
 	described   time.Time // when an agent description arrived
@@ -257,6 +269,33 @@ func (l *ledger) unsay(e *epoch) {
 	l.counts["said by agents"]--
 }
 
+// pollFailed notes that an agent has had no answer to a poll: what it said, if that is in the book, may have arrived.
+func (l *ledger) pollFailed(e *epoch, stamped bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e.failures = append(e.failures, time.Now())
+	if stamped {
+		e.ups[len(e.ups)-1].again = true
+	}
+}
+
+// sayAgain notes that an agent says again what it said last.
+func (l *ledger) sayAgain(e *epoch) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e.ups[len(e.ups)-1].said = time.Now()
+}
+
+// fallSilent notes that an agent does not poll for a while.
+func (l *ledger) fallSilent(a *actor, d time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if n := len(a.epochs); n > 0 {
+		now := time.Now()
+		a.epochs[n-1].absences = append(a.epochs[n-1].absences, absence{now, now.Add(d)})
+	}
+}
+
 // rename draws a new UID for an agent.
 func (l *ledger) rename(m *member) uuid.UUID {
 	l.mu.Lock()
@@ -292,7 +331,11 @@ func (l *ledger) epochOfLocked(actor, number uint32) *epoch {
 func (l *ledger) asked(e *epoch, c *serverConn) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	e.segments = append(e.segments, &segment{epoch: e, index: len(e.segments), conn: c, asked: time.Now()})
+	seg := &segment{epoch: e, index: len(e.segments), conn: c, asked: time.Now()}
+	if n := len(e.askings[0]); n > 0 {
+		seg.below = e.askings[0][n-1].way
+	}
+	e.segments = append(e.segments, seg)
 }
 
 // arrived takes a message of an agent that arrived at the server on c. It returns where it
@@ -321,6 +364,13 @@ func (l *ledger) arrived(c *serverConn, s stamp, uid uuid.UUID, described bool) 
 			seg = of
 		}
 	}
+	if said := &e.ups[s.number-1]; e.gateway.above != nil && said.ways[0] == 1 {
+		for _, of := range e.segments {
+			if of.conn == c && of.below == said.written[0] {
+				seg = of // by whichever link to the gateway above it came
+			}
+		}
+	}
 	if seg == nil {
 		if seg = l.broughtLocked(e, s, c); seg == nil {
 			return nil
@@ -343,6 +393,8 @@ func (l *ledger) arrived(c *serverConn, s stamp, uid uuid.UUID, described bool) 
 		l.counts["late, from a link that was lost"]++
 		seg = e.segments[seg.index-1]
 		seg.last = s.number
+	case e.ups[s.number-1].again: // by a poll that was given up before
+		l.counts["repeated after a poll had no answer"]++
 	case first != nil:
 		l.findLocked("duplicated", e, now, "%s arrived again on %s, where it was heard before; %d is the last there", s, c, seg.last)
 	default:
@@ -403,6 +455,21 @@ func (l *ledger) tell(seg *segment, size int, uid uuid.UUID) stamp {
 	m.downs = append(m.downs, &down{at: time.Now(), segment: seg, between: between, oldUID: oldUID, early: seg.first == 0 && seg.epoch.hops() > 1})
 	l.counts["said by the server"]++
 	return stamp{down: true, actor: seg.epoch.actor.id, epoch: seg.epoch.number, number: uint32(len(m.downs)), size: uint32(size)}
+}
+
+// take takes what an agent was told, whoever has said it.
+func (l *ledger) take(e *epoch, m *protobufs.ServerToAgent) {
+	if failure := m.GetErrorResponse(); failure != nil {
+		l.turnedDown(e, failure)
+	}
+	if custom := m.GetCustomMessage(); custom != nil {
+		said, err := readStamp(custom.GetData())
+		if err != nil {
+			l.find("corrupted", e, time.Now(), "at %s: %v", e, err)
+			return
+		}
+		l.heard(e, said, m.GetInstanceUid())
+	}
 }
 
 // heard takes a message of the server that arrived at an agent.

@@ -5,7 +5,7 @@
 //	make soak-race          the same with the race detector in the gateways
 //
 // The cast: one server, in this process; three gateways, processes of the built collector; and
-// agents, in this process. Each dash is a line that breaks, and so does everybody else:
+// agents, in this process, one in ten over plain HTTP. Each dash is a line that breaks, and so does everybody else:
 //
 //	agents ── gateway direct ── server
 //	agents ── gateway upper ── server
@@ -18,6 +18,7 @@
 //	server.go    the server
 //	gateway.go   the gateways
 //	agent.go     the agents
+//	poller.go    those over plain HTTP
 //	faults.go    what goes wrong
 //	tap.go       what the lines see of what gateways write
 //	message.go   what is said: who, on which connection, the how manyth
@@ -116,7 +117,8 @@ func (s *soak) run(program string, agents int, duration time.Duration) error {
 		files[g] = g.files() - g.links() - s.connections(true)[g]
 	}
 	for i := range agents {
-		s.add(s.gateways[i%len(s.gateways)], i/len(s.gateways)%2 == 0)
+		n := i / len(s.gateways)
+		s.add(s.gateways[i%len(s.gateways)], n%2 == 0, n%agentsPerPoller < 2 && n/agentsPerPoller%2 == n%2) // of those behind a line and others
 	}
 	s.await("agents are connected", "unreachable", s.notConnected)
 
@@ -196,6 +198,9 @@ func (s *soak) setUp(program string) error {
 		if g.agents, err = fault.OpenTapped(g.address, s.tapAgents(g)); err != nil {
 			return err
 		}
+		if g.polls, err = fault.Open(g.address); err != nil {
+			return err
+		}
 		s.gateways = append(s.gateways, g)
 		if name == "upper" {
 			upper = g
@@ -215,13 +220,18 @@ func (s *soak) setUp(program string) error {
 	return nil
 }
 
-// add starts an agent of a gateway, behind a line or not.
-func (s *soak) add(g *gateway, lined bool) {
+// add starts an agent of a gateway, behind a line or not, that speaks over plain HTTP or not.
+func (s *soak) add(g *gateway, lined, polls bool) {
 	address := g.address
-	if lined {
+	switch {
+	case lined && polls:
+		address = g.polls.Address()
+	case lined:
 		address = g.agents.Address()
 	}
-	a := startAgent(s.book, s.book.addActor(s.book.join(), false), g, address)
+	m := s.book.join()
+	m.polls = polls
+	a := startAgent(s.book, s.book.addActor(m, false), g, address)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.agents = append(s.agents, a)
@@ -233,7 +243,7 @@ func (s *soak) replace(a *agent) {
 	s.agents = slices.DeleteFunc(s.agents, func(other *agent) bool { return other == a })
 	s.left = append(s.left, a)
 	s.mu.Unlock()
-	s.add(a.gateway, a.address != a.gateway.address)
+	s.add(a.gateway, a.address != a.gateway.address, a.poller != nil)
 }
 
 func (s *soak) fleet() []*agent {
@@ -267,7 +277,7 @@ func (s *soak) await(what, kind string, wrong func() string) bool {
 func (s *soak) notConnected() string {
 	n := 0
 	for _, a := range s.fleet() {
-		if a.socket() == nil {
+		if !a.isConnected() {
 			n++
 		}
 	}

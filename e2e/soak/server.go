@@ -264,6 +264,9 @@ func (c *serverConn) message(m *protobufs.AgentToServer) error {
 		s.goodbye(c, uid)
 		return nil
 	}
+	if m.GetCustomMessage() == nil && m.GetCapabilities() != 0 { // a heartbeat, of an agent that polls
+		return c.send(&protobufs.ServerToAgent{InstanceUid: uid[:]})
+	}
 	said, wrong := readStamp(m.GetCustomMessage().GetData())
 	if wrong != nil {
 		s.book.find("corrupted", nil, time.Now(), "on %s: %v", c, wrong)
@@ -302,6 +305,9 @@ func (c *serverConn) message(m *protobufs.AgentToServer) error {
 	s.mu.Unlock()
 	if flood != nil && !flood.answered && !stranger {
 		return nil
+	}
+	if member.polls && !stranger && rand.IntN(4) > 0 { // it hears one message for each that it says, pushes among them
+		return c.send(&protobufs.ServerToAgent{InstanceUid: uid[:]})
 	}
 	return c.tell(seg, uid, reply, someSize(rand.IntN))
 }
@@ -359,7 +365,7 @@ func (s *server) pushFrom(c *serverConn, ended <-chan struct{}) {
 			if n++; n > 4 {
 				break
 			}
-			if at.segment.conn == c && !quiet {
+			if at.segment.conn == c && !quiet && (!m.polls || rand.IntN(8) == 0) {
 				chosen = append(chosen, m)
 			}
 		}

@@ -342,7 +342,9 @@ func (l *ledger) judgePoisonLocked(p *poison, end time.Time) {
 	told, relayed := p.told[0], 0
 	e := p.epochLocked(told)
 	for i := range e.ups {
-		if u := &e.ups[i]; u.said.After(told) && u.said.Before(told.Add(refusedAtLeast)) && u.heard != nil {
+		u := &e.ups[i]
+		forgotten := func(g *gateway) bool { return g.firstDisturbed(told, u.heardAt.Sub(told)) != nil }
+		if u.said.After(told) && u.said.Before(told.Add(refusedAtLeast)) && u.heard != nil && !slices.ContainsFunc(e.gateways(), forgotten) {
 			relayed++
 		}
 	}

@@ -57,6 +57,8 @@ const denied, deniedAfter = 10 * time.Second, 40 * time.Second
 //     another link, as long as the agent stays.
 //   - What was turned down, as the agent was told, was not written by the gateway that did so.
 //   - A poison is lost.
+//   - What an agent has said by a poll, which was answered, has no connection to end with: when its gateway was
+//     ended, the last before that may be lost.
 //   - When the agent's own connection ended other than by a goodbye, or its gateway was ended, the
 //     last of that connection may be lost.
 //
@@ -164,7 +166,7 @@ func (e *epoch) tailsLocked() map[*way]tail {
 				of.heard = -1
 			}
 			of.written = i
-			if u.heard != nil && (hop < e.hops()-1 || u.heard.conn.way == w) {
+			if u.heard != nil && (hop < e.hops()-1 && u.ways[hop] == 1 || u.heard.conn.way == w) {
 				of.heard = i
 			}
 			tails[w] = of
@@ -191,6 +193,11 @@ func (l *ledger) whyLostLocked(e *epoch, i, last int, tails map[*way]tail) (excu
 	}
 	if l.wasCutOffLocked(e, i, tails) {
 		return "in the last moment before a link was cut", ""
+	}
+	if e.actor.member.polls {
+		if excuse := l.whyPollLostLocked(e, said.said); excuse != "" {
+			return excuse, ""
+		}
 	}
 	if i < last {
 		return "", "its gateway has not written it to any link, but what the agent said later"
@@ -292,6 +299,20 @@ func (l *ledger) whyLastLocked(e *epoch, said time.Time, flood bool) (excuse, wr
 	return why, ""
 }
 
+// whyPollLostLocked looks for why what was said by a poll was never written: its gateway was ended soon after. "" is
+// for no reason.
+func (l *ledger) whyPollLostLocked(e *epoch, said time.Time) string {
+	ended := e.gateway.firstDisturbed(said, inFlight)
+	switch {
+	case ended == nil:
+	case ended.signal == syscall.SIGKILL:
+		return "with a gateway that was killed, of a poll"
+	case e.wasHomelessLocked(ended.at, settling+l.pulse.missed(said, ended.at)):
+		return "with a gateway that was reloaded when the agent, which polls, had no link"
+	}
+	return ""
+}
+
 // wasHomelessLocked reports whether the agent had no link when its gateway was reloaded: the last was
 // lost, or closed by the gateway above, or the agent was on its way to it.
 func (e *epoch) wasHomelessLocked(reloaded time.Time, within time.Duration) bool {
@@ -332,7 +353,7 @@ func (l *ledger) judgeStateLocked(e *epoch, end time.Time) {
 		if i+1 < len(e.segments) {
 			until = e.segments[i+1].asked
 		}
-		for _, at := range append(e.wayEndsLocked(s.asked), e.touched, e.ended, s.conn.ended) {
+		for _, at := range append(e.wayEndsLocked(s.asked), e.touched, e.ended, s.conn.ended, e.absentLocked(s.asked)) {
 			if !at.IsZero() && at.Before(until) {
 				until = at
 			}
@@ -345,6 +366,16 @@ func (l *ledger) judgeStateLocked(e *epoch, end time.Time) {
 				e, s.conn, l.since(s.asked), i+1, l.since(until))
 		}
 	}
+}
+
+// absentLocked returns when an agent began not to poll that had not yet begun again at at; zero for never.
+func (e *epoch) absentLocked(at time.Time) time.Time {
+	for _, a := range e.absences {
+		if a.to.After(at) {
+			return laterOf(a.from, at)
+		}
+	}
+	return time.Time{}
 }
 
 // wayEndsLocked returns when each link ended on which e was when the server was asked about it at that
@@ -376,12 +407,19 @@ func (l *ledger) judgeDownLocked(m *member) {
 			l.counts["lost down, to an agent while it had a clone"]++
 		case d.early: // servers learn where an agent is from what it says
 			l.counts["lost down, to an agent behind two gateways that had not spoken there yet"]++
+		case e.pollFailedLocked(d.at): // the answer to it was this, perhaps
+			l.counts["lost down, with a poll that had no answer"]++
 		case number < d.segment.lastHeard:
 			l.findLocked("lost", e, d.at, "down %d for %s, said at %s on %s: %d was heard on the same way", number, e, l.since(d.at), d.segment.conn, d.segment.lastHeard)
 		default:
 			l.judgeLastLocked(d, number)
 		}
 	}
+}
+
+// pollFailedLocked reports whether the agent had no answer to a poll soon after at.
+func (e *epoch) pollFailedLocked(at time.Time) bool {
+	return slices.ContainsFunc(e.failures, func(failed time.Time) bool { return failed.After(at) && failed.Sub(at) < inFlight })
 }
 
 // judgeLastLocked looks for an end that excuses the loss of the last that was said on a way.
