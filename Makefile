@@ -11,10 +11,11 @@ SECRET_KEY :=
 FUZZTIME := 10s
 
 # For `make soak`: how long things go wrong, for how many agents, and the seed of
-# their order, drawn if empty. For `make soak-broken`: which broken gateways.
+# their order, drawn if empty; POLLERS=1: a tenth of the agents over plain HTTP. For `make soak-broken`: which broken gateways.
 DURATION := 60s
 AGENTS := 500
 SEED :=
+POLLERS :=
 BROKEN := $(patsubst e2e/soak/broken/%.patch,%,$(wildcard e2e/soak/broken/*.patch))
 
 # For `make newest`: a release of the collector, its modules of 1.x and of 0.x; or latest.
@@ -173,16 +174,16 @@ attack: collector ## strangers, gateways and servers attack the built collector 
 	@cd e2e && LONG=1 go test -count=1 -timeout 20m \
 		-run "^($$(sed -n 's/^func \(Test[A-Za-z0-9]*\)(.*/\1/p' $(ATTACKS) | paste -s -d '|' -))$$" .
 
-soak: collector ## everything goes wrong for DURATION (60s), and nothing may get lost; AGENTS=500, SEED=…
+soak: collector ## everything goes wrong for DURATION (60s), and nothing may get lost; AGENTS=500, SEED=…, POLLERS=1
 	@echo '==> soak'
 	@cd e2e && go build -o ../build/soak ./soak
-	@build/soak -collector build/otelcol-opampgateway -duration $(DURATION) -agents $(AGENTS) $(if $(SEED),-seed $(SEED))
+	@build/soak -collector build/otelcol-opampgateway -duration $(DURATION) -agents $(AGENTS) $(if $(SEED),-seed $(SEED)) $(if $(POLLERS),-pollers)
 
 # Not among the tests of `make test`: the detector makes a collector several times slower.
 soak-race: build/otelcol-opampgateway-race ## the soak of a collector with the race detector in it; a data race fails it
 	@echo '==> soak-race'
 	@cd e2e && go build -o ../build/soak ./soak
-	@build/soak -collector build/otelcol-opampgateway-race -duration $(DURATION) -agents $(AGENTS) $(if $(SEED),-seed $(SEED))
+	@build/soak -collector build/otelcol-opampgateway-race -duration $(DURATION) -agents $(AGENTS) $(if $(SEED),-seed $(SEED)) $(if $(POLLERS),-pollers)
 
 soak-broken: collector ## the soak fails for gateways that are broken; BROKEN='drops doubles': those only
 	@echo '==> soak-broken'

@@ -55,7 +55,7 @@ func TestPostHeads(t *testing.T) {
 		"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nbody":                                 "",
 		"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\n\r\nbody":                "answered",
 		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n":      "without a length",
-		"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nbody":                              `"many"`,
+		"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nbody":                              `" many"`,
 		"HTTP/1.1 200 OK\r\nContent-Type: application/x-protobuf\r\nContent-Length: 4\r\n": "EOF",
 	} {
 		near, far := net.Pipe()

@@ -5,7 +5,7 @@
 //	make soak-race          the same with the race detector in the gateways
 //
 // The cast: one server, in this process; three gateways, processes of the built collector; and
-// agents, in this process, one in ten over plain HTTP. Each dash is a line that breaks, and so does everybody else:
+// agents, in this process; with -pollers, one in ten over plain HTTP. Each dash is a line that breaks, and so does everybody else:
 //
 //	agents ── gateway direct ── server
 //	agents ── gateway upper ── server
@@ -51,6 +51,7 @@ import (
 func main() {
 	duration := flag.Duration("duration", time.Minute, "how long things go wrong")
 	agents := flag.Int("agents", 500, "number of agents")
+	pollers := flag.Bool("pollers", false, "a tenth of the agents speak over plain HTTP")
 	seed := flag.Uint64("seed", uint64(time.Now().UnixNano())%100_000, "of the faults' order")
 	program := flag.String("collector", "../build/otelcol-opampgateway", "the collector with the gateway")
 	faults := flag.String("faults", ".", "a regular expression: only faults with such names happen")
@@ -62,7 +63,7 @@ func main() {
 		fmt.Println(err)
 		os.Exit(2)
 	}
-	s := &soak{only: only, book: newLedger(), rand: rand.New(rand.NewPCG(*seed, 1)), seed: *seed, duration: *duration}
+	s := &soak{only: only, book: newLedger(), rand: rand.New(rand.NewPCG(*seed, 1)), seed: *seed, duration: *duration, pollers: *pollers}
 	fmt.Printf("soak: %d agents for %s, seed %d\n", *agents, *duration, *seed)
 	if err := s.run(*program, *agents, *duration); err != nil {
 		s.book.find("soak", nil, time.Now(), "%v", err)
@@ -91,6 +92,7 @@ type soak struct {
 	seed     uint64
 	only     *regexp.Regexp // the names of the faults that happen
 	duration time.Duration
+	pollers  bool // there are agents over plain HTTP
 	dir      string
 	server   *server
 	gateways []*gateway
@@ -118,7 +120,8 @@ func (s *soak) run(program string, agents int, duration time.Duration) error {
 	}
 	for i := range agents {
 		n := i / len(s.gateways)
-		s.add(s.gateways[i%len(s.gateways)], n%2 == 0, n%agentsPerPoller < 2 && n/agentsPerPoller%2 == n%2) // of those behind a line and others
+		s.add(s.gateways[i%len(s.gateways)], n%2 == 0,
+			s.pollers && n%agentsPerPoller < 2 && n/agentsPerPoller%2 == n%2) // of those behind a line and others
 	}
 	s.await("agents are connected", "unreachable", s.notConnected)
 
