@@ -34,6 +34,8 @@ type postOffice struct {
 	t      *testing.T
 	server *http.Server
 
+	lossy bool // connections are lost, and the server may notice late: a message is posted again while it is still at it
+
 	mu      sync.Mutex
 	answer  func(w http.ResponseWriter, r *http.Request, p *posted) bool // false for the usual answer; nil for always
 	all     []*posted
@@ -121,7 +123,7 @@ func (o *postOffice) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	o.mu.Lock()
 	o.all = append(o.all, p)
 	o.open[uid]++
-	if o.open[uid] > 1 {
+	if o.open[uid] > 1 && !o.lossy {
 		o.t.Errorf("two posts of one agent at a time")
 	}
 	open := 0
