@@ -8,7 +8,7 @@ SERVER :=
 SECRET_KEY :=
 
 # For `make fuzz`: how long to run each target.
-FUZZTIME := 10s
+FUZZTIME := 5s
 
 # For `make soak`: how long things go wrong, for how many agents, and the seed of
 # their order, drawn if empty; POLLERS=1: a tenth of the agents over plain HTTP. For `make soak-broken`: which broken gateways.
@@ -158,7 +158,7 @@ newest: ## build and unit-test with the newest collector that is known to do; NE
 	@tools/newest.sh build/newest $(NEWEST)
 	@rm -rf build/newest
 
-fuzz: ## run each fuzz target for FUZZTIME (10s)
+fuzz: ## run each fuzz target for FUZZTIME (5s)
 	@grep -rEo --include='*_test.go' --exclude-dir=build '^func Fuzz[A-Za-z0-9_]*' . | while IFS=: read -r file func; do \
 		name=$${func#func }; echo "==> fuzz $$name"; \
 		(cd "$$(dirname "$$file")" && go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x . </dev/null) || exit; done
