@@ -493,7 +493,10 @@ func (a *agentConn) bringAlong(before *claim) {
 	if l == nil {
 		return
 	}
-	for _, e := range l.Outbox.Withdraw(&before.agent.line, before) {
+	p, waiting := a.server.pool, l.Outbox.Withdraw(&before.agent.line, before)
+	p.countIn(waiting)
+	for i, e := range waiting {
+		p.countOut(waiting[i : i+1])
 		if e.Stale != nil { // a goodbye of ours, but it is there
 			continue
 		}
@@ -502,7 +505,7 @@ func (a *agentConn) bringAlong(before *claim) {
 		case err == nil:
 			continue
 		case errors.Is(err, errSuspect), errors.Is(err, errServerLimit):
-			a.server.pool.turnDown(a.claim, reasonOf(err), err)
+			p.turnDown(a.claim, reasonOf(err), err)
 		default:
 			a.server.tel.Fault(telemetry.ReasonFrameLost)
 		}
